@@ -1,0 +1,35 @@
+"""Packages and dependencies of tfdp; `constraints.txt` has the exact versions that the tests run with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TENSORFLOW = "2.21.*"
+
+setup(
+    name="tfdp",
+    version="0.1.0",
+    description="Data-parallel training of GPT language models on TensorFlow and Keras 3",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["tfdp*", "trainers*"]),
+    install_requires=[
+        f"tensorflow=={TENSORFLOW}",
+        "keras==3.15.*",
+        "keras-nlp>=0.32",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
+        "tensorboard",
+        "numpy",
+        "tokenizers",
+        "safetensors",
+        "jsonargparse[signatures]>=4.49",
+        "pyyaml",
+    ],
+    extras_require={
+        "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "import-linter", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,209 @@
+"""Checkpoints: saved whole or not at all, verified when read, restored under any layout.
+
+A checkpoint is a folder `step_00000250` with
+
+    weights.safetensors     every trainable variable, by name
+    optimizer.safetensors   the optimizer's state, by name
+    state.json              step, position in the data, what the run is (its identity), sha256 of the two files
+
+It is written under another name, file by file, each one synced, `state.json` last, then renamed and the
+parent folder synced: a crash at any byte leaves the previous checkpoint as it was. All random numbers of a
+run are functions of (seed, step, position), so no generator has a state to save.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tfdp.exits import ConfigError
+
+Tensors = dict[str, np.ndarray]
+Variables = Mapping[str, keras.Variable]
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: host copies of the tensors and the facts of its state.json."""
+
+    weights: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, oldest to newest.
+
+    Args:
+      folder: made when the first one is saved.
+      keep: newest ones kept; the best one by validation loss is kept besides.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1_000_000) -> None:
+        self.folder, self._keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending; not verified."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Writes a checkpoint atomically, then drops those that are neither among the newest nor the best."""
+        final = self.path(checkpoint.step)
+        scratch = self.folder / f".{final.name}.tmp"
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir(parents=True)
+        digests = {}
+        for name, tensors in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer)):
+            data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+            digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
+            _write_synced(scratch / f"{name}.safetensors", data)
+        state = {**checkpoint.state, "files": digests}
+        _write_synced(scratch / "state.json", json.dumps(state, indent=1).encode())
+        _sync_folder(scratch)
+        self._discard(final)
+        os.rename(scratch, final)
+        _sync_folder(self.folder)
+        self._prune()
+        return final
+
+    def load(self, step: int) -> Checkpoint:
+        """Reads and verifies one checkpoint. Raises `ConfigError` naming the file that is missing or damaged."""
+        folder = self.path(step)
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            tensors = {}
+            for name, digest in state["files"].items():
+                data = (folder / name).read_bytes()
+                if hashlib.sha256(data).hexdigest() != digest:
+                    raise ConfigError(
+                        f"checkpoint {folder / name} is damaged: its sha256 is not the one it was saved with"
+                    )
+                tensors[name] = safetensors.numpy.load(data)
+            return Checkpoint(tensors["weights.safetensors"], tensors["optimizer.safetensors"], state)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"checkpoint {folder} is incomplete: {error}") from None
+
+    def load_newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that is whole, and a line for each newer one that is not.
+
+        A damaged checkpoint is renamed to `NAME.damaged`: it is out of the way and nothing is lost.
+
+        Raises:
+          ConfigError: there are checkpoints and none of them is whole.
+        """
+        warnings: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step), warnings
+            except ConfigError as error:
+                aside = self.path(step).with_suffix(".damaged")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.rename(self.path(step), aside)
+                warnings.append(f"{error}; moved to {aside.name}, falling back to the checkpoint before it")
+        if warnings:
+            raise ConfigError(f"run_dir: no checkpoint in {self.folder} is whole: {warnings[0]}")
+        return None, warnings
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss among the checkpoints that carry one."""
+        losses = {step: self._validation_loss(step) for step in self.steps()}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(known, key=lambda step: known[step]) if known else None
+
+    def _validation_loss(self, step: int) -> float | None:
+        try:
+            loss = json.loads((self.path(step) / "state.json").read_text()).get("validation_loss")
+        except (OSError, ValueError):
+            return None
+        return None if loss is None else float(loss)
+
+    def _prune(self) -> None:
+        kept = {*self.steps()[-self._keep :], self.best_step()}
+        for step in self.steps():
+            if step not in kept:
+                self._discard(self.path(step))
+
+    def _discard(self, folder: Path) -> None:
+        """Removes a checkpoint so that no half of it ever carries its name."""
+        if folder.exists():
+            doomed = folder.with_name(f".{folder.name}.old")
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+
+
+def snapshot(variables: Variables) -> Tensors:
+    """Copies variables to the host, under the names given."""
+    return {name: np.asarray(variable.numpy()) for name, variable in variables.items()}
+
+
+def restore(variables: Variables, tensors: Tensors) -> None:
+    """Assigns tensors to variables of the same names and shapes, on every replica of this worker.
+
+    Raises:
+      ConfigError: names or shapes differ, listing every difference.
+    """
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    refuse_differences({name: list(shape) for name, shape in saved.items()}, {n: list(s) for n, s in shapes.items()})
+    for name, variable in variables.items():
+        variable.assign(tensors[name])
+
+
+def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` that lists where a checkpoint and this run differ."""
+    differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
+    if differing:
+        listed = "; ".join(f"{key} is {saved.get(key)} there and {wanted.get(key)} here" for key in differing)
+        raise ConfigError(f"run_dir holds the checkpoints of another run: {listed}; name another run_dir")
+
+
+def digest(*groups: Tensors) -> str:
+    """sha256 over the float32 bytes of every tensor, group by group, by name."""
+    total = hashlib.sha256()
+    for tensors in groups:
+        for name in sorted(tensors):
+            total.update(np.ascontiguousarray(tensors[name], dtype="<f4").tobytes())
+    return total.hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,509 @@
+"""The configuration of a run: one frozen dataclass per section, read from YAML and flags.
+
+Defaults live here and nowhere else; they are the job that `python -m tfdp.train` runs with no argument.
+Precedence: defaults < the YAML of `--config` < flags, whatever their order on the command line.
+
+This module knows the standard library and jsonargparse only: every mistake that can be found without
+touching a device is found here, as a `ConfigError` of one line that names key, value, rule and fix.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import re
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from tfdp.exits import ConfigError
+
+ConfigType = TypeVar("ConfigType")
+
+
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raises `ConfigError` "key (value) rule" unless `condition` holds."""
+    if not condition:
+        shown = "null" if value is None else value
+        raise ConfigError(f"{key} ({shown}) {rule}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the GPT."""
+
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    num_heads: int = 4
+    """Number of query heads; divides model_dim."""
+    num_kv_heads: int | None = None
+    """Number of key and value heads, which divides num_heads (grouped-query attention); null: num_heads."""
+    model_dim: int = 128
+    """Width of the residual stream."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; null: 4 * model_dim, or 8/3 * model_dim rounded up to a multiple of 64 with swiglu."""
+    context_length: int = 128
+    """Tokens that one prediction can look back on, and the length of a training sequence."""
+    position: Literal["learned", "sinusoidal", "rope"] = "rope"
+    """How positions enter: a learned table, a fixed sinusoidal table, or rotary embedding of queries and keys."""
+    norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
+    """Normalisation before attention, before the MLP and before the output projection."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Non-linearity of the MLP: tanh-approximated GELU, or SwiGLU (a gated pair of projections)."""
+    dropout: float = 0.0
+    """Fraction of activations dropped after the embedding and each residual branch, in [0, 1)."""
+    use_bias: bool = False
+    """Whether projections and layer norms have biases, as GPT-2's do."""
+    tie_embeddings: bool = True
+    """Whether the output projection is the token embedding itself (one variable)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance (or mean square) inside the normalisation."""
+    init_stddev: float = 0.02
+    """Standard deviation of the initial weights; residual projections get this / sqrt(2 * num_layers)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "model_dim", "context_length"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(
+            self.model_dim % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"must divide model.model_dim ({self.model_dim}): try {_nearest_divisor(self.model_dim, self.num_heads)}",
+        )
+        require(
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            "model.position",
+            self.position,
+            f"needs an even width per head (model_dim / num_heads = {self.head_dim}): try learned",
+        )
+        require(
+            self.position != "sinusoidal" or self.model_dim % 2 == 0,
+            "model.position",
+            self.position,
+            f"needs an even model.model_dim ({self.model_dim}): try {self.model_dim + 1}",
+        )
+        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
+        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
+        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
+        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        if self.activation == "swiglu":
+            return -(-8 * self.model_dim // (3 * 64)) * 64
+        return 4 * self.model_dim
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text, and how it becomes tokens."""
+
+    source: str = "python-stdlib"
+    """Training text: python-stdlib (the source code of this Python's standard library) or text:GLOB (UTF-8 files)."""
+    validation_source: str | None = None
+    """Validation text, in the same notation; null: held out from source by validation_fraction."""
+    validation_fraction: float = 0.05
+    """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
+    tokenizer: Literal["bytes"] = "bytes"
+    """bytes: one token per UTF-8 byte, vocabulary 256."""
+    cache_dir: str | None = None
+    """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must lie between 0 and 1 unless data.validation_source is given: try 0.05",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its learning rate."""
+
+    name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "lion", "adafactor", "muon"] = "adamw"
+    """Update rule; muon is Muon for the matrices of the blocks and AdamW for everything else."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After warm-up: constant, linear or cosine decay to final_fraction, or wsd (constant, then linear decay)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    final_fraction: float = 0.0
+    """Learning rate of the last step as a fraction of the peak (linear, cosine, wsd)."""
+    decay_fraction: float = 0.4
+    """Fraction of all steps over which wsd decays."""
+    weight_decay: float | None = None
+    """Decoupled weight decay, times the learning rate at each step; null: 0.1 for adamw, lion and muon, else 0."""
+    decay_embeddings: bool = False
+    """Whether weight decay reaches embedding tables; gains and biases never decay."""
+    beta_1: float = 0.9
+    """Decay rate of the first moment (momentum for sgd's relatives and muon's Adam part)."""
+    beta_2: float = 0.99
+    """Decay rate of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment ("epsilon hat" of Kingma and Ba)."""
+    momentum: float = 0.95
+    """Momentum of the names momentum and muon."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient, applied after the reduction over replicas; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive: try 1e-3")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative: try 0")
+        for name in ("beta_1", "beta_2", "momentum"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"optimizer.{name}", value, "must lie in [0, 1): try 0.9")
+        for name in ("final_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"optimizer.{name}", value, "must lie in [0, 1]: try 0.1")
+        require(self.decay_rate >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative: try 0")
+        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive: try 1e-8")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            "optimizer.clip_norm",
+            self.clip_norm,
+            "must be positive, or null for no clipping: try 1.0",
+        )
+
+    @property
+    def decay_rate(self) -> float:
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 0.1 if self.name in ("adamw", "lion", "muon") else 0.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how wide and how precisely to train."""
+
+    steps: int = 1500
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 48
+    """Sequences per optimizer step, over all replicas and micro-batches."""
+    microbatch_size: int | None = None
+    """Sequences per forward pass on one replica; null: global_batch_size / num_replicas (no accumulation)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always."""
+    jit_compile: bool | Literal["auto"] = "auto"
+    """XLA for the step; auto: on, except for bfloat16 on CPUs, where oneDNN is faster."""
+    log_every: int = 10
+    """Steps between two lines of the console and of metrics.jsonl."""
+    evaluate_every: int = 250
+    """Steps between two passes over the whole validation split (and one at the end); 0: only at the end."""
+    sample_tokens: int = 256
+    """Length in tokens of the text sampled after each evaluation; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "log_every"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "must be at least 1")
+        for name in ("evaluate_every", "sample_tokens"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
+        if self.microbatch_size is not None:
+            size = self.microbatch_size
+            require(size >= 1, "training.microbatch_size", size, "must be at least 1")
+            require(
+                self.global_batch_size % size == 0,
+                "training.global_batch_size",
+                self.global_batch_size,
+                f"must be a multiple of training.microbatch_size ({size}): "
+                f"try {-(-self.global_batch_size // size) * size}",
+            )
+
+
+@dataclass(frozen=True)
+class DistributionConfig:
+    """Replicas, and how they are kept in step."""
+
+    strategy: Literal["auto", "one_device", "mirrored"] = "auto"
+    """auto: mirrored over the replicas of this machine."""
+    num_replicas: int | None = None
+    """Replicas of this worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_replicas is None or self.num_replicas >= 1,
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be at least 1",
+        )
+        require(
+            self.strategy != "one_device" or self.num_replicas in (None, 1),
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be 1 with distribution.strategy one_device: try mirrored",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    every_steps: int = 250
+    """Steps between two checkpoints (and one at the end); 0: only at the end."""
+    keep: int = 3
+    """Newest checkpoints kept; the one with the best validation loss is kept besides."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "must not be negative: try 0")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is drawn from a model."""
+
+    num_tokens: int = 256
+    """Most tokens to generate; an end-of-text token ends the text earlier."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens; null: all."""
+    top_p: float | None = None
+    """Draw among the most likely tokens that together have this probability; null: all."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "must be at least 1")
+        require(self.temperature >= 0, "temperature", self.temperature, "must not be negative: try 0.8")
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1: try 40")
+        require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "must lie in (0, 1]: try 0.95")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------
+
+
+def load(config_class: type[ConfigType], argv: Sequence[str], prog: str, description: str) -> ConfigType:
+    """Reads defaults, `--config FILE` and flags into a `config_class`.
+
+    Args:
+      config_class: a frozen dataclass; its fields are sections (dataclasses) or plain values.
+      argv: command-line arguments without the program's name.
+      prog: the program's name for `--help`, such as "python -m tfdp.train".
+      description: the first paragraph of `--help`.
+
+    Raises:
+      ConfigError: an unknown key, a wrong type, a missing file, or a rule of a section broken.
+      SystemExit: after `--help` or `--print_config`, with code 0.
+    """
+    argv = _config_files_first(argv)
+    keys = known_keys(config_class)
+    _reject_unknown_flags(argv, keys)
+    for path in _config_files(argv):
+        _reject_unknown_yaml_keys(path, keys)
+    parser = _make_parser(config_class, prog, description)
+    try:
+        namespace = parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), keys)) from None
+    return _build(config_class, namespace.as_dict())
+
+
+def load_file(config_class: type[ConfigType], path: Path) -> ConfigType:
+    """Reads one YAML file, such as a run directory's config.yaml. Raises `ConfigError` as `load` does."""
+    return load(config_class, ["--config", str(path)], prog="config", description="")
+
+
+def to_yaml(config: object) -> str:
+    """The resolved configuration as YAML: what `--config` reads back to an equal object."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)  # type: ignore[call-overload]
+
+
+def known_keys(config_class: type) -> dict[str, Any]:
+    """Maps every dotted key of a config class to its type, sections themselves left out."""
+    keys: dict[str, Any] = {}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            keys.update({f"{field.name}.{key}": value for key, value in known_keys(kind).items()})  # type: ignore[arg-type]
+        else:
+            keys[field.name] = kind
+    return keys
+
+
+def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:
+    """The value of `--trainer` or of the YAML's `trainer` key, before anything else is read."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == "--trainer":
+            return following
+        if argument.startswith("--trainer="):
+            return argument.partition("=")[2]
+    names = [_read_yaml(path).get("trainer") for path in _config_files(argv)]
+    return next((str(name) for name in reversed(names) if name), default)
+
+
+def import_trainer(name: str) -> types.ModuleType:
+    """Imports a recipe: `causal_lm` means `trainers.causal_lm`; a dotted path is used as it is."""
+    path = name if "." in name else f"trainers.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise
+        raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None
+    for attribute in ("Config", "train"):
+        require(hasattr(module, attribute), "trainer", name, f"must be a module that defines {attribute}")
+    return module
+
+
+def _make_parser(config_class: type, prog: str, description: str) -> Any:
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, default_env=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
+    parser.add_class_arguments(config_class, nested_key=None)
+    return parser
+
+
+def _build(cls: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
+    """Turns nested mappings into the dataclasses; each one's `__post_init__` checks its own rules."""
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind, value = hints[field.name], values[field.name]
+        arguments[field.name] = _build(kind, value) if dataclasses.is_dataclass(kind) else value  # type: ignore[arg-type]
+    return cls(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mistakes, in one line
+# ---------------------------------------------------------------------------------------------------
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    paths = []
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if argument == "--config" and following is not None:
+            paths.append(Path(following))
+        elif argument.startswith("--config="):
+            paths.append(Path(argument.partition("=")[2]))
+    return paths
+
+
+def _config_files_first(argv: Sequence[str]) -> list[str]:
+    """Moves `--config FILE` to the front, so that flags win wherever they stand."""
+    front, rest, arguments = [], [], list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config":
+            if not arguments:
+                raise ConfigError("--config must be followed by a YAML file: try --config configs/tiny.yaml")
+            front += [argument, arguments.pop(0)]
+        elif argument.startswith("--config="):
+            front.append(argument)
+        else:
+            rest.append(argument)
+    return front + rest
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError(f"--config ({path}) must be an existing YAML file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config ({path}) must be valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    require(isinstance(content, dict), "--config", path, "must hold keys and values, such as `seed: 1`")
+    return content
+
+
+def _reject_unknown_flags(argv: Sequence[str], keys: Mapping[str, Any]) -> None:
+    built_in = {"help", "config", "print_config"}
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if not name.startswith("--"):
+            continue
+        if name[2:] not in keys and name[2:] not in built_in:
+            raise ConfigError(f"unknown key {name[2:]} on the command line{_suggestion(name[2:], keys)}")
+
+
+def _reject_unknown_yaml_keys(path: Path, keys: Mapping[str, Any]) -> None:
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    for name, value in _read_yaml(path).items():
+        if name in sections and isinstance(value, dict):
+            for inner in value:
+                if f"{name}.{inner}" not in keys:
+                    raise ConfigError(f"unknown key {name}.{inner} in {path}{_suggestion(f'{name}.{inner}', keys)}")
+        elif name in sections:
+            raise ConfigError(f"{name} ({value}) in {path} must be a section with keys below it")
+        elif name not in keys:
+            raise ConfigError(f"unknown key {name} in {path}{_suggestion(str(name), keys)}")
+
+
+def _suggestion(name: str, keys: Mapping[str, Any]) -> str:
+    last_parts = {key.rpartition(".")[2]: key for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    near = near or [last_parts[part] for part in difflib.get_close_matches(name, last_parts, n=1, cutoff=0.6)]
+    return f": did you mean {near[0]}?" if near else ": --help lists the keys"
+
+
+def _explain(message: str, keys: Mapping[str, Any]) -> str:
+    """Rewrites jsonargparse's message of several lines as "key (value) rule"."""
+    key_match = re.search(r'Parser key "([^"]+)"', message)
+    value_match = re.search(r"(?:Got value|Given value): (.*)$", message)
+    if key_match and key_match.group(1) in keys and value_match:
+        key, value = key_match.group(1), value_match.group(1)
+        return f"{key} ({value}) must be {_describe(keys[key])}{_nearest_choice(keys[key], value)}"
+    missing = re.search(r"argument --(\S+): expected one argument", message)
+    if missing:
+        return f"{missing.group(1)} must be followed by a value: {_describe(keys.get(missing.group(1), str))}"
+    return " ".join(message.split())
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    return " or ".join(_describe(part) for part in typing.get_args(kind))
+
+
+def _nearest_choice(kind: Any, value: str) -> str:
+    if typing.get_origin(kind) is not Literal:
+        return ""
+    near = difflib.get_close_matches(value, [str(choice) for choice in typing.get_args(kind)], n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

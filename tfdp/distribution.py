@@ -1,0 +1,143 @@
+"""Where a run computes: the strategy, its replicas and workers, and what they sum.
+
+The only module that reads environment variables. A single device is a strategy too, so that nothing
+above this module has a second path for "without distribution".
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
+from tfdp.exits import ConfigError
+
+
+def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
+    """Makes the strategy of this process. Call it before TensorFlow has touched a device.
+
+    Where there is no GPU, `num_replicas` logical CPU devices are made, one replica each; they share the
+    machine's cores, so this rehearses a machine with several GPUs and does not make anything faster.
+
+    Raises:
+      ConfigError: more replicas are asked for than there are GPUs, or the devices are already fixed.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    num_replicas = config.num_replicas or max(1, len(gpus))
+    if gpus:
+        require(
+            num_replicas <= len(gpus),
+            "distribution.num_replicas",
+            num_replicas,
+            f"must be at most the number of GPUs: try {len(gpus)}",
+        )
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        devices = [f"GPU:{index}" for index in range(num_replicas)]
+    else:
+        _make_logical_cpus(num_replicas)
+        devices = [f"CPU:{index}" for index in range(num_replicas)]
+    if config.strategy == "one_device":
+        return tf.distribute.OneDeviceStrategy(devices[0])
+    return tf.distribute.MirroredStrategy(devices)
+
+
+def num_workers(strategy: tf.distribute.Strategy) -> int:
+    """Number of processes that train together."""
+    resolver = strategy.cluster_resolver
+    spec = resolver.cluster_spec().as_dict() if resolver else {}
+    return max(1, sum(len(tasks) for tasks in spec.values()))
+
+
+def worker_index(strategy: tf.distribute.Strategy) -> int:
+    """Index of this process among the workers; worker 0 is the chief."""
+    resolver = strategy.cluster_resolver
+    return int(resolver.task_id or 0) if resolver else 0
+
+
+def num_local_replicas(strategy: tf.distribute.Strategy) -> int:
+    """Number of replicas in this process."""
+    return int(strategy.num_replicas_in_sync) // num_workers(strategy)
+
+
+def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig) -> int:
+    """Sequences of one forward pass on one replica; without `training.microbatch_size`, all of a replica's share.
+
+    Raises:
+      ConfigError: the global batch cannot be cut evenly among the replicas.
+    """
+    replicas = int(strategy.num_replicas_in_sync)
+    unit = replicas * (training.microbatch_size or 1)
+    within = "num_replicas" if training.microbatch_size is None else "num_replicas * training.microbatch_size"
+    require(
+        training.global_batch_size % unit == 0,
+        "training.global_batch_size",
+        training.global_batch_size,
+        f"must be a multiple of {within} ({unit}): try {-(-training.global_batch_size // unit) * unit}",
+    )
+    return training.microbatch_size or training.global_batch_size // replicas
+
+
+def describe(strategy: tf.distribute.Strategy) -> str:
+    """Replicas and workers for people: "4 replicas on CPU, 1 worker"."""
+    replicas, workers = int(strategy.num_replicas_in_sync), num_workers(strategy)
+    kind = gpu_names(strategy)[0] if on_gpu(strategy) else "CPU"
+    return f"{replicas} replica{'s' * (replicas > 1)} on {kind}, {workers} worker{'s' * (workers > 1)}"
+
+
+def describe_batch(strategy: tf.distribute.Strategy, training: TrainingConfig) -> str:
+    """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
+    replicas, size = int(strategy.num_replicas_in_sync), microbatch_size(strategy, training)
+    count = training.global_batch_size // (replicas * size)
+    plural = "es" * (count > 1)
+    return (
+        f"{training.global_batch_size} sequences = {replicas} replica{'s' * (replicas > 1)} x {count} "
+        f"micro-batch{plural} x {size}"
+    )
+
+
+def gpu_names(strategy: tf.distribute.Strategy) -> list[str]:
+    """The model name of each replica's GPU, over all workers; empty on CPUs."""
+    if not on_gpu(strategy):
+        return []
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    return [str(details.get("device_name", "GPU"))] * int(strategy.num_replicas_in_sync)
+
+
+def on_gpu(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the replicas are GPUs."""
+    return any("GPU" in device for device in strategy.extended.worker_devices)
+
+
+def replica_sum(values: tf.Tensor) -> tf.Tensor:
+    """Sums a float32 tensor over all replicas: the one collective of a step. Call it in a replica context."""
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return values
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+def first_replica(strategy: tf.distribute.Strategy, per_replica: Any) -> Any:
+    """The value of this process's first replica, for results that are the same on all."""
+    return strategy.experimental_local_results(per_replica)[0]
+
+
+def cache_dir(config: DataConfig) -> Path:
+    """Where token shards are kept: data.cache_dir, else $XDG_CACHE_HOME/tfdp, else ~/.cache/tfdp."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfdp"
+
+
+def _make_logical_cpus(count: int) -> None:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    wanted = [tf.config.LogicalDeviceConfiguration() for _ in range(count)]
+    try:
+        if len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
+            tf.config.set_logical_device_configuration(cpu, wanted)
+    except RuntimeError:
+        made = len(tf.config.list_logical_devices("CPU"))
+        raise ConfigError(
+            f"distribution.num_replicas ({count}) must be fixed before TensorFlow starts: this process has {made}"
+        ) from None

@@ -1,0 +1,60 @@
+"""Evaluates a trained model: `python -m tfdp.evaluate --run_dir DIR`."""
+
+import json
+import sys
+from dataclasses import dataclass
+
+from tfdp.config import DistributionConfig, load
+from tfdp.exits import run_command
+from tfdp.startup import load_tensorflow
+
+
+@dataclass(frozen=True)
+class Config:
+    """The evaluation."""
+
+    run_dir: str = "runs/latest"
+    """Directory of the run."""
+    checkpoint: str = "best"
+    """Which checkpoint: best (lowest validation loss), newest, or a step."""
+    rows: int = 64
+    """Sequences per forward pass on each replica."""
+    distribution: DistributionConfig = DistributionConfig()
+
+
+def main() -> None:
+    description = "Evaluate a run on its whole validation split; prints one JSON object."
+    config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
+    load_tensorflow()
+    from tfdp import distribution, losses, shards
+    from tfdp.evaluation import Evaluator
+    from tfdp.step import default_jit_compile
+    from tfdp.trained import load_trained
+
+    strategy = distribution.make_strategy(config.distribution)
+    with strategy.scope():
+        trained = load_trained(config.run_dir, config.checkpoint)
+    run_config = trained.config
+    corpus = shards.open_or_prepare(run_config.data, trained.tokenizer, distribution.cache_dir(run_config.data))
+    training = run_config.training
+    evaluator = Evaluator(
+        strategy,
+        losses.next_token_loss(trained.model),
+        corpus.validation,
+        run_config.model.context_length,
+        config.rows * int(strategy.num_replicas_in_sync),
+        default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy)),
+    )
+    result = evaluator()
+    found = {
+        "step": trained.step,
+        "validation_loss": result.loss,
+        "validation_bits_per_byte": result.bits_per_byte,
+        "num_tokens": result.num_tokens,
+        "corpus_sha256": corpus.corpus_sha256,
+    }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

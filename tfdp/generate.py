@@ -1,0 +1,39 @@
+"""Generates text from a trained model: `python -m tfdp.generate --run_dir DIR --prompt TEXT`."""
+
+import sys
+from dataclasses import dataclass
+
+from tfdp.config import SamplingConfig, load
+from tfdp.exits import run_command
+from tfdp.startup import load_tensorflow
+
+
+@dataclass(frozen=True)
+class Config(SamplingConfig):
+    """The text."""
+
+    run_dir: str = "runs/latest"
+    """Directory of the run."""
+    checkpoint: str = "best"
+    """Which checkpoint: best (lowest validation loss), newest, or a step."""
+    prompt: str = ""
+    """Text to continue; empty: the beginning of a document."""
+
+
+def main() -> None:
+    description = "Generate text that continues a prompt; prints the prompt and its continuation."
+    config = load(Config, sys.argv[1:], "python -m tfdp.generate", description)
+    load_tensorflow()
+    from tfdp.sampling import Sampler
+    from tfdp.trained import load_trained
+
+    trained = load_trained(config.run_dir, config.checkpoint)
+    seen = trained.config.model.context_length - 1
+    if len(trained.tokenizer.encode(config.prompt)) > seen:
+        print(f"note: the model sees the last {seen} tokens of the prompt", file=sys.stderr)
+    sampler = Sampler(trained.model, trained.tokenizer)
+    print(config.prompt + sampler.text(config.prompt, config))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,355 @@
+"""The GPT: Keras layers, from the token embedding to the logits.
+
+Pre-norm transformer blocks (Radford et al. 2019, GPT-2) with the options of its descendants: rotary
+positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), grouped-query
+attention (Ainslie et al. 2023). Nothing here knows of strategies, steps or files. Shapes: (batch, time, dim).
+"""
+
+import math
+import zlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdp.config import ModelConfig
+from tfdp.dropout import KeyedDropout
+
+Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, context_length, head_dim)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------
+
+
+class Initializers:
+    """Initial weights that depend on the seed and the weight's name, not on the order of creation."""
+
+    def __init__(self, seed: int, stddev: float) -> None:
+        self._seed, self._stddev = seed, stddev
+
+    def normal(self, name: str, scale: float = 1.0) -> keras.initializers.Initializer:
+        seed = zlib.crc32(f"{self._seed}/{name}".encode()) & 0x7FFFFFFF
+        return keras.initializers.RandomNormal(stddev=self._stddev * scale, seed=seed)
+
+
+class Linear(keras.layers.Layer):
+    """x @ kernel (+ bias) over the last axis; one matrix product whatever the leading axes."""
+
+    def __init__(self, num_outputs: int, use_bias: bool, initializer: object, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.num_outputs, self.use_bias, self.initializer = num_outputs, use_bias, initializer
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.kernel = self.add_weight(
+            shape=(input_shape[-1], self.num_outputs), initializer=self.initializer, name="kernel"
+        )
+        if self.use_bias:
+            self.bias = self.add_weight(shape=(self.num_outputs,), initializer="zeros", name="bias")
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        y = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.convert_to_tensor(self.kernel))
+        if self.use_bias:
+            y = y + self.bias
+        return tf.reshape(y, [tf.shape(x)[0], tf.shape(x)[1], self.num_outputs])
+
+
+class Norm(keras.layers.Layer):
+    """Layer norm or RMS norm over the last axis, computed in float32 under every precision."""
+
+    def __init__(self, config: ModelConfig, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.epsilon = config.norm_epsilon
+        self.center = config.norm == "layer_norm"
+        self.use_bias = self.center and config.use_bias
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        dim = input_shape[-1]
+        self.gain = self.add_weight(shape=(dim,), initializer="ones", name="gain", autocast=False)
+        if self.use_bias:
+            self.bias = self.add_weight(shape=(dim,), initializer="zeros", name="bias", autocast=False)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        y = tf.cast(x, tf.float32)
+        if self.center:
+            y = y - tf.reduce_mean(y, axis=-1, keepdims=True)
+        y = y * tf.math.rsqrt(tf.reduce_mean(tf.square(y), axis=-1, keepdims=True) + self.epsilon)
+        y = y * self.gain
+        if self.use_bias:
+            y = y + self.bias
+        return tf.cast(y, x.dtype)
+
+
+def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of rotary positions (Su et al. 2021, base 10,000): float32, (length, head_dim / 2) each."""
+    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(length)[:, None] * frequencies[None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: tf.Tensor, cosines: tf.Tensor, sines: tf.Tensor) -> tf.Tensor:
+    """Rotates the two halves of (batch, heads, time, head_dim) by tables of shape (time, head_dim / 2)."""
+    cosines, sines = tf.cast(cosines, x.dtype), tf.cast(sines, x.dtype)
+    first, second = tf.split(x, 2, axis=-1)
+    return tf.concat([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+
+
+class Attention(keras.layers.Layer):
+    """Causal self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, initializers: Initializers, name: str, dtype: keras.DTypePolicy) -> None:
+        super().__init__(name="attention", dtype=dtype)
+        self.config = config
+        width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
+        initial = initializers.normal(f"{name}/query_key_value")
+        self.query_key_value = Linear(width, config.use_bias, initial, name="query_key_value", dtype=dtype)
+        initial = initializers.normal(f"{name}/output", 1 / math.sqrt(2 * config.num_layers))
+        self.output_projection = Linear(
+            config.model_dim, config.use_bias, initial, name="output_projection", dtype=dtype
+        )
+        self.cosines, self.sines = rotary_tables(config.context_length, config.head_dim)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.query_key_value.build(input_shape)
+        self.output_projection.build((*input_shape[:-1], self.config.model_dim))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Every token attends to itself and what came before it."""
+        time = x.shape[1]
+        queries, keys, values = self._project(x, tf.range(time))
+        visible = np.tril(np.ones((time, time), dtype=bool))
+        return self._attend(queries, keys, values, tf.constant(visible))
+
+    def extend(
+        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Attends from new tokens at positions start, start + 1, ... to them and to the cached ones before.
+
+        Args:
+          x: the new tokens, (batch, time, dim).
+          keys, values: the cache, (batch, kv_heads, context_length, head_dim).
+          start: int32 scalar, how many positions of the cache are filled.
+
+        Returns:
+          The output (batch, time, dim) and the cache with the new tokens in it.
+        """
+        positions = start + tf.range(tf.shape(x)[1])
+        queries, new_keys, new_values = self._project(x, positions)
+        slots = tf.range(self.config.context_length)
+        keys = _write_slots(keys, new_keys, positions)
+        values = _write_slots(values, new_values, positions)
+        visible = slots[tf.newaxis, :] <= positions[:, tf.newaxis]
+        return self._attend(queries, keys, values, visible), keys, values
+
+    def _project(self, x: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, time, head_dim)."""
+        config = self.config
+        fused = self.query_key_value(x)
+        shape = [tf.shape(x)[0], tf.shape(x)[1], config.num_heads + 2 * config.kv_heads, config.head_dim]
+        heads = tf.transpose(tf.reshape(fused, shape), [0, 2, 1, 3])
+        queries, keys, values = tf.split(heads, [config.num_heads, config.kv_heads, config.kv_heads], axis=1)
+        if config.position == "rope":
+            cosines, sines = tf.gather(self.cosines, positions), tf.gather(self.sines, positions)
+            queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
+        return queries, keys, values
+
+    def _attend(self, queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
+        """Softmax attention; `visible` (queries, keys) says who sees whom."""
+        config = self.config
+        if config.kv_heads != config.num_heads:
+            keys = tf.repeat(keys, config.num_heads // config.kv_heads, axis=1)
+            values = tf.repeat(values, config.num_heads // config.kv_heads, axis=1)
+        scores = tf.matmul(queries, keys, transpose_b=True) * (1 / math.sqrt(config.head_dim))
+        scores = tf.where(visible, tf.cast(scores, tf.float32), -math.inf)
+        weights = tf.cast(tf.nn.softmax(scores), values.dtype)
+        mixed = tf.transpose(tf.matmul(weights, values), [0, 2, 1, 3])
+        return self.output_projection(tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.model_dim]))
+
+
+def _write_slots(cache: tf.Tensor, new: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+    """The cache (batch, heads, slots, dim) with `new` (batch, heads, time, dim) at consecutive positions."""
+    start, stop = positions[0], positions[-1] + 1
+    return tf.concat([cache[:, :, :start], new, cache[:, :, stop:]], axis=2)
+
+
+class MLP(keras.layers.Layer):
+    """The position-wise part of a block: GELU, or SwiGLU with gate and value in one projection."""
+
+    def __init__(self, config: ModelConfig, initializers: Initializers, name: str, dtype: keras.DTypePolicy) -> None:
+        super().__init__(name="mlp", dtype=dtype)
+        self.config = config
+        self.gated = config.activation == "swiglu"
+        width = config.hidden_dim * (2 if self.gated else 1)
+        self.expand = Linear(width, config.use_bias, initializers.normal(f"{name}/expand"), name="expand", dtype=dtype)
+        initial = initializers.normal(f"{name}/contract", 1 / math.sqrt(2 * config.num_layers))
+        self.contract = Linear(config.model_dim, config.use_bias, initial, name="contract", dtype=dtype)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.expand.build(input_shape)
+        self.contract.build((*input_shape[:-1], self.config.hidden_dim))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        hidden = self.expand(x)
+        if self.gated:
+            gate, value = tf.split(hidden, 2, axis=-1)
+            return self.contract(gate * tf.sigmoid(gate) * value)
+        return self.contract(tf.nn.gelu(hidden, approximate=True))
+
+
+class Block(keras.layers.Layer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, initializers: Initializers, name: str, dtype: keras.DTypePolicy) -> None:
+        super().__init__(name=name, dtype=dtype)
+        rate, residual = config.dropout, (f"{name}/attention", f"{name}/mlp")
+        self.attention_norm = Norm(config, name="attention_norm", dtype=dtype)
+        self.attention = Attention(config, initializers, residual[0], dtype)
+        self.attention_dropout = KeyedDropout(rate, residual[0], name="attention_dropout", dtype=dtype)
+        self.mlp_norm = Norm(config, name="mlp_norm", dtype=dtype)
+        self.mlp = MLP(config, initializers, residual[1], dtype)
+        self.mlp_dropout = KeyedDropout(rate, residual[1], name="mlp_dropout", dtype=dtype)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            layer.build(input_shape)
+
+    def call(self, x: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x)), dropout_keys)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), dropout_keys)
+
+    def extend(
+        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        attended, keys, values = self.attention.extend(self.attention_norm(x), keys, values, start)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), keys, values
+
+
+# ---------------------------------------------------------------------------------------------------
+# The whole
+# ---------------------------------------------------------------------------------------------------
+
+
+class GPT(keras.Model):
+    """A causal language model; build it inside `strategy.scope()`.
+
+    Args:
+      config: the shape.
+      vocab_size: number of token ids.
+      seed: of the initial weights.
+      precision: "float32" or "bfloat16" (then weights stay float32 and products are bfloat16).
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, precision: str = "float32") -> None:
+        policy = keras.DTypePolicy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+        super().__init__(name="gpt", dtype=policy)
+        self.config, self.vocab_size = config, vocab_size
+        initializers = Initializers(seed, config.init_stddev)
+        self._initializers = initializers
+        self.embedding_dropout = KeyedDropout(config.dropout, "embedding", name="embedding_dropout", dtype=policy)
+        self.blocks = [Block(config, initializers, f"block_{index}", policy) for index in range(config.num_layers)]
+        self.output_norm = Norm(config, name="output_norm", dtype=policy)
+        self.build((None, config.context_length))
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        config, normal = self.config, self._initializers.normal
+        table = (self.vocab_size, config.model_dim)
+        self.token_embedding = self.add_weight(shape=table, initializer=normal("embedding"), name="token_embedding")
+        if config.position == "learned":
+            self.position_embedding = self.add_weight(
+                shape=(config.context_length, config.model_dim),
+                initializer=normal("position_embedding"),
+                name="position_embedding",
+            )
+        if not config.tie_embeddings:
+            self.output_embedding = self.add_weight(
+                shape=table, initializer=normal("output_embedding"), name="output_embedding"
+            )
+        for block in self.blocks:
+            block.build((None, input_shape[1], config.model_dim))
+        self.output_norm.build((None, input_shape[1], config.model_dim))
+
+    def call(self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
+        """Logits of the next token: int32 (batch, time) -> float32 (batch, time, vocab_size).
+
+        Args:
+          tokens: ids, time at most context_length.
+          dropout_keys: uint32 (batch,) from `dropout.sequence_keys` to train with dropout; None to drop nothing.
+        """
+        return self.logits(self.features(tokens, dropout_keys))
+
+    def features(self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
+        """What the output projection sees: (batch, time, dim) in the compute dtype."""
+        x = self.embedding_dropout(self._embed(tokens, tf.range(tokens.shape[1])), dropout_keys)
+        for block in self.blocks:
+            x = block(x, dropout_keys)
+        return self.output_norm(x)
+
+    def logits(self, features: tf.Tensor) -> tf.Tensor:
+        """Projects (batch, time, dim) to float32 logits (batch, time, vocab_size)."""
+        flat = tf.reshape(features, [-1, self.config.model_dim])
+        flat = tf.matmul(flat, tf.cast(self.output_table, flat.dtype), transpose_b=True)
+        shape = [tf.shape(features)[0], tf.shape(features)[1], self.vocab_size]
+        return tf.reshape(tf.cast(flat, tf.float32), shape)
+
+    @property
+    def output_table(self) -> keras.Variable:
+        """The output projection's rows, one per token id: (vocab_size, dim)."""
+        return self.token_embedding if self.config.tie_embeddings else self.output_embedding
+
+    def empty_cache(self, batch_size: int) -> Cache:
+        """A cache of keys and values with nothing in it, for `extend`."""
+        config = self.config
+        shape = (batch_size, config.kv_heads, config.context_length, config.head_dim)
+        return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
+
+    def extend(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+        """Logits of new tokens (batch, time) that follow the `start` cached ones, and the longer cache.
+
+        start + time must not exceed context_length.
+        """
+        x = self._embed(tokens, start + tf.range(tf.shape(tokens)[1]))
+        longer = []
+        for block, (keys, values) in zip(self.blocks, cache, strict=True):
+            x, keys, values = block.extend(x, keys, values, start)
+            longer.append((keys, values))
+        return self.logits(self.output_norm(x)), longer
+
+    def named_weights(self) -> dict[str, keras.Variable]:
+        """The trainable variables by name, such as "block_0/attention/query_key_value/kernel"."""
+        return {variable.path.removeprefix("gpt/"): variable for variable in self.trainable_variables}
+
+    def describe(self) -> str:
+        """The shape, for people."""
+        config = self.config
+        return (
+            f"{self.num_params():,} parameters: {config.num_layers} layers, {config.num_heads} heads, "
+            f"{config.model_dim} wide, context {config.context_length}, vocabulary {self.vocab_size}"
+        )
+
+    def num_params(self) -> int:
+        """Number of trainable numbers; a tied embedding counts once."""
+        return sum(math.prod(variable.shape) for variable in self.trainable_variables)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward for one token of a full sequence.
+
+        6 per weight of a matrix product (the output projection included, embedding look-ups not) and
+        12 * layers * context_length * width for attention, causal masking not discounted: the convention of
+        PaLM's appendix B (Chowdhery et al. 2022), which MFU figures use.
+        """
+        config = self.config
+        matrices = sum(math.prod(v.shape) for v in self.trainable_variables if v.name == "kernel")
+        matrices += self.vocab_size * config.model_dim
+        return 6 * matrices + 12 * config.num_layers * config.context_length * config.model_dim
+
+    def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        x = tf.gather(tf.convert_to_tensor(self.token_embedding), tokens)
+        if self.config.position == "learned":
+            x = x + tf.gather(tf.convert_to_tensor(self.position_embedding), positions)
+        elif self.config.position == "sinusoidal":
+            cosines, sines = rotary_tables(self.config.context_length, self.config.model_dim)
+            table = np.concatenate([sines, cosines], axis=-1) * self.config.init_stddev
+            x = x + tf.gather(table, positions)
+        return tf.cast(x, self.compute_dtype)

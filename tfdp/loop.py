@@ -1,0 +1,295 @@
+"""The training loop, top to bottom: resume, evaluate, sample, save, stop, step, log.
+
+It knows steps, times and files, and nothing of what is trained: a recipe hands it a `Task` of functions.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tfdp import checkpoint, distribution
+from tfdp.checkpoint import Checkpoint, CheckpointFolder
+from tfdp.config import CheckpointConfig, TrainingConfig
+from tfdp.evaluation import Evaluation
+from tfdp.exits import StopRequested, TrainingError
+from tfdp.metrics import MetricsWriter, Throughput, duration, say
+from tfdp.runs import RunDirectory
+from tfdp.step import StepResults, TrainStep
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop needs of a recipe."""
+
+    strategy: Any
+    run: RunDirectory
+    training: TrainingConfig
+    checkpointing: CheckpointConfig
+    identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
+    weights: checkpoint.Variables
+    optimizer_state: checkpoint.Variables
+    train_step: TrainStep
+    batches_from: Callable[[int], Iterator[Any]]  # the batches of a step and all after it
+    evaluate: Callable[[], Evaluation]
+    sample: Callable[[], str] | None
+    flops_per_token: int
+    matrix_peak: float  # FLOP/s of all devices together
+    facts: Mapping[str, Any]  # goes into summary.json as it is
+    config_yaml: str
+    started: float = field(default_factory=time.monotonic)  # when the command began to work
+
+
+def fit(task: Task) -> dict[str, Any]:
+    """Runs a task to its last step.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      ConfigError: the run directory holds the checkpoints of another run.
+      StopRequested: a signal asked to stop; a checkpoint is saved.
+      TrainingError: a gradient was not finite; nothing of it was applied.
+    """
+    num_steps = task.training.steps
+    folder = task.run.checkpoints(task.checkpointing.keep)
+    progress = _resume(task, folder)
+    task.run.begin(task.config_yaml)
+    writer = MetricsWriter(task.run.path, progress.step, _is_chief(task))
+    writer.text("config", task.config_yaml, progress.step)
+    batches = task.batches_from(progress.step)
+    with _stop_on_signal(task.train_step):
+        stopped = False
+        while True:
+            last = progress.step >= num_steps
+            if last or (not stopped and _due(progress.step, task.training.evaluate_every, progress.resumed_step)):
+                _evaluate(task, writer, progress)
+            if last or stopped or _should_save(task, progress):
+                _save(task, folder, progress)
+            if last or stopped:
+                break
+            results = _advance(task, batches, progress)
+            stopped = results.stopped
+            if _due(progress.step, task.training.log_every) or progress.step >= num_steps:
+                _log(task, writer, progress, results)
+            if results.nonfinite is not None:
+                raise TrainingError(_nonfinite_message(task, folder, progress, results))
+    writer.close()
+    if progress.step < num_steps:
+        raise StopRequested(
+            f"after step {progress.step} of {num_steps}, checkpoint saved; go on with --run_dir {task.run.path}"
+        )
+    return _summarise(task, progress)
+
+
+@dataclass
+class _Progress:
+    """What changes while the loop runs."""
+
+    step: int = 0
+    resumed_step: int = 0
+    saved_step: int = -1
+    evaluated_step: int = -1
+    is_best: bool = False
+    best_loss: float | None = None
+    evaluation: Evaluation | None = None
+    train_loss: float | None = None
+    since_log: Throughput = field(default_factory=Throughput)
+    total: Throughput = field(default_factory=Throughput)
+    warm: bool = False  # whether the first call, which traces and compiles, is over
+
+
+def _resume(task: Task, folder: CheckpointFolder) -> _Progress:
+    """Restores the newest whole checkpoint of the run directory, if there is one."""
+    newest, warnings = folder.load_newest()
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if newest is None:
+        return _Progress()
+    checkpoint.refuse_differences(newest.state["identity"], task.identity)
+    checkpoint.restore(task.weights, newest.weights)
+    checkpoint.restore(task.optimizer_state, newest.optimizer)
+    say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
+    return _Progress(
+        step=newest.step,
+        resumed_step=newest.step,
+        saved_step=newest.step,
+        best_loss=newest.state["best_validation_loss"],
+        train_loss=newest.state["train_loss"],
+    )
+
+
+def _advance(task: Task, batches: Iterator[Any], progress: _Progress) -> StepResults:
+    """Runs the steps up to the next event, in one call."""
+    started = time.monotonic()
+    events = (task.training.log_every, task.training.evaluate_every, task.checkpointing.every_steps)
+    target = min([task.training.steps, *(progress.step - progress.step % n + n for n in events if n)])
+    results = task.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
+    seconds = time.monotonic() - started
+    progress.step += len(results.loss)
+    if len(results.loss):
+        progress.train_loss = float(results.loss[-1])
+    if progress.warm:
+        progress.since_log.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+        progress.total.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+    else:
+        since_start = duration(time.monotonic() - task.started)
+        say(f"first step after {since_start}, of which {seconds:.1f} s to trace and compile")
+        progress.warm = True
+    return results
+
+
+def _log(task: Task, writer: MetricsWriter, progress: _Progress, results: StepResults) -> None:
+    if not len(results.loss):
+        return
+    speed = progress.since_log
+    values = {
+        "step": progress.step,
+        "loss": float(results.loss[-1]),
+        "learning_rate": float(results.learning_rate[-1]),
+        "grad_norm": float(results.grad_norm[-1]),
+        "tokens_per_second": speed.tokens_per_second,
+        "step_seconds": speed.step_seconds,
+        "mfu": speed.tokens_per_second * task.flops_per_token / task.matrix_peak,
+        "num_tokens": int(results.num_tokens[-1]),
+        "sequences_seen": progress.step * task.training.global_batch_size,
+    }
+    eta = (task.training.steps - progress.step) * speed.step_seconds
+    writer.train(values, task.training.steps, eta)
+    progress.since_log = Throughput()
+
+
+def _evaluate(task: Task, writer: MetricsWriter, progress: _Progress) -> None:
+    started = time.monotonic()
+    progress.evaluation = task.evaluate()
+    loss = progress.evaluation.loss
+    progress.evaluated_step = progress.step
+    progress.is_best = progress.best_loss is None or loss < progress.best_loss
+    progress.best_loss = loss if progress.best_loss is None else min(loss, progress.best_loss)
+    values = {
+        "step": progress.step,
+        "validation_loss": loss,
+        "validation_bits_per_byte": progress.evaluation.bits_per_byte,
+        "evaluation_seconds": time.monotonic() - started,
+    }
+    writer.validation(values, task.training.steps)
+    if task.sample is not None:
+        writer.text("sample", task.sample(), progress.step)
+
+
+def _should_save(task: Task, progress: _Progress) -> bool:
+    """At every checkpoint.every_steps, and where an evaluation was the best so far."""
+    if progress.step == progress.saved_step:
+        return False
+    is_best = progress.evaluated_step == progress.step and progress.is_best
+    return is_best or _due(progress.step, task.checkpointing.every_steps, progress.resumed_step)
+
+
+def _save(task: Task, folder: CheckpointFolder, progress: _Progress) -> None:
+    if progress.step == progress.saved_step:
+        return
+    weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
+    evaluated = progress.evaluation if progress.evaluated_step == progress.step else None
+    state = {
+        "step": progress.step,
+        "sequences_seen": progress.step * task.training.global_batch_size,
+        "identity": dict(task.identity),
+        "train_loss": progress.train_loss,
+        "validation_loss": evaluated.loss if evaluated else None,
+        "best_validation_loss": progress.best_loss,
+        "weights_sha256": checkpoint.digest(weights),
+        "state_sha256": checkpoint.digest(weights, optimizer),
+    }
+    if _is_chief(task):
+        folder.save(Checkpoint(weights, optimizer, state))
+    progress.saved_step = progress.step
+
+
+def _summarise(task: Task, progress: _Progress) -> dict[str, Any]:
+    weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
+    assert progress.evaluation is not None, "the loop evaluates at its last step"
+    summary = {
+        "step": progress.step,
+        "train_loss": progress.train_loss,
+        "validation_loss": progress.evaluation.loss,
+        "validation_bits_per_byte": progress.evaluation.bits_per_byte,
+        "best_validation_loss": progress.best_loss,
+        "tokens_per_second": progress.total.tokens_per_second,
+        "wall_seconds": time.monotonic() - task.started,
+        "num_replicas": int(task.strategy.num_replicas_in_sync),
+        "num_workers": distribution.num_workers(task.strategy),
+        "sequences_seen": progress.step * task.training.global_batch_size,
+        **task.facts,
+        "weights_sha256": checkpoint.digest(weights),
+        "state_sha256": checkpoint.digest(weights, optimizer),
+    }
+    if _is_chief(task):
+        task.run.write_summary(summary)
+    return summary
+
+
+def _nonfinite_message(task: Task, folder: CheckpointFolder, progress: _Progress, results: StepResults) -> str:
+    good = (
+        f"the last good checkpoint is {folder.path(progress.saved_step)}"
+        if progress.saved_step > 0
+        else "there is no checkpoint yet"
+    )
+    return (
+        f"step {progress.step + 1}: the gradient of {results.nonfinite} is not finite; the update was not applied; "
+        f"{good}: go on from it with a smaller optimizer.learning_rate, --run_dir {task.run.path}"
+    )
+
+
+def _due(step: int, every: int, not_at: int = 0) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every > 0 and step % every == 0 and step != not_at and step > 0
+
+
+def _is_chief(task: Task) -> bool:
+    return distribution.worker_index(task.strategy) == 0
+
+
+@contextlib.contextmanager
+def _stop_on_signal(train_step: TrainStep) -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into a stop request, even while TensorFlow holds the main thread.
+
+    Python runs signal handlers in the main thread, which may sit in a call of many steps; but it writes the
+    signal's number to a pipe at once. A thread that reads the pipe sets the flag that the running steps look
+    at. A second signal ends the process without a checkpoint.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    old_end = signal.set_wakeup_fd(write_end)
+    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    threading.Thread(target=_watch_signals, args=(read_end, train_step), daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old_end)
+        os.close(write_end)
+
+
+def _watch_signals(read_end: int, train_step: TrainStep) -> None:
+    asked = False
+    while received := os.read(read_end, 1):
+        number = received[0]
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        name = signal.Signals(number).name
+        if asked:
+            print(f"{name} again: ending without a checkpoint", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        say(f"{name}: stopping after this step, then saving a checkpoint; once more ends at once")
+        asked = True
+        train_step.request_stop()
+    os.close(read_end)

@@ -1,0 +1,185 @@
+"""What a run tells: one writer behind the console line, metrics.jsonl and TensorBoard; and what it measures.
+
+step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 tok/s | mfu 41% | eta 38s
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import tensorflow as tf
+
+# Dense matrix peaks in FLOP/s from NVIDIA's data sheets, without sparsity: bfloat16, and float32 as TF32.
+_GPU_PEAKS = {
+    "B200": {"bfloat16": 2250e12, "float32": 1125e12},
+    "H200": {"bfloat16": 989e12, "float32": 494e12},
+    "H100": {"bfloat16": 989e12, "float32": 494e12},
+    "A100": {"bfloat16": 312e12, "float32": 156e12},
+    "L40S": {"bfloat16": 362e12, "float32": 183e12},
+    "A10": {"bfloat16": 125e12, "float32": 62.5e12},
+    "L4": {"bfloat16": 121e12, "float32": 60e12},
+}
+
+
+class MetricsWriter:
+    """Writes the metrics of a run; every method does nothing on a worker that is not the chief.
+
+    Args:
+      run_dir: gets metrics.jsonl and tensorboard/.
+      resumed_step: rows of later steps, which a lost process wrote after its last checkpoint, are dropped:
+        each step is told once.
+      is_chief: whether this process speaks for the run.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int, is_chief: bool = True) -> None:
+        self._is_chief = is_chief
+        if not is_chief:
+            return
+        self._path = run_dir / "metrics.jsonl"
+        _drop_rows_after(self._path, resumed_step)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._boards = {
+            name: tf.summary.create_file_writer(str(run_dir / "tensorboard" / name)) for name in ("train", "validation")
+        }
+
+    def train(self, values: Mapping[str, float | int], num_steps: int, eta_seconds: float) -> None:
+        """One logged step: `step, loss, learning_rate, grad_norm, tokens_per_second, step_seconds, mfu, ...`."""
+        if not self._is_chief:
+            return
+        self._write_row(values)
+        scalars = {**values, "perplexity": perplexity(values["loss"]), "bits_per_token": values["loss"] / math.log(2)}
+        self._write_scalars("train", int(values["step"]), scalars)
+        say(step_line(values, num_steps, eta_seconds))
+
+    def validation(self, values: Mapping[str, float | int], num_steps: int) -> None:
+        """One evaluation: `step, validation_loss, validation_bits_per_byte`."""
+        if not self._is_chief:
+            return
+        self._write_row(values)
+        step, loss, bits = int(values["step"]), values["validation_loss"], values["validation_bits_per_byte"]
+        scalars = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
+        self._write_scalars("validation", step, scalars)
+        say(
+            f"step {step:>5}/{num_steps} | validation loss {loss:.4f} | perplexity {perplexity(loss):.2f} | "
+            f"{bits:.4f} bits per byte | {values['evaluation_seconds']:.1f} s"
+        )
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text for TensorBoard, shown as it is."""
+        if not self._is_chief:
+            return
+        with self._boards["train"].as_default():
+            tf.summary.text(name, "    " + text.replace("\n", "\n    "), step=step)
+
+    def close(self) -> None:
+        if not self._is_chief:
+            return
+        for board in self._boards.values():
+            board.close()
+        self._file.close()
+
+    def _write_row(self, values: Mapping[str, float | int]) -> None:
+        self._file.write(json.dumps(dict(values)) + "\n")
+
+    def _write_scalars(self, board: str, step: int, values: Mapping[str, float | int | None]) -> None:
+        with self._boards[board].as_default():
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    tf.summary.scalar(name, value, step=step)
+        self._boards[board].flush()
+
+
+class Throughput:
+    """Time and tokens of training alone; evaluations, samples and saves do not count."""
+
+    def __init__(self) -> None:
+        self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0
+
+    def add(self, seconds: float, num_tokens: int, num_steps: int) -> None:
+        self.seconds += seconds
+        self.num_tokens += num_tokens
+        self.num_steps += num_steps
+
+    @property
+    def step_seconds(self) -> float:
+        return self.seconds / max(1, self.num_steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def say(line: str) -> None:
+    """Prints a line to the console at once."""
+    print(line, flush=True)
+
+
+def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: float) -> str:
+    """The console line of one logged step."""
+    mfu = values.get("mfu")
+    parts = [
+        f"step {values['step']:>5}/{num_steps}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.1e}",
+        f"grad norm {values['grad_norm']:.2f}",
+        f"{values['step_seconds'] * 1e3:.1f} ms",
+        f"{values['tokens_per_second']:,.0f} tok/s",
+        *([] if mfu is None else [f"mfu {mfu:.0%}"]),
+        f"eta {duration(eta_seconds)}",
+    ]
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 38s, 4m05s, 2h10m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def matrix_peak(precision: str, gpu_names: list[str]) -> float:
+    """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured here."""
+    for name, peaks in _GPU_PEAKS.items():
+        if gpu_names and name in gpu_names[0]:
+            return peaks[precision] * len(gpu_names)
+    return _measured_matrix_peak(precision) * max(1, len(gpu_names))
+
+
+def _measured_matrix_peak(precision: str, size: int = 1024, num_runs: int = 12) -> float:
+    """Best of several square products on the first device, plain and under XLA; about 0.2 s on two cores."""
+    matrix = tf.cast(tf.random.stateless_normal([size, size], seed=(0, 0)), tf.as_dtype(precision))
+    best = math.inf
+    for jit_compile in (False, True):
+        product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)[:1]), jit_compile=jit_compile)
+        float(product())
+        for _ in range(num_runs):
+            started = time.perf_counter()
+            float(product())
+            best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the torn last line of a killed process
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    os.replace(scratch, path)

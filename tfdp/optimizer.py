@@ -1,0 +1,144 @@
+"""The update rule as a pure function: Keras's optimizers, without their own idea of distribution.
+
+Keras computes; tfdp decides when. A Keras optimizer on the TensorFlow backend sums gradients over the
+replicas once more and updates variable by variable through the strategy. Here its arithmetic runs on plain
+tensors instead (the stateless path that Keras has for JAX), so a whole update is one function of
+(weights, state, gradients) that XLA can fuse, and nothing is reduced or clipped behind the step's back.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import keras
+import tensorflow as tf
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+from tfdp.config import OptimizerConfig
+
+Schedule = Callable[[tf.Tensor], tf.Tensor]
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
+    """The learning rate as a function of the step: int64 scalar (first step 0) -> float32 scalar.
+
+    Warm-up is linear, from peak / warmup_steps at step 0 to the peak; then the rate is constant, or decays
+    to final_fraction of the peak at the last step: linearly, along a half cosine, or linearly over the last
+    decay_fraction of the steps (wsd: warm-up, stable, decay; Hu et al. 2024).
+    """
+    warmup, last = config.warmup_steps, max(num_steps - 1, 1)
+    decay_start = warmup
+    if config.schedule == "wsd":
+        decay_start = max(warmup, num_steps - max(1, round(config.decay_fraction * num_steps)))
+
+    def learning_rate(step: tf.Tensor) -> tf.Tensor:
+        now = tf.cast(step, tf.float32)
+        rising = tf.minimum(1.0, (now + 1.0) / max(warmup, 1))
+        decayed = tf.clip_by_value((now - decay_start) / max(last - decay_start, 1), 0.0, 1.0)
+        if config.schedule == "constant":
+            return config.learning_rate * rising
+        left = 0.5 * (1.0 + tf.cos(math.pi * decayed)) if config.schedule == "cosine" else 1.0 - decayed
+        return config.learning_rate * rising * (config.final_fraction + (1.0 - config.final_fraction) * left)
+
+    return learning_rate
+
+
+class _Pure:
+    """Puts Keras's backend-free methods back in front of the TensorFlow backend's distributed ones."""
+
+    stateless_apply = BaseOptimizer.stateless_apply
+    assign = BaseOptimizer.assign
+    assign_add = BaseOptimizer.assign_add
+    assign_sub = BaseOptimizer.assign_sub
+    _apply_weight_decay = BaseOptimizer._apply_weight_decay
+    _backend_update_step = BaseOptimizer._backend_update_step
+
+    def _var_key(self, variable: keras.Variable) -> str:
+        return str(variable.path)
+
+
+def _pure(base: type[keras.optimizers.Optimizer]) -> type[keras.optimizers.Optimizer]:
+    # Muon brings a decay rule of its own, for its two parts; it is free of the backend already.
+    own = {name: base.__dict__[name] for name in ("_apply_weight_decay",) if name in base.__dict__}
+    return type(base.__name__, (_Pure, base), own)
+
+
+class Optimizer:
+    """An update rule and its state for a list of weights; make it inside `strategy.scope()`.
+
+    Args:
+      config: the rule and its constants.
+      weights: the trainable variables, matrices of shape (inputs, outputs).
+    """
+
+    def __init__(self, config: OptimizerConfig, weights: Sequence[keras.Variable]) -> None:
+        self.weights = list(weights)
+        self._keras = _make_keras_optimizer(config)
+        self._keras.exclude_from_weight_decay([weight for weight in self.weights if not decays(weight, config)])
+        self._keras.build(self.weights)
+        given = (self._keras.iterations, self._keras._learning_rate)  # arguments of `update`, not state
+        self.state = [variable for variable in self._keras.variables if all(variable is not v for v in given)]
+
+    def named_state(self) -> dict[str, keras.Variable]:
+        """The state by name; the number in front keeps names apart and in order."""
+        return {f"{index:05d}/{variable.path}": variable for index, variable in enumerate(self.state)}
+
+    def update(
+        self,
+        weights: Sequence[tf.Tensor],
+        state: Sequence[tf.Tensor],
+        gradients: Sequence[tf.Tensor],
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """One update, without side effects.
+
+        Args:
+          weights, gradients: float32 tensors in the order of `self.weights`.
+          state: tensors in the order of `self.state`.
+          learning_rate: float32 scalar.
+          step: int64 scalar, the number of updates before this one.
+
+        Returns:
+          The new weights and the new state.
+        """
+        values = {id(variable): value for variable, value in zip(self.state, state, strict=True)}
+        values[id(self._keras.iterations)] = tf.cast(step, self._keras.iterations.dtype)
+        values[id(self._keras._learning_rate)] = learning_rate
+        ordered = [values[id(variable)] for variable in self._keras.variables]
+        new_weights, new_values = self._keras.stateless_apply(ordered, list(gradients), list(weights))
+        updated = {id(variable): value for variable, value in zip(self._keras.variables, new_values, strict=True)}
+        return list(new_weights), [updated[id(variable)] for variable in self.state]
+
+
+def decays(weight: keras.Variable, config: OptimizerConfig) -> bool:
+    """Whether weight decay reaches a variable: matrices always, embeddings by choice, gains and biases never."""
+    if len(weight.shape) < 2:
+        return False
+    return config.decay_embeddings or "embedding" not in weight.path
+
+
+def _make_keras_optimizer(config: OptimizerConfig) -> keras.optimizers.Optimizer:
+    weight_decay = config.decay_rate
+    common = {"learning_rate": config.learning_rate, "weight_decay": weight_decay, "name": "optimizer"}
+    adam: dict[str, object] = {"beta_1": config.beta_1, "beta_2": config.beta_2, "epsilon": config.epsilon}
+    choices: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, object]]] = {
+        "adamw": (keras.optimizers.AdamW, adam),
+        "adam": (keras.optimizers.Adam, adam),
+        "sgd": (keras.optimizers.SGD, {}),
+        "momentum": (keras.optimizers.SGD, {"momentum": config.momentum}),
+        "rmsprop": (keras.optimizers.RMSprop, {"rho": config.beta_2, "epsilon": config.epsilon}),
+        "lion": (keras.optimizers.Lion, {"beta_1": config.beta_1, "beta_2": config.beta_2}),
+        "adafactor": (keras.optimizers.Adafactor, {"relative_step": False}),
+        "muon": (
+            keras.optimizers.Muon,
+            {
+                "adam_beta_1": config.beta_1,
+                "adam_beta_2": config.beta_2,
+                "adam_weight_decay": weight_decay,
+                "epsilon": config.epsilon,
+                "momentum": config.momentum,
+            },
+        ),
+    }
+    base, arguments = choices[config.name]
+    return _pure(base)(**common, **arguments)

@@ -1,0 +1,88 @@
+"""A run directory: its files, its name, and the files that are written once.
+
+config.yaml      the resolved configuration        checkpoints/   see checkpoint.py
+metrics.jsonl    one object per logged step        tensorboard/   train/ and validation/
+summary.json     what the run came to
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tfdp.checkpoint import CheckpointFolder
+from tfdp.exits import ConfigError
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The folder of one run."""
+
+    path: Path
+
+    @classmethod
+    def named(cls, name: str | None) -> "RunDirectory":
+        """The directory of that name, or for None a new one, `runs/DATE-TIME`; nothing is made yet."""
+        return cls(Path(name) if name else RUNS / datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+    @classmethod
+    def open(cls, name: str) -> "RunDirectory":
+        """An existing run. Raises `ConfigError` where there is no config.yaml."""
+        run = cls(Path(name))
+        if not run.config_path.is_file():
+            raise ConfigError(f"run_dir ({name}) must be the directory of a run: there is no {run.config_path}")
+        return run
+
+    def begin(self, config_yaml: str) -> None:
+        """Makes the directory, writes config.yaml and points the link `latest` beside it here.
+
+        Raises:
+          ConfigError: the directory cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.config_path, config_yaml)
+            if self.path.parent == RUNS:
+                _point(RUNS / "latest", self.path.name)
+        except OSError as error:
+            raise ConfigError(f"run_dir ({self.path}) must be a folder that can be written: {error.strerror}") from None
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    def checkpoints(self, keep: int = 1_000_000) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints", keep)
+
+    def next_steps(self) -> str:
+        """Where to look after a run, as commands."""
+        return (
+            f"summary      {self.path / 'summary.json'}\n"
+            f"curves       tensorboard --logdir {self.path / 'tensorboard'}\n"
+            f'more text    python -m tfdp.generate --run_dir {self.path} --prompt "def "\n'
+            f"evaluation   python -m tfdp.evaluate --run_dir {self.path}"
+        )
+
+    def write_summary(self, summary: Mapping[str, object]) -> None:
+        """Writes summary.json whole or not at all."""
+        _write_whole(self.path / "summary.json", json.dumps(dict(summary), indent=1) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _point(link: Path, target: str) -> None:
+    """Points a symbolic link to a folder beside it, replacing the link that was there."""
+    scratch = link.with_name(f".{link.name}.{os.getpid()}")
+    scratch.symlink_to(target)
+    if link.is_symlink() or not link.exists():
+        os.replace(scratch, link)
+    else:
+        scratch.unlink()

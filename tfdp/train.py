@@ -1,0 +1,27 @@
+"""Trains a model: `python -m tfdp.train [--config FILE.yaml] [--section.key VALUE ...]`.
+
+With no argument it trains a byte-level GPT on the source code of Python's standard library. The work is done
+by the recipe that the key `trainer` names.
+"""
+
+import sys
+
+from tfdp.config import find_trainer, import_trainer, load
+from tfdp.exits import run_command
+from tfdp.startup import load_tensorflow
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    trainer = import_trainer(find_trainer(arguments))
+    description = (
+        "Train a GPT with data parallelism. With no argument: a byte-level GPT on the source code of Python's "
+        "standard library, about two minutes on two CPU cores."
+    )
+    config = load(trainer.Config, arguments, "python -m tfdp.train", description)
+    load_tensorflow()
+    trainer.train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,55 @@
+"""A trained GPT, read back from its run directory: what evaluate and generate start from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tfdp import checkpoint
+from tfdp.config import find_trainer, import_trainer, load_file
+from tfdp.exits import ConfigError
+from tfdp.gpt import GPT
+from tfdp.runs import RunDirectory
+from tfdp.tokenizer import Tokenizer, make_tokenizer
+
+
+@dataclass(frozen=True)
+class TrainedGPT:
+    """A model with the weights of one checkpoint, and the configuration that it was trained with."""
+
+    config: Any
+    tokenizer: Tokenizer
+    model: GPT
+    step: int
+
+
+def load_trained(run_dir: str, which: str) -> TrainedGPT:
+    """Loads the model of a run; call it inside the scope of the strategy that will use it.
+
+    Args:
+      run_dir: the directory of a run.
+      which: "best" (lowest validation loss), "newest", or a step.
+
+    Raises:
+      ConfigError: no such run or checkpoint, or a damaged one.
+    """
+    run = RunDirectory.open(run_dir)
+    config = load_file(import_trainer(find_trainer(["--config", str(run.config_path)])).Config, run.config_path)
+    saved = run.checkpoints().load(_choose_step(run, which))
+    tokenizer = make_tokenizer(config.data.tokenizer)
+    model = GPT(config.model, tokenizer.vocab_size, config.seed, config.training.precision)
+    checkpoint.restore(model.named_weights(), saved.weights)
+    return TrainedGPT(config, tokenizer, model, saved.step)
+
+
+def _choose_step(run: RunDirectory, which: str) -> int:
+    folder = run.checkpoints()
+    steps = folder.steps()
+    if not steps:
+        raise ConfigError(f"run_dir ({run.path}) must hold a checkpoint: there is none yet")
+    if which == "newest":
+        return steps[-1]
+    if which == "best":
+        return folder.best_step() or steps[-1]
+    if not which.isdigit() or int(which) not in steps:
+        listed = ", ".join(map(str, steps))
+        raise ConfigError(f"checkpoint ({which}) must be best, newest, or one of the steps {listed}")
+    return int(which)

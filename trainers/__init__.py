@@ -1,0 +1,1 @@
+"""Recipes: each module has a `Config` and a `train(config)` that composes parts of tfdp."""

@@ -1,0 +1,132 @@
+"""Causal language modelling: next-token prediction on packed text. `python -m tfdp.train` runs this recipe.
+
+The libraries are imported inside `train`, after the configuration is known to be right: `--help` and a wrong
+key answer in a fraction of a second, without waiting for TensorFlow.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tfdp.config import (
+    CheckpointConfig,
+    DataConfig,
+    DistributionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainingConfig,
+    to_yaml,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The run."""
+
+    run_dir: str | None = None
+    """Where everything of this run is written; an existing one is resumed; null: a new runs/DATE-TIME."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and dropout."""
+    trainer: str = "causal_lm"
+    """The recipe: a module of trainers/, or the dotted path of your own."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    distribution: DistributionConfig = DistributionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains a GPT; returns what summary.json holds."""
+    started = time.monotonic()
+    from tfdp import data, distribution, loop, losses, metrics, shards
+    from tfdp.evaluation import Evaluator
+    from tfdp.gpt import GPT
+    from tfdp.optimizer import Optimizer, make_schedule
+    from tfdp.runs import RunDirectory
+    from tfdp.sampling import Sampler
+    from tfdp.step import TrainStep, default_jit_compile
+    from tfdp.tokenizer import make_tokenizer
+
+    training, context_length = config.training, config.model.context_length
+    tokenizer = make_tokenizer(config.data.tokenizer)
+    corpus = shards.open_or_prepare(config.data, tokenizer, distribution.cache_dir(config.data))
+    for name in shards.SPLITS:
+        data.check_lengths(getattr(corpus, name), name, context_length)
+
+    strategy = distribution.make_strategy(config.distribution)
+    microbatch_size = distribution.microbatch_size(strategy, training)
+    jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
+    with strategy.scope():
+        model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision)
+        optimizer = Optimizer(config.optimizer, model.trainable_variables)
+
+    train_step = TrainStep(
+        strategy,
+        losses.next_token_loss(model, dropout_seed=config.seed),
+        optimizer,
+        make_schedule(config.optimizer, training.steps),
+        training.global_batch_size,
+        microbatch_size,
+        config.optimizer.clip_norm,
+        jit_compile,
+    )
+    evaluation_rows = microbatch_size * int(strategy.num_replicas_in_sync)
+    evaluator = Evaluator(
+        strategy, losses.next_token_loss(model), corpus.validation, context_length, evaluation_rows, jit_compile
+    )
+    sampler = Sampler(model, tokenizer)
+    sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
+    matrix_peak = metrics.matrix_peak(training.precision, distribution.gpu_names(strategy))
+    run = RunDirectory.named(config.run_dir)
+
+    metrics.say(f"model      {model.describe()}")
+    metrics.say(f"data       {config.data.source}: {corpus.describe()}")
+    metrics.say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
+    metrics.say(f"precision  {training.precision}, XLA {'on' if jit_compile else 'off'}")
+    metrics.say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
+    metrics.say(f"run        {run.path}")
+    summary = loop.fit(
+        loop.Task(
+            strategy=strategy,
+            run=run,
+            training=training,
+            checkpointing=config.checkpoint,
+            identity=identity(config, tokenizer.fingerprint, corpus.corpus_sha256),
+            weights=model.named_weights(),
+            optimizer_state=optimizer.named_state(),
+            train_step=train_step,
+            batches_from=lambda step: iter(
+                data.train_batches(
+                    strategy, corpus.train, context_length, training.global_batch_size, config.seed, step
+                )
+            ),
+            evaluate=evaluator,
+            sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
+            flops_per_token=model.flops_per_token(),
+            matrix_peak=matrix_peak,
+            facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
+            config_yaml=to_yaml(config),
+            started=started,
+        )
+    )
+    if training.sample_tokens:
+        metrics.say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
+    metrics.say(run.next_steps())
+    return summary
+
+
+def identity(config: Config, tokenizer_fingerprint: str, corpus_sha256: str) -> dict[str, Any]:
+    """What two processes must have in common to be one run: the shapes, the data and its order."""
+    free = {"dropout", "init_stddev"}  # may change on the way: they shape neither tensors nor data
+    model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
+    return {
+        **model,
+        "data.tokenizer": tokenizer_fingerprint,
+        "corpus_sha256": corpus_sha256,
+        "optimizer.name": config.optimizer.name,
+        "training.global_batch_size": config.training.global_batch_size,
+        "seed": config.seed,
+    }
