@@ -77,7 +77,7 @@ class CheckpointFolder:
         scratch.mkdir(parents=True)
         digests = {}
         for name, tensors in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer)):
-            data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+            data = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
             digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
             _write_synced(scratch / f"{name}.safetensors", data)
         state = {**checkpoint.state, "files": digests}
@@ -190,7 +190,7 @@ def digest(*groups: Tensors) -> str:
     total = hashlib.sha256()
     for tensors in groups:
         for name in sorted(tensors):
-            total.update(np.ascontiguousarray(tensors[name], dtype="<f4").tobytes())
+            total.update(np.asarray(tensors[name], dtype="<f4", order="C").tobytes())
     return total.hexdigest()
 
 

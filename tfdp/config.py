@@ -10,11 +10,12 @@ touching a device is found here, as a `ConfigError` of one line that names key, 
 import dataclasses
 import difflib
 import importlib
-import importlib.util
+import itertools
+import math
 import re
 import types
 import typing
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,8 @@ class OptimizerConfig:
     """Steps over which the learning rate rises linearly from 0."""
     final_fraction: float = 0.0
     """Learning rate of the last step as a fraction of the peak (linear, cosine, wsd)."""
+    schedule_steps: int | None = None
+    """Steps that the schedule spans, if not training.steps: name it where a run is made longer later."""
     decay_fraction: float = 0.4
     """Fraction of all steps over which wsd decays."""
     weight_decay: float | None = None
@@ -164,11 +167,11 @@ class OptimizerConfig:
     decay_embeddings: bool = False
     """Whether weight decay reaches embedding tables; gains and biases never decay."""
     beta_1: float = 0.9
-    """Decay rate of the first moment (momentum for sgd's relatives and muon's Adam part)."""
+    """Decay rate of the first moment of adamw, adam, lion and muon's Adam part."""
     beta_2: float = 0.99
-    """Decay rate of the second moment."""
+    """Decay rate of the second moment of adamw, adam, rmsprop, muon's Adam part, and of lion's momentum."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment ("epsilon hat" of Kingma and Ba)."""
+    """Added to the root of the second moment ("epsilon hat" of Kingma and Ba), by rmsprop under the root."""
     momentum: float = 0.95
     """Momentum of the names momentum and muon."""
     clip_norm: float | None = 1.0
@@ -180,10 +183,22 @@ class OptimizerConfig:
         for name in ("beta_1", "beta_2", "momentum"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"optimizer.{name}", value, "must lie in [0, 1): try 0.9")
+        require(
+            self.name != "lion" or self.beta_1 > 0,
+            "optimizer.beta_1",
+            self.beta_1,
+            "must be positive for lion: try 0.9",
+        )
         for name in ("final_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"optimizer.{name}", value, "must lie in [0, 1]: try 0.1")
         require(self.decay_rate >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative: try 0")
+        require(
+            self.schedule_steps is None or self.schedule_steps >= 1,
+            "optimizer.schedule_steps",
+            self.schedule_steps,
+            "must be at least 1",
+        )
         require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive: try 1e-8")
         require(
             self.clip_norm is None or self.clip_norm > 0,
@@ -292,6 +307,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative: try 0")
         require(self.temperature >= 0, "temperature", self.temperature, "must not be negative: try 0.8")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1: try 40")
         require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "must lie in (0, 1]: try 0.95")
@@ -318,14 +334,14 @@ def load(config_class: type[ConfigType], argv: Sequence[str], prog: str, descrip
     argv = _config_files_first(argv)
     keys = known_keys(config_class)
     _reject_unknown_flags(argv, keys)
-    for path in _config_files(argv):
-        _reject_unknown_yaml_keys(path, keys)
+    for path in _values_of("--config", argv):
+        _reject_unknown_yaml_keys(Path(path), keys)
     parser = _make_parser(config_class, prog, description)
     try:
         namespace = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), keys)) from None
-    return _build(config_class, namespace.as_dict())
+    return _build(config_class, namespace.as_dict(), "")
 
 
 def load_file(config_class: type[ConfigType], path: Path) -> ConfigType:
@@ -337,7 +353,15 @@ def to_yaml(config: object) -> str:
     """The resolved configuration as YAML: what `--config` reads back to an equal object."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)  # type: ignore[call-overload]
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        looks_like_a_number = re.match(r"[-+.]*\d", text)  # 3e-4 is text to PyYAML, and a number to jsonargparse
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if looks_like_a_number else None)
+
+    Dumper.add_representer(str, represent)
+    return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False)  # type: ignore[call-overload]
 
 
 def known_keys(config_class: type) -> dict[str, Any]:
@@ -355,19 +379,17 @@ def known_keys(config_class: type) -> dict[str, Any]:
 
 def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:
     """The value of `--trainer` or of the YAML's `trainer` key, before anything else is read."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if argument == "--trainer":
-            return following
-        if argument.startswith("--trainer="):
-            return argument.partition("=")[2]
-    names = [_read_yaml(path).get("trainer") for path in _config_files(argv)]
-    return next((str(name) for name in reversed(names) if name), default)
+    named = _values_of("--trainer", argv)
+    named = named or [str(_read_yaml(Path(path)).get("trainer", default)) for path in _values_of("--config", argv)]
+    return named[-1] if named else default
 
 
 def import_trainer(name: str) -> types.ModuleType:
     """Imports a recipe: `causal_lm` means `trainers.causal_lm`; a dotted path is used as it is."""
     path = name if "." in name else f"trainers.{name}"
     try:
+        if path.startswith("."):
+            raise ModuleNotFoundError(name=path)
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not path.startswith(error.name):
@@ -387,16 +409,26 @@ def _make_parser(config_class: type, prog: str, description: str) -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
     parser.add_class_arguments(config_class, nested_key=None)
+    for action in parser._actions:
+        if action.dest in typing.get_type_hints(config_class) and dataclasses.is_dataclass(
+            typing.get_type_hints(config_class)[action.dest]
+        ):
+            action.help = SUPPRESS  # `--model FILE`: one way to name a file is enough, and that is --config
     return parser
 
 
-def _build(cls: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
+def _build(cls: type[ConfigType], values: Mapping[str, Any], prefix: str) -> ConfigType:
     """Turns nested mappings into the dataclasses; each one's `__post_init__` checks its own rules."""
     hints = typing.get_type_hints(cls)
     arguments = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        kind, value = hints[field.name], values[field.name]
-        arguments[field.name] = _build(kind, value) if dataclasses.is_dataclass(kind) else value  # type: ignore[arg-type]
+        key, kind, value = f"{prefix}{field.name}", hints[field.name], values[field.name]
+        if dataclasses.is_dataclass(kind):
+            arguments[field.name] = _build(kind, value, f"{key}.")  # type: ignore[arg-type]
+        else:
+            require(value is not None or type(None) in typing.get_args(kind), key, value, f"must be {_describe(kind)}")
+            require(not isinstance(value, float) or math.isfinite(value), key, value, "must be a finite number")
+            arguments[field.name] = value
     return cls(**arguments)
 
 
@@ -405,30 +437,29 @@ def _build(cls: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
 # ---------------------------------------------------------------------------------------------------
 
 
-def _config_files(argv: Sequence[str]) -> list[Path]:
-    paths = []
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
-        if argument == "--config" and following is not None:
-            paths.append(Path(following))
-        elif argument.startswith("--config="):
-            paths.append(Path(argument.partition("=")[2]))
-    return paths
+def _values_of(flag: str, argv: Sequence[str]) -> list[str]:
+    """What follows each `--flag` or stands in each `--flag=`, in order."""
+    values = []
+    for argument, following in itertools.zip_longest(argv, argv[1:]):
+        if argument == flag and following is not None:
+            values.append(following)
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.partition("=")[2])
+    return values
 
 
 def _config_files_first(argv: Sequence[str]) -> list[str]:
-    """Moves `--config FILE` to the front, so that flags win wherever they stand."""
-    front, rest, arguments = [], [], list(argv)
+    """Moves `--config FILE` to the front, so that flags win wherever they stand; leaves out empty files."""
+    files, rest, arguments = _values_of("--config", argv), [], list(argv)
     while arguments:
         argument = arguments.pop(0)
         if argument == "--config":
             if not arguments:
-                raise ConfigError("--config must be followed by a YAML file: try --config configs/tiny.yaml")
-            front += [argument, arguments.pop(0)]
-        elif argument.startswith("--config="):
-            front.append(argument)
-        else:
+                raise ConfigError("--config must be followed by a YAML file, as in --config FILE.yaml")
+            arguments.pop(0)
+        elif not argument.startswith("--config="):
             rest.append(argument)
-    return front + rest
+    return [*(f"--config={file}" for file in files if _read_yaml(Path(file))), *rest]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -466,7 +497,8 @@ def _reject_unknown_yaml_keys(path: Path, keys: Mapping[str, Any]) -> None:
         elif name in sections:
             raise ConfigError(f"{name} ({value}) in {path} must be a section with keys below it")
         elif name not in keys:
-            raise ConfigError(f"unknown key {name} in {path}{_suggestion(str(name), keys)}")
+            candidates = dict.fromkeys(sections) if isinstance(value, dict) else keys
+            raise ConfigError(f"unknown key {name} in {path}{_suggestion(str(name), candidates)}")
 
 
 def _suggestion(name: str, keys: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ adding one function to `SOURCES`; nothing else in the library knows where text c
 
 import difflib
 import glob
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -56,11 +57,16 @@ def _python_stdlib(address: str, key: str) -> Iterator[Document]:
 
 
 def _text_files(pattern: str, key: str) -> Iterator[Document]:
-    """UTF-8 files that match a glob pattern (`**` crosses folders), one document each, sorted by path."""
+    """UTF-8 files that match a glob pattern (`**` crosses folders), one document each, sorted by path.
+
+    A document's name is its path below the folder that all of them share, so it survives a move of that folder.
+    """
     paths = sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())
     require(bool(paths), key, f"text:{pattern}", "must match at least one file: check the path, and quote the pattern")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     for path in paths:
-        yield Document(Path(path).as_posix(), _read_utf8(Path(path), key))
+        name = os.path.relpath(os.path.abspath(path), root)
+        yield Document(os.fsencode(name).decode("utf-8", "backslashreplace"), _read_utf8(Path(path), key))
 
 
 def _read_utf8(path: Path, key: str) -> str:

@@ -61,11 +61,11 @@ def validation_batches(
     return _distribute(strategy, positions, split, context_length, global_batch_size), num_batches
 
 
-def check_lengths(split: Split, name: str, context_length: int) -> None:
+def check_lengths(split: Split, name: str, context_length: int, source: str = "") -> None:
     """Raises `ConfigError` for a split too short to hold one whole sequence."""
     needed = context_length + 1
     if split.num_documents == 0 or split.num_bytes == 0:
-        raise ConfigError(f"data.source: the {name} split must not be empty: it holds no text")
+        raise ConfigError(f"data.source ({source}): the {name} split must not be empty: it holds no text")
     if split.num_tokens < needed:
         raise ConfigError(
             f"model.context_length ({context_length}) must fit into the {name} split, which has {split.num_tokens} "

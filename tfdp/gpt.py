@@ -351,5 +351,5 @@ class GPT(keras.Model):
         elif self.config.position == "sinusoidal":
             cosines, sines = rotary_tables(self.config.context_length, self.config.model_dim)
             table = np.concatenate([sines, cosines], axis=-1) * self.config.init_stddev
-            x = x + tf.gather(table, positions)
+            x = x + tf.cast(tf.gather(table, positions), x.dtype)
         return tf.cast(x, self.compute_dtype)

@@ -156,8 +156,8 @@ def matrix_peak(precision: str, gpu_names: list[str]) -> float:
     return _measured_matrix_peak(precision) * max(1, len(gpu_names))
 
 
-def _measured_matrix_peak(precision: str, size: int = 1024, num_runs: int = 12) -> float:
-    """Best of several square products on the first device, plain and under XLA; about 0.2 s on two cores."""
+def _measured_matrix_peak(precision: str, size: int = 1024, num_runs: int = 6) -> float:
+    """Best of several square products on the first device, plain and under XLA; a few tenths of a second."""
     matrix = tf.cast(tf.random.stateless_normal([size, size], seed=(0, 0)), tf.as_dtype(precision))
     best = math.inf
     for jit_compile in (False, True):

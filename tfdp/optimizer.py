@@ -25,6 +25,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
     to final_fraction of the peak at the last step: linearly, along a half cosine, or linearly over the last
     decay_fraction of the steps (wsd: warm-up, stable, decay; Hu et al. 2024).
     """
+    num_steps = config.schedule_steps or num_steps
     warmup, last = config.warmup_steps, max(num_steps - 1, 1)
     decay_start = warmup
     if config.schedule == "wsd":
@@ -33,7 +34,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
     def learning_rate(step: tf.Tensor) -> tf.Tensor:
         now = tf.cast(step, tf.float32)
         rising = tf.minimum(1.0, (now + 1.0) / max(warmup, 1))
-        decayed = tf.clip_by_value((now - decay_start) / max(last - decay_start, 1), 0.0, 1.0)
+        decayed = tf.clip_by_value(1.0 - (last - now) / max(last - decay_start, 1), 0.0, 1.0)
         if config.schedule == "constant":
             return config.learning_rate * rising
         left = 0.5 * (1.0 + tf.cos(math.pi * decayed)) if config.schedule == "cosine" else 1.0 - decayed

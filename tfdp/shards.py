@@ -2,7 +2,7 @@
 
 A folder of shards holds, for the splits `train` and `validation`:
 
-    manifest.json                what the folder was made from, and the counts and sha256 of every file
+    manifest.json                what the folder was made from, the counts, and the sha256 of every .bin
     SPLIT-00000.bin ...          token ids, flat, little-endian uint16 or uint32
     SPLIT.documents.npy          index of the first token of each document, int64
 
@@ -13,8 +13,8 @@ byte of every document is predicted once an epoch, the first one from an end-of-
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +97,15 @@ def open_or_prepare(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -
     recipe = json.dumps([FORMAT_VERSION, corpus_sha256, tokenizer.fingerprint, sorted(validation_names)])
     folder = cache_dir / hashlib.sha256(recipe.encode()).hexdigest()[:32]
     if not _is_complete(folder):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix=f"{folder.name}.tmp-"))
-        _write(config, tokenizer, validation_names, corpus_sha256, scratch)
-        _publish(scratch, folder)
+        scratch = cache_dir / f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            scratch.mkdir(parents=True)
+            _write(config, tokenizer, validation_names, corpus_sha256, scratch)
+            _publish(scratch, folder)
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir ({cache_dir}) must be a folder that can be written: {error}") from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return open_shards(folder)
 
 
@@ -135,9 +140,10 @@ def _survey(config: DataConfig) -> tuple[str, set[str]]:
         sizes[document.name] = len(document.text.encode())
     held_out: set[str] = set()
     if config.validation_source is not None:
+        digest.update(b"validation")
         for document in documents(config.validation_source, "data.validation_source"):
             _digest_document(digest, document)
-    elif len(sizes) > 1:
+    elif sum(size > 0 for size in sizes.values()) > 1:
         held_out = _hold_out(sizes, config.validation_fraction)
     else:
         digest.update(repr(config.validation_fraction).encode())
@@ -164,12 +170,12 @@ def _digest_document(digest: "hashlib._Hash", document: Document) -> None:
 
 def _split_documents(config: DataConfig, validation_names: set[str]) -> Iterator[tuple[str, Document]]:
     """Yields (split, document) in the order in which the shards hold them."""
-    source = list(documents(config.source)) if config.validation_source is None and not validation_names else None
-    if source is not None and len(source) == 1:
-        yield from _cut_single_document(source[0], config.validation_fraction)
-        return
+    cut_single = config.validation_source is None and not validation_names
     for document in documents(config.source):
-        yield ("validation" if document.name in validation_names else "train"), document
+        if cut_single and document.text:
+            yield from _cut_single_document(document, config.validation_fraction)
+        else:
+            yield ("validation" if document.name in validation_names else "train"), document
     if config.validation_source is not None:
         for document in documents(config.validation_source, "data.validation_source"):
             yield "validation", document
@@ -178,7 +184,8 @@ def _split_documents(config: DataConfig, validation_names: set[str]) -> Iterator
 def _cut_single_document(document: Document, validation_fraction: float) -> Iterator[tuple[str, Document]]:
     """Cuts a corpus that is one document, at the last line break before its validation part."""
     cut = round(len(document.text) * (1.0 - validation_fraction))
-    cut = document.text.rfind("\n", 0, cut) + 1 or cut
+    near = cut - (len(document.text) - cut) // 2  # no line break for long: cut inside the line
+    cut = document.text.rfind("\n", near, cut) + 1 or cut
     yield "train", Document(document.name, document.text[:cut])
     yield "validation", Document(document.name, document.text[cut:])
 
@@ -261,7 +268,8 @@ def _publish(scratch: Path, folder: Path) -> None:
     try:
         os.rename(scratch, folder)
     except OSError:
-        shutil.rmtree(scratch)
+        if not _is_complete(folder):
+            raise
 
 
 def _is_complete(folder: Path) -> bool:
@@ -271,5 +279,5 @@ def _is_complete(folder: Path) -> bool:
         width = np.dtype(manifest["dtype"]).itemsize
         shards = [shard for name in SPLITS for shard in manifest["splits"][name]["shards"]]
         return all((folder / shard["file"]).stat().st_size == shard["num_tokens"] * width for shard in shards)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -16,6 +16,7 @@ from tfdp.config import (
     OptimizerConfig,
     SamplingConfig,
     TrainingConfig,
+    require,
     to_yaml,
 )
 
@@ -37,6 +38,10 @@ class Config:
     distribution: DistributionConfig = DistributionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    def __post_init__(self) -> None:
+        # The order of the data looks at the low 30 bits of a seed only.
+        require(0 <= self.seed < 2**30, "seed", self.seed, "must lie in [0, 2**30): try 0")
+
 
 def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
@@ -54,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     tokenizer = make_tokenizer(config.data.tokenizer)
     corpus = shards.open_or_prepare(config.data, tokenizer, distribution.cache_dir(config.data))
     for name in shards.SPLITS:
-        data.check_lengths(getattr(corpus, name), name, context_length)
+        data.check_lengths(getattr(corpus, name), name, context_length, config.data.source)
 
     strategy = distribution.make_strategy(config.distribution)
     microbatch_size = distribution.microbatch_size(strategy, training)

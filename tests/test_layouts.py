@@ -1,0 +1,161 @@
+"""One run, any layout: replicas and accumulation change nothing but the order of a sum."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdp import distribution
+from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
+from tfdp.gpt import GPT
+from tfdp.losses import next_token_loss
+from tfdp.optimizer import Optimizer, make_schedule
+from tfdp.step import TrainStep
+from trainers import causal_lm
+from trainers.causal_lm import Config
+
+LAYOUTS = {  # name: (num_replicas, microbatch_size); the global batch has 12 sequences
+    "1 replica": (1, None),
+    "2 replicas": (2, None),
+    "4 replicas": (4, None),
+    "accumulation 2": (1, 6),
+    "accumulation 4": (1, 3),
+    "2 replicas, accumulation 3": (2, 2),
+}
+
+
+def logged(run_dir: str | None, key: str) -> np.ndarray:
+    rows = [json.loads(line) for line in Path(str(run_dir), "metrics.jsonl").read_text().splitlines()]
+    return np.array([row[key] for row in rows if key in row])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "jit_compile", "layouts"),
+    [("adamw", False, list(LAYOUTS)), ("muon", True, ["1 replica", "2 replicas", "accumulation 4"])],
+)
+def test_every_layout_gives_the_same_losses(
+    tiny_config: Callable[..., Config], optimizer: str, jit_compile: bool, layouts: list[str]
+) -> None:
+    losses, validation = {}, {}
+    for name in layouts:
+        num_replicas, microbatch_size = LAYOUTS[name]
+        config = tiny_config(
+            name,
+            distribution={"num_replicas": num_replicas},
+            optimizer={"name": optimizer, "clip_norm": 0.5},
+            training={"microbatch_size": microbatch_size, "steps": 60, "jit_compile": jit_compile},
+            model={"dropout": 0.1},
+        )
+        summary = causal_lm.train(config)
+        assert summary["num_replicas"] == num_replicas
+        assert summary["sequences_seen"] == 60 * 12
+        losses[name], validation[name] = logged(config.run_dir, "loss"), summary["validation_loss"]
+    reference = losses["1 replica"]
+    assert len(reference) == 60
+    assert np.sum(logged(tiny_config("1 replica").run_dir, "grad_norm") > 0.5) > 30, "the clip must be active"
+    assert reference[-1] < 0.6 * reference[0], "the run must learn something for its losses to mean anything"
+    for name in layouts:
+        np.testing.assert_allclose(losses[name], reference, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(validation[name], validation["1 replica"], rtol=1e-5, err_msg=name)
+
+
+def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None = 1.0) -> TrainStep:
+    strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
+    config = OptimizerConfig(name="sgd", learning_rate=1.0, warmup_steps=0, schedule="constant")
+    with strategy.scope():
+        model = GPT(ModelConfig(num_layers=1, num_heads=2, model_dim=16, context_length=8), 32)
+        optimizer = Optimizer(config, model.trainable_variables)
+    loss = next_token_loss(model)
+    schedule = make_schedule(config, 10)
+    step = TrainStep(strategy, loss, optimizer, schedule, 8, microbatch_size, clip_norm, jit_compile=False)
+    step.strategy, step.model = strategy, model  # type: ignore[attr-defined]
+    return step
+
+
+def batches(strategy: tf.distribute.Strategy, tokens: np.ndarray) -> object:
+    """An iterator that gives the same global batch for ever."""
+    dataset = tf.data.Dataset.from_tensors(
+        {"tokens": tf.constant(tokens, tf.int32), "position": tf.range(len(tokens), dtype=tf.int64)}
+    )
+    return iter(strategy.experimental_distribute_dataset(dataset.unbatch().repeat().batch(len(tokens), True)))
+
+
+def count_reductions(function: object) -> int:
+    """Sums over replicas in a traced step and what it calls, the arithmetic inside one replica left out."""
+    inner = function.graph.as_graph_def().library.function  # type: ignore[attr-defined]
+    outside = [f for f in inner if not any(part in f.signature.name for part in ("microbatch_sums", "apply_update"))]
+    return sum(node.op in {"AddN", "CollectiveReduceV2", "NcclAllReduce"} for f in outside for node in f.node_def)
+
+
+def test_a_step_makes_one_reduction_whatever_the_accumulation() -> None:
+    tokens = np.zeros((8, 9), np.int32)
+    counts = {}
+    for microbatch_size in (4, 2, 1):
+        step = make_step(2, microbatch_size)
+        arguments = (batches(step.strategy, tokens), tf.constant(0, tf.int64), tf.constant(1))  # type: ignore[attr-defined]
+        traced = step._run.get_concrete_function(*arguments)
+        counts[microbatch_size] = count_reductions(traced)
+    assert counts == {4: 1, 2: 1, 1: 1}
+
+
+def test_the_step_traces_once() -> None:
+    step = make_step(2, 2)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 9))
+    for first, count in ((0, 1), (1, 3), (4, 2)):
+        step(batches(step.strategy, tokens), first, count)  # type: ignore[attr-defined]
+    assert step._run.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+def test_clipping_follows_the_reduction(num_replicas: int) -> None:
+    """With clip 1.0 and learning rate 1.0, plain gradient descent moves the weights by exactly norm 1.0."""
+    step = make_step(num_replicas, 8 // num_replicas, clip_norm=1e-3)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 9))
+    before = [variable.numpy() for variable in step.model.trainable_variables]  # type: ignore[attr-defined]
+    results = step(batches(step.strategy, tokens), 0, 1)  # type: ignore[attr-defined]
+    after = [variable.numpy() for variable in step.model.trainable_variables]  # type: ignore[attr-defined]
+    assert results.grad_norm[0] > 1e-2
+    moved = np.sqrt(sum(np.sum((a.astype(np.float64) - b) ** 2) for a, b in zip(after, before, strict=True)))
+    assert moved == pytest.approx(1e-3, rel=2e-3)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+def test_the_loss_is_the_mean_over_all_valid_tokens_also_with_an_empty_replica(num_replicas: int) -> None:
+    tokens = np.random.default_rng(1).integers(0, 32, (8, 9)).astype(np.int32)
+    tokens[1, 3:] = -1
+    tokens[4:, :] = -1  # half of the replicas, or of the rows, have nothing to predict
+    step = make_step(num_replicas, 8 // num_replicas)
+    logits = step.model(np.maximum(tokens[:, :-1], 0)).numpy().astype(np.float64)  # type: ignore[attr-defined]
+    targets = tokens[:, 1:]
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_probabilities, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    results = step(batches(step.strategy, tokens), 0, 1)  # type: ignore[attr-defined]
+    assert results.num_tokens[0] == np.sum(targets >= 0) == 26
+    assert results.loss[0] == pytest.approx(-picked[targets >= 0].mean(), rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_not_applied() -> None:
+    step = make_step(2, 4)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 9))
+    gain = step.model.output_norm.gain  # type: ignore[attr-defined]
+    gain.assign(np.full(16, np.inf))
+    before = [variable.numpy() for variable in step.model.trainable_variables]  # type: ignore[attr-defined]
+    results = step(batches(step.strategy, tokens), 0, 5)  # type: ignore[attr-defined]
+    assert len(results.loss) == 0
+    assert results.nonfinite == step.model.trainable_variables[0].path  # type: ignore[attr-defined]
+    for variable, old in zip(step.model.trainable_variables, before, strict=True):  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(variable.numpy(), old)
+
+
+def test_a_stop_request_ends_the_call_after_its_step() -> None:
+    step = make_step(2, 4)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 9))
+    assert not step(batches(step.strategy, tokens), 0, 2).stopped  # type: ignore[attr-defined]
+    step.request_stop()
+    results = step(batches(step.strategy, tokens), 2, 50)  # type: ignore[attr-defined]
+    assert results.stopped
+    assert len(results.loss) == 1
