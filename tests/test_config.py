@@ -52,7 +52,7 @@ def test_no_argument_gives_the_defaults() -> None:
     assert config == Config()
     assert (config.seed, config.run_dir, config.trainer) == (0, None, "causal_lm")
     assert (config.model.kv_heads, config.model.head_dim, config.model.hidden_dim) == (4, 32, 512)
-    assert (config.data.source, config.data.tokenizer, config.optimizer.decay_rate) == ("python-stdlib", "bytes", 0.1)
+    assert (config.data.source, config.data.tokenizer, config.optimizer.decay_rate) == ("python-stdlib", "bytes", 0.01)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_hidden_width_follows_the_activation(model: ModelConfig, hidden_dim:
     assert model.hidden_dim == hidden_dim
 
 
-@pytest.mark.parametrize(("name", "rate"), [("adamw", 0.1), ("lion", 0.1), ("muon", 0.1), ("adam", 0.0), ("sgd", 0.0)])
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 0.1), ("lion", 0.1), ("muon", 0.01), ("adam", 0.0), ("sgd", 0.0)])
 def test_the_default_weight_decay_follows_the_optimizer(name: str, rate: float) -> None:
     assert load("--optimizer.name", name).optimizer.decay_rate == rate
     assert load("--optimizer.name", name, "--optimizer.weight_decay", "0.5").optimizer.decay_rate == 0.5
@@ -315,7 +315,7 @@ RULES: list[tuple[type, dict[str, object], str]] = [
         {"validation_fraction": 0.0},
         "data.validation_fraction (0.0) must lie between 0 and 1 unless data.validation_source is given: try 0.05",
     ),
-    (OptimizerConfig, {"learning_rate": float("nan")}, "optimizer.learning_rate (nan) must be a finite number"),
+    (OptimizerConfig, {"learning_rate": float("nan")}, "optimizer.learning_rate (nan) must be positive: try 1e-3"),
     (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate (0.0) must be positive: try 1e-3"),
     (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps (-1) must not be negative: try 0"),
     (OptimizerConfig, {"beta_1": 1.0}, "optimizer.beta_1 (1.0) must lie in [0, 1): try 0.9"),

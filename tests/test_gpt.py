@@ -21,6 +21,7 @@ COMBINATIONS = list(itertools.product(POSITIONS, ["layer_norm", "rms_norm"], ["g
 def make_model(vocab_size: int = VOCAB_SIZE, seed: int = 0, precision: str = "float32", **shape: Any) -> GPT:
     """A tiny model with weights large enough for every effect to show."""
     default = {"num_layers": 2, "num_heads": 4, "model_dim": 16, "mlp_dim": 24, "context_length": 8}
+    default |= {"tie_embeddings": True, "qk_norm": False, "zero_init": False}
     return GPT(ModelConfig(**{**default, "init_stddev": 0.3, **shape}), vocab_size, seed, precision)
 
 
@@ -66,10 +67,12 @@ def test_the_first_loss_is_the_log_of_the_vocabulary(position: str, tie_embeddin
     ("position", "norm", "activation", "num_kv_heads"),
     [(*combination, 2) for combination in COMBINATIONS] + [("rope", "rms_norm", "gelu", n) for n in (None, 1)],
 )
+@pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_token_moves_its_own_and_later_logits_only(
-    position: str, norm: str, activation: str, num_kv_heads: int | None
+    position: str, norm: str, activation: str, num_kv_heads: int | None, qk_norm: bool
 ) -> None:
-    model = make_model(position=position, norm=norm, activation=activation, num_kv_heads=num_kv_heads)
+    shape = {"position": position, "norm": norm, "activation": activation, "num_kv_heads": num_kv_heads}
+    model = make_model(qk_norm=qk_norm, **shape)
     tokens = np.tile(make_tokens(1), [9, 1])
     for time in range(8):
         tokens[time + 1, time] = (tokens[time + 1, time] + 1) % VOCAB_SIZE
@@ -345,7 +348,8 @@ def test_no_two_weights_start_from_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("num_layers", [1, 4])
 def test_initial_spread_is_that_of_gpt2(num_layers: int) -> None:
-    config = ModelConfig(num_layers=num_layers, model_dim=64, position="learned", norm="layer_norm", use_bias=True)
+    shape = {"num_layers": num_layers, "model_dim": 64, "position": "learned", "norm": "layer_norm", "use_bias": True}
+    config = ModelConfig(**shape, tie_embeddings=True, zero_init=False)
     for name, value in weights_of(GPT(config, 256)).items():
         if value.ndim < 2:
             np.testing.assert_array_equal(value, np.full(value.shape, float(name.endswith("gain"))))

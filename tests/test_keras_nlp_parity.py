@@ -88,6 +88,8 @@ def both() -> Both:
         activation="gelu",
         use_bias=True,
         tie_embeddings=True,
+        qk_norm=False,
+        zero_init=False,
     )
     model = GPT(config, VOCAB_SIZE, seed=1)
     copied = rename({variable.path: variable.numpy() for variable in backbone.trainable_variables})

@@ -35,7 +35,7 @@ class Letters:
 
 def make_model(**shape: Any) -> GPT:
     default = {"num_layers": 2, "num_heads": 4, "model_dim": 16, "mlp_dim": 24, "context_length": CONTEXT}
-    return GPT(ModelConfig(**{**default, "init_stddev": 0.3, "tie_embeddings": False, **shape}), Letters.vocab_size)
+    return GPT(ModelConfig(**{**default, "init_stddev": 0.3, "zero_init": False, **shape}), Letters.vocab_size)
 
 
 def make_endless_model(**shape: Any) -> GPT:
@@ -180,7 +180,10 @@ def test_without_an_end_the_text_has_the_length_asked_for(num_tokens: int) -> No
 
 
 def test_bytes_come_out_as_text() -> None:
-    model = GPT(ModelConfig(num_layers=1, num_heads=2, model_dim=8, context_length=CONTEXT), ByteTokenizer.vocab_size)
+    model = GPT(
+        ModelConfig(num_layers=1, num_heads=2, model_dim=8, context_length=CONTEXT, zero_init=False),
+        ByteTokenizer.vocab_size,
+    )
     text = Sampler(model, ByteTokenizer()).text("é", SamplingConfig(num_tokens=10, temperature=1.0, seed=1))
     assert isinstance(text, str)
     assert 0 < len(text) <= 10

@@ -64,12 +64,16 @@ class ModelConfig:
     """Fraction of activations dropped after the embedding and each residual branch, in [0, 1)."""
     use_bias: bool = False
     """Whether projections and layer norms have biases, as GPT-2's do."""
-    tie_embeddings: bool = True
+    qk_norm: bool = True
+    """Whether queries and keys are RMS-normalised before they meet, which allows higher learning rates."""
+    tie_embeddings: bool = False
     """Whether the output projection is the token embedding itself (one variable)."""
     norm_epsilon: float = 1e-5
     """Added to the variance (or mean square) inside the normalisation."""
     init_stddev: float = 0.02
     """Standard deviation of the initial weights; residual projections get this / sqrt(2 * num_layers)."""
+    zero_init: bool = True
+    """Whether residual projections, and the output projection if it is not tied, start at zero instead."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "model_dim", "context_length"):
@@ -128,7 +132,7 @@ class DataConfig:
     """Training text: python-stdlib (the source code of this Python's standard library) or text:GLOB (UTF-8 files)."""
     validation_source: str | None = None
     """Validation text, in the same notation; null: held out from source by validation_fraction."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.02
     """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
     tokenizer: Literal["bytes"] = "bytes"
     """bytes: one token per UTF-8 byte, vocabulary 256."""
@@ -148,27 +152,29 @@ class DataConfig:
 class OptimizerConfig:
     """The update rule and its learning rate."""
 
-    name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "lion", "adafactor", "muon"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "lion", "adafactor", "muon"] = "muon"
     """Update rule; muon is Muon for the matrices of the blocks and AdamW for everything else."""
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    learning_rate: float = 0.009
+    """Peak learning rate; adamw wants about a third of muon's."""
+    adam_learning_rate: float | None = 0.02
+    """Peak learning rate of muon's AdamW part; null: learning_rate. Other rules do not look at it."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
     """After warm-up: constant, linear or cosine decay to final_fraction, or wsd (constant, then linear decay)."""
-    warmup_steps: int = 100
+    warmup_steps: int = 30
     """Steps over which the learning rate rises linearly from 0."""
     final_fraction: float = 0.0
     """Learning rate of the last step as a fraction of the peak (linear, cosine, wsd)."""
     schedule_steps: int | None = None
     """Steps that the schedule spans, if not training.steps: name it where a run is made longer later."""
-    decay_fraction: float = 0.4
+    decay_fraction: float = 0.7
     """Fraction of all steps over which wsd decays."""
     weight_decay: float | None = None
-    """Decoupled weight decay, times the learning rate at each step; null: 0.1 for adamw, lion and muon, else 0."""
+    """Decoupled weight decay, times the learning rate at each step; null: 0.1 (adamw, lion), 0.01 (muon) or 0."""
     decay_embeddings: bool = False
     """Whether weight decay reaches embedding tables; gains and biases never decay."""
     beta_1: float = 0.9
     """Decay rate of the first moment of adamw, adam, lion and muon's Adam part."""
-    beta_2: float = 0.99
+    beta_2: float = 0.95
     """Decay rate of the second moment of adamw, adam, rmsprop, muon's Adam part, and of lion's momentum."""
     epsilon: float = 1e-8
     """Added to the root of the second moment ("epsilon hat" of Kingma and Ba), by rmsprop under the root."""
@@ -179,6 +185,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive: try 1e-3")
+        adam_rate = self.adam_learning_rate
+        require(adam_rate is None or adam_rate > 0, "optimizer.adam_learning_rate", adam_rate, "must be positive")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative: try 0")
         for name in ("beta_1", "beta_2", "momentum"):
             value = getattr(self, name)
@@ -211,16 +219,16 @@ class OptimizerConfig:
     def decay_rate(self) -> float:
         if self.weight_decay is not None:
             return self.weight_decay
-        return 0.1 if self.name in ("adamw", "lion", "muon") else 0.0
+        return {"adamw": 0.1, "lion": 0.1, "muon": 0.01}.get(self.name, 0.0)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long, how wide and how precisely to train."""
 
-    steps: int = 1500
+    steps: int = 500
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 48
+    global_batch_size: int = 16
     """Sequences per optimizer step, over all replicas and micro-batches."""
     microbatch_size: int | None = None
     """Sequences per forward pass on one replica; null: global_batch_size / num_replicas (no accumulation)."""
@@ -228,7 +236,7 @@ class TrainingConfig:
     """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always."""
     jit_compile: bool | Literal["auto"] = "auto"
     """XLA for the step; auto: on, except for bfloat16 on CPUs, where oneDNN is faster."""
-    log_every: int = 10
+    log_every: int = 20
     """Steps between two lines of the console and of metrics.jsonl."""
     evaluate_every: int = 250
     """Steps between two passes over the whole validation split (and one at the end); 0: only at the end."""

@@ -26,12 +26,18 @@ Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch,
 class Initializers:
     """Initial weights that depend on the seed and the weight's name, not on the order of creation."""
 
-    def __init__(self, seed: int, stddev: float) -> None:
-        self._seed, self._stddev = seed, stddev
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
 
     def normal(self, name: str, scale: float = 1.0) -> keras.initializers.Initializer:
         seed = zlib.crc32(f"{self._seed}/{name}".encode()) & 0x7FFFFFFF
-        return keras.initializers.RandomNormal(stddev=self._stddev * scale, seed=seed)
+        return keras.initializers.RandomNormal(stddev=self._config.init_stddev * scale, seed=seed)
+
+    def residual(self, name: str) -> keras.initializers.Initializer:
+        """For the projections that write into the residual stream: zero, or scaled down by depth as in GPT-2."""
+        if self._config.zero_init:
+            return keras.initializers.Zeros()
+        return self.normal(name, 1 / math.sqrt(2 * self._config.num_layers))
 
 
 class Linear(keras.layers.Layer):
@@ -88,6 +94,12 @@ def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def rms_normalise(x: tf.Tensor, epsilon: float) -> tf.Tensor:
+    """Divides the last axis by its root mean square, in float32 (QK-norm: Henry et al. 2020, Dehghani et al. 2023)."""
+    y = tf.cast(x, tf.float32)
+    return tf.cast(y * tf.math.rsqrt(tf.reduce_mean(tf.square(y), axis=-1, keepdims=True) + epsilon), x.dtype)
+
+
 def rotate(x: tf.Tensor, cosines: tf.Tensor, sines: tf.Tensor) -> tf.Tensor:
     """Rotates the two halves of (batch, heads, time, head_dim) by tables of shape (time, head_dim / 2)."""
     cosines, sines = tf.cast(cosines, x.dtype), tf.cast(sines, x.dtype)
@@ -104,7 +116,7 @@ class Attention(keras.layers.Layer):
         width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
         initial = initializers.normal(f"{name}/query_key_value")
         self.query_key_value = Linear(width, config.use_bias, initial, name="query_key_value", dtype=dtype)
-        initial = initializers.normal(f"{name}/output", 1 / math.sqrt(2 * config.num_layers))
+        initial = initializers.residual(f"{name}/output")
         self.output_projection = Linear(
             config.model_dim, config.use_bias, initial, name="output_projection", dtype=dtype
         )
@@ -149,6 +161,8 @@ class Attention(keras.layers.Layer):
         shape = [tf.shape(x)[0], tf.shape(x)[1], config.num_heads + 2 * config.kv_heads, config.head_dim]
         heads = tf.transpose(tf.reshape(fused, shape), [0, 2, 1, 3])
         queries, keys, values = tf.split(heads, [config.num_heads, config.kv_heads, config.kv_heads], axis=1)
+        if config.qk_norm:
+            queries, keys = rms_normalise(queries, config.norm_epsilon), rms_normalise(keys, config.norm_epsilon)
         if config.position == "rope":
             cosines, sines = tf.gather(self.cosines, positions), tf.gather(self.sines, positions)
             queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
@@ -182,7 +196,7 @@ class MLP(keras.layers.Layer):
         self.gated = config.activation == "swiglu"
         width = config.hidden_dim * (2 if self.gated else 1)
         self.expand = Linear(width, config.use_bias, initializers.normal(f"{name}/expand"), name="expand", dtype=dtype)
-        initial = initializers.normal(f"{name}/contract", 1 / math.sqrt(2 * config.num_layers))
+        initial = initializers.residual(f"{name}/contract")
         self.contract = Linear(config.model_dim, config.use_bias, initial, name="contract", dtype=dtype)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -245,7 +259,7 @@ class GPT(keras.Model):
         policy = keras.DTypePolicy("mixed_bfloat16" if precision == "bfloat16" else "float32")
         super().__init__(name="gpt", dtype=policy)
         self.config, self.vocab_size = config, vocab_size
-        initializers = Initializers(seed, config.init_stddev)
+        initializers = Initializers(config, seed)
         self._initializers = initializers
         self.embedding_dropout = KeyedDropout(config.dropout, "embedding", name="embedding_dropout", dtype=policy)
         self.blocks = [Block(config, initializers, f"block_{index}", policy) for index in range(config.num_layers)]
@@ -263,9 +277,8 @@ class GPT(keras.Model):
                 name="position_embedding",
             )
         if not config.tie_embeddings:
-            self.output_embedding = self.add_weight(
-                shape=table, initializer=normal("output_embedding"), name="output_embedding"
-            )
+            initial = keras.initializers.Zeros() if config.zero_init else normal("output_embedding")
+            self.output_embedding = self.add_weight(shape=table, initializer=initial, name="output_embedding")
         for block in self.blocks:
             block.build((None, input_shape[1], config.model_dim))
         self.output_norm.build((None, input_shape[1], config.model_dim))

@@ -136,6 +136,7 @@ def _make_keras_optimizer(config: OptimizerConfig) -> keras.optimizers.Optimizer
                 "adam_beta_1": config.beta_1,
                 "adam_beta_2": config.beta_2,
                 "adam_weight_decay": weight_decay,
+                "adam_lr_ratio": (config.adam_learning_rate or config.learning_rate) / config.learning_rate,
                 "epsilon": config.epsilon,
                 "momentum": config.momentum,
             },
