@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,12 @@ class CheckpointFolder:
             data = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
             digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
             _write_synced(scratch / f"{name}.safetensors", data)
-        state = {**checkpoint.state, "files": digests}
+        state = {
+            **checkpoint.state,
+            "weights_sha256": digest(checkpoint.weights),
+            "state_sha256": digest(checkpoint.weights, checkpoint.optimizer),
+            "files": digests,
+        }
         _write_synced(scratch / "state.json", json.dumps(state, indent=1).encode())
         _sync_folder(scratch)
         self._discard(final)
@@ -159,9 +165,49 @@ class CheckpointFolder:
             shutil.rmtree(doomed)
 
 
+class AsyncSaver:
+    """Writes checkpoints in a thread, one at a time; a second save waits for the first.
+
+    As a context manager it waits at the end of its block. An error of the thread is raised by the next call.
+    """
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "AsyncSaver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Starts to write a checkpoint whose tensors nobody changes any more."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="save-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the save under way, if there is one."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._folder.save(checkpoint)
+        except BaseException as error:
+            self._error = error
+
+
 def snapshot(variables: Variables) -> Tensors:
     """Copies variables to the host, under the names given."""
-    return {name: np.asarray(variable.numpy()) for name, variable in variables.items()}
+    return {name: np.array(variable.numpy()) for name, variable in variables.items()}
 
 
 def restore(variables: Variables, tensors: Tensors) -> None:

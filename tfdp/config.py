@@ -9,6 +9,7 @@ touching a device is found here, as a `ConfigError` of one line that names key, 
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import itertools
 import math
@@ -264,10 +265,12 @@ class TrainingConfig:
 class DistributionConfig:
     """Replicas, and how they are kept in step."""
 
-    strategy: Literal["auto", "one_device", "mirrored"] = "auto"
-    """auto: mirrored over the replicas of this machine."""
+    strategy: Literal["auto", "one_device", "mirrored", "multi_worker_mirrored"] = "auto"
+    """auto: multi_worker_mirrored where TF_CONFIG or SLURM name several workers, else mirrored."""
     num_replicas: int | None = None
-    """Replicas of this worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
+    """Replicas of each worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
+    peer_timeout_seconds: float = 60.0
+    """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
 
     def __post_init__(self) -> None:
         require(
@@ -281,6 +284,12 @@ class DistributionConfig:
             "distribution.num_replicas",
             self.num_replicas,
             "must be 1 with distribution.strategy one_device: try mirrored",
+        )
+        require(
+            self.peer_timeout_seconds >= 1,
+            "distribution.peer_timeout_seconds",
+            self.peer_timeout_seconds,
+            "must be at least 1: try 60",
         )
 
 
@@ -383,6 +392,27 @@ def known_keys(config_class: type) -> dict[str, Any]:
         else:
             keys[field.name] = kind
     return keys
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by dotted key."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values.update(flatten(value, f"{prefix}{field.name}."))
+        else:
+            values[f"{prefix}{field.name}"] = value
+    return values
+
+
+def code_sha256(*folders: Path) -> str:
+    """A digest of the Python files of tfdp and of further folders: what must be the same on all workers."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, *folders):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:

@@ -82,7 +82,9 @@ def _worker_positions(strategy: tf.distribute.Strategy, global_batch_size: int, 
     def position(index: tf.Tensor) -> tf.Tensor:
         return (index // rows) * global_batch_size + offset + index % rows
 
-    return tf.data.Dataset.range(first, np.iinfo(np.int64).max).map(position)
+    # `repeat` makes the dataset infinite in name too: of a finite one, tf.distribute asks all replicas before each
+    # batch whether anybody has run out.
+    return tf.data.Dataset.range(first, np.iinfo(np.int64).max).repeat().map(position)
 
 
 def _distribute(

@@ -10,11 +10,40 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdp.cluster import Cluster, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exits import ConfigError
 
 
-def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
+def find_cluster(config: DistributionConfig) -> Cluster:
+    """The workers of this job, from TF_CONFIG or SLURM; one worker where there is neither.
+
+    Raises:
+      ConfigError: TF_CONFIG is wrong, or the strategy asks for workers that are not there.
+    """
+    cluster = Cluster()
+    if os.environ.get("TF_CONFIG"):
+        cluster = parse_tf_config(os.environ["TF_CONFIG"])
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(auto_set_gpu=True)
+        addresses = resolver.cluster_spec().as_dict()["worker"]
+        cluster = Cluster(tuple(addresses), int(resolver.task_id))
+    require(
+        config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
+        "distribution.strategy",
+        config.strategy,
+        "needs several workers, from TF_CONFIG or SLURM: try auto, or python -m tfdp.launch --num_workers 2",
+    )
+    require(
+        config.strategy in ("auto", "multi_worker_mirrored") or cluster.num_workers == 1,
+        "distribution.strategy",
+        config.strategy,
+        f"is for one worker, but TF_CONFIG or SLURM name {cluster.num_workers}: try auto",
+    )
+    return cluster
+
+
+def make_strategy(config: DistributionConfig, cluster: Cluster | None = None) -> tf.distribute.Strategy:
     """Makes the strategy of this process. Call it before TensorFlow has touched a device.
 
     Where there is no GPU, `num_replicas` logical CPU devices are made, one replica each; they share the
@@ -34,10 +63,12 @@ def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
         )
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
-        devices = [f"GPU:{index}" for index in range(num_replicas)]
     else:
         _make_logical_cpus(num_replicas)
-        devices = [f"CPU:{index}" for index in range(num_replicas)]
+    kind = "GPU" if gpus else "CPU"
+    if cluster is not None and cluster.num_workers > 1:
+        return _multi_worker_strategy(cluster, kind, num_replicas)
+    devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
     # Logical CPUs share their memory, so a plain sum on the first one, in replica order, beats a ring of copies.
@@ -45,11 +76,40 @@ def make_strategy(config: DistributionConfig) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
 
 
+def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.distribute.Strategy:
+    """MultiWorkerMirroredStrategy over `num_local` devices of each worker.
+
+    TensorFlow takes all GPUs of a worker but only one CPU, however many logical ones there are. For the time
+    of construction its one private method that lists the local devices is replaced by ours, so that several
+    replicas per worker can be rehearsed without GPUs; tests/test_multi_worker.py fails when TensorFlow moves it.
+    """
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    def local_devices(_self: Any, _resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:
+        return tuple(f"{worker_device}/device:{kind}:{index}" for index in range(num_local)), kind
+
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
+        task_type="worker",
+        task_id=cluster.index,
+        num_accelerators={kind: num_local},
+        rpc_layer="grpc",
+    )
+    communication = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=communication.NCCL if kind == "GPU" else communication.RING
+    )
+    original = CollectiveAllReduceExtended._initialize_local_devices
+    CollectiveAllReduceExtended._initialize_local_devices = local_devices
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+    finally:
+        CollectiveAllReduceExtended._initialize_local_devices = original
+
+
 def num_workers(strategy: tf.distribute.Strategy) -> int:
     """Number of processes that train together."""
-    resolver = strategy.cluster_resolver
-    spec = resolver.cluster_spec().as_dict() if resolver else {}
-    return max(1, sum(len(tasks) for tasks in spec.values()))
+    return int(strategy.num_replicas_in_sync) // num_local_replicas(strategy)
 
 
 def worker_index(strategy: tf.distribute.Strategy) -> int:
@@ -60,7 +120,7 @@ def worker_index(strategy: tf.distribute.Strategy) -> int:
 
 def num_local_replicas(strategy: tf.distribute.Strategy) -> int:
     """Number of replicas in this process."""
-    return int(strategy.num_replicas_in_sync) // num_workers(strategy)
+    return len(strategy.extended.worker_devices)
 
 
 def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig) -> int:

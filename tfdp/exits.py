@@ -1,7 +1,10 @@
 """How a command ends: exit codes, and the exceptions that carry them to one line on stderr."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 FINISHED, FAILED, USER_ERROR, STOPPED, PEER_LOST = 0, 1, 2, 75, 76
 
@@ -28,12 +31,35 @@ class StopRequested(CommandError):
     exit_code = STOPPED
 
 
+class PeerLost(CommandError):
+    """Another worker died, stalled or was cut off; the job can be restarted."""
+
+    exit_code = PEER_LOST
+
+
+def leave(error: CommandError) -> NoReturn:
+    """Ends the process at once, from any thread, with the error's line and code.
+
+    TensorFlow's own way out would wait for a peer that is gone. The pause lets the other workers find out
+    who was lost before this one is gone too.
+    """
+    _report(error)
+    time.sleep(1.5)
+    os._exit(error.exit_code)
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and turns the exceptions above into its exit code."""
     try:
         command()
+    except PeerLost as error:
+        leave(error)
     except CommandError as error:
-        label = "stopped" if isinstance(error, StopRequested) else "error"
-        print(f"{label}: {error}", file=sys.stderr, flush=True)
+        _report(error)
         return error.exit_code
     return FINISHED
+
+
+def _report(error: CommandError) -> None:
+    label = "stopped" if isinstance(error, StopRequested) else "error"
+    print(f"{label}: {error}", file=sys.stderr, flush=True)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tfdp import checkpoint, distribution
-from tfdp.checkpoint import Checkpoint, CheckpointFolder
+from tfdp import checkpoint
+from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
+from tfdp.cluster import Cluster, Watch, finish_together, publish, read
 from tfdp.config import CheckpointConfig, TrainingConfig
 from tfdp.evaluation import Evaluation
 from tfdp.exits import StopRequested, TrainingError
@@ -38,6 +39,8 @@ class Task:
     batches_from: Callable[[int], Iterator[Any]]  # the batches of a step and all after it
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
+    cluster: Cluster
+    watch: Watch
     flops_per_token: int
     matrix_peak: float  # FLOP/s of all devices together
     facts: Mapping[str, Any]  # goes into summary.json as it is
@@ -59,26 +62,30 @@ def fit(task: Task) -> dict[str, Any]:
     num_steps = task.training.steps
     folder = task.run.checkpoints(task.checkpointing.keep)
     progress = _resume(task, folder)
-    task.run.begin(task.config_yaml)
-    writer = MetricsWriter(task.run.path, progress.step, _is_chief(task))
+    if task.cluster.is_chief:
+        task.run.begin(task.config_yaml)
+    writer = MetricsWriter(task.run.path, progress.step, task.cluster.is_chief)
     writer.text("config", task.config_yaml, progress.step)
     batches = task.batches_from(progress.step)
-    with _stop_on_signal(task.train_step):
+    with _stop_on_signal(task.train_step), task.watch.watching(), AsyncSaver(folder) as saver:
         stopped = False
         while True:
             last = progress.step >= num_steps
             if last or (not stopped and _due(progress.step, task.training.evaluate_every, progress.resumed_step)):
                 _evaluate(task, writer, progress)
             if last or stopped or _should_save(task, progress):
-                _save(task, folder, progress)
+                _save(task, saver, progress)
             if last or stopped:
                 break
             results = _advance(task, batches, progress)
+            task.watch.step = progress.step
             stopped = results.stopped
             if _due(progress.step, task.training.log_every) or progress.step >= num_steps:
                 _log(task, writer, progress, results)
             if results.nonfinite is not None:
                 raise TrainingError(_nonfinite_message(task, folder, progress, results))
+        saver.wait()
+        finish_together(task.cluster)
     writer.close()
     if progress.step < num_steps:
         raise StopRequested(
@@ -105,16 +112,15 @@ class _Progress:
 
 
 def _resume(task: Task, folder: CheckpointFolder) -> _Progress:
-    """Restores the newest whole checkpoint of the run directory, if there is one."""
-    newest, warnings = folder.load_newest()
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    """Restores the newest whole checkpoint of the run directory, if there is one; the chief says which."""
+    newest = _load_agreed(task.cluster, folder)
     if newest is None:
         return _Progress()
     checkpoint.refuse_differences(newest.state["identity"], task.identity)
     checkpoint.restore(task.weights, newest.weights)
     checkpoint.restore(task.optimizer_state, newest.optimizer)
-    say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
+    if task.cluster.is_chief:
+        say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
     return _Progress(
         step=newest.step,
         resumed_step=newest.step,
@@ -122,6 +128,19 @@ def _resume(task: Task, folder: CheckpointFolder) -> _Progress:
         best_loss=newest.state["best_validation_loss"],
         train_loss=newest.state["train_loss"],
     )
+
+
+def _load_agreed(cluster: Cluster, folder: CheckpointFolder) -> Checkpoint | None:
+    """The checkpoint that the chief chose, so that all workers go on from the same step."""
+    if cluster.is_chief:
+        newest, warnings = folder.load_newest()
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if cluster.num_workers > 1:
+            publish("resume", 0, "none" if newest is None else str(newest.step))
+        return newest
+    step = read("resume", 0)
+    return None if step == "none" else folder.load(int(step))
 
 
 def _advance(task: Task, batches: Iterator[Any], progress: _Progress) -> StepResults:
@@ -137,6 +156,8 @@ def _advance(task: Task, batches: Iterator[Any], progress: _Progress) -> StepRes
     if progress.warm:
         progress.since_log.add(seconds, int(results.num_tokens.sum()), len(results.loss))
         progress.total.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+    elif not task.cluster.is_chief:
+        progress.warm = True
     else:
         since_start = duration(time.monotonic() - task.started)
         say(f"first step after {since_start}, of which {seconds:.1f} s to trace and compile")
@@ -179,7 +200,7 @@ def _evaluate(task: Task, writer: MetricsWriter, progress: _Progress) -> None:
     }
     writer.validation(values, task.training.steps)
     if task.sample is not None:
-        writer.text("sample", task.sample(), progress.step)
+        writer.text("sample", task.sample() if task.cluster.is_chief else "", progress.step)
 
 
 def _should_save(task: Task, progress: _Progress) -> bool:
@@ -190,8 +211,10 @@ def _should_save(task: Task, progress: _Progress) -> bool:
     return is_best or _due(progress.step, task.checkpointing.every_steps, progress.resumed_step)
 
 
-def _save(task: Task, folder: CheckpointFolder, progress: _Progress) -> None:
-    if progress.step == progress.saved_step:
+def _save(task: Task, saver: AsyncSaver, progress: _Progress) -> None:
+    """Copies the state to host memory and has it written beside the steps; only the chief has anything to do."""
+    if progress.step == progress.saved_step or not task.cluster.is_chief:
+        progress.saved_step = progress.step
         return
     weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
     evaluated = progress.evaluation if progress.evaluated_step == progress.step else None
@@ -202,11 +225,8 @@ def _save(task: Task, folder: CheckpointFolder, progress: _Progress) -> None:
         "train_loss": progress.train_loss,
         "validation_loss": evaluated.loss if evaluated else None,
         "best_validation_loss": progress.best_loss,
-        "weights_sha256": checkpoint.digest(weights),
-        "state_sha256": checkpoint.digest(weights, optimizer),
     }
-    if _is_chief(task):
-        folder.save(Checkpoint(weights, optimizer, state))
+    saver.save(Checkpoint(weights, optimizer, state))
     progress.saved_step = progress.step
 
 
@@ -222,13 +242,13 @@ def _summarise(task: Task, progress: _Progress) -> dict[str, Any]:
         "tokens_per_second": progress.total.tokens_per_second,
         "wall_seconds": time.monotonic() - task.started,
         "num_replicas": int(task.strategy.num_replicas_in_sync),
-        "num_workers": distribution.num_workers(task.strategy),
+        "num_workers": task.cluster.num_workers,
         "sequences_seen": progress.step * task.training.global_batch_size,
         **task.facts,
         "weights_sha256": checkpoint.digest(weights),
         "state_sha256": checkpoint.digest(weights, optimizer),
     }
-    if _is_chief(task):
+    if task.cluster.is_chief:
         task.run.write_summary(summary)
     return summary
 
@@ -248,10 +268,6 @@ def _nonfinite_message(task: Task, folder: CheckpointFolder, progress: _Progress
 def _due(step: int, every: int, not_at: int = 0) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every > 0 and step % every == 0 and step != not_at and step > 0
-
-
-def _is_chief(task: Task) -> bool:
-    return distribution.worker_index(task.strategy) == 0
 
 
 @contextlib.contextmanager

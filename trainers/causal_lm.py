@@ -6,6 +6,7 @@ key answer in a fraction of a second, without waiting for TensorFlow.
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tfdp.config import (
@@ -16,6 +17,8 @@ from tfdp.config import (
     OptimizerConfig,
     SamplingConfig,
     TrainingConfig,
+    code_sha256,
+    flatten,
     require,
     to_yaml,
 )
@@ -47,6 +50,7 @@ def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
     started = time.monotonic()
     from tfdp import data, distribution, loop, losses, metrics, shards
+    from tfdp.cluster import Watch, require_agreement
     from tfdp.evaluation import Evaluator
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
@@ -56,12 +60,20 @@ def train(config: Config) -> dict[str, Any]:
     from tfdp.tokenizer import make_tokenizer
 
     training, context_length = config.training, config.model.context_length
+    cluster = distribution.find_cluster(config.distribution)
+    require(
+        config.run_dir is not None or cluster.num_workers == 1,
+        "run_dir",
+        config.run_dir,
+        "must be named where there are several workers: try --run_dir runs/NAME",
+    )
     tokenizer = make_tokenizer(config.data.tokenizer)
     corpus = shards.open_or_prepare(config.data, tokenizer, distribution.cache_dir(config.data))
     for name in shards.SPLITS:
         data.check_lengths(getattr(corpus, name), name, context_length, config.data.source)
 
-    strategy = distribution.make_strategy(config.distribution)
+    strategy = distribution.make_strategy(config.distribution, cluster)
+    require_agreement(cluster, shared_facts(config, corpus.corpus_sha256))
     microbatch_size = distribution.microbatch_size(strategy, training)
     jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
     with strategy.scope():
@@ -87,12 +99,13 @@ def train(config: Config) -> dict[str, Any]:
     matrix_peak = metrics.matrix_peak(training.precision, distribution.gpu_names(strategy))
     run = RunDirectory.named(config.run_dir)
 
-    metrics.say(f"model      {model.describe()}")
-    metrics.say(f"data       {config.data.source}: {corpus.describe()}")
-    metrics.say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
-    metrics.say(f"precision  {training.precision}, XLA {'on' if jit_compile else 'off'}")
-    metrics.say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
-    metrics.say(f"run        {run.path}")
+    say = metrics.say if cluster.is_chief else (lambda _line: None)
+    say(f"model      {model.describe()}")
+    say(f"data       {config.data.source}: {corpus.describe()}")
+    say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
+    say(f"precision  {training.precision}, XLA {'on' if jit_compile else 'off'}")
+    say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
+    say(f"run        {run.path}")
     summary = loop.fit(
         loop.Task(
             strategy=strategy,
@@ -109,6 +122,8 @@ def train(config: Config) -> dict[str, Any]:
                 )
             ),
             evaluate=evaluator,
+            cluster=cluster,
+            watch=Watch(cluster, config.distribution.peer_timeout_seconds),
             sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
             flops_per_token=model.flops_per_token(),
             matrix_peak=matrix_peak,
@@ -117,10 +132,17 @@ def train(config: Config) -> dict[str, Any]:
             started=started,
         )
     )
-    if training.sample_tokens:
-        metrics.say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
-    metrics.say(run.next_steps())
+    if training.sample_tokens and cluster.is_chief:
+        say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
+    say(run.next_steps())
     return summary
+
+
+def shared_facts(config: Config, corpus_sha256: str) -> dict[str, Any]:
+    """What all workers must have in common: every key but where each keeps its cache, the text, and this code."""
+    keys = flatten(config)
+    del keys["data.cache_dir"]
+    return {**keys, "corpus_sha256": corpus_sha256, "code_sha256": code_sha256(Path(__file__).parent)}
 
 
 def identity(config: Config, tokenizer_fingerprint: str, corpus_sha256: str) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""The workers of a job: who they are, what they must agree on, and whether they are alive.
+
+The addresses come from `TF_CONFIG` or SLURM (see distribution.py). Agreement goes through the key-value store
+of TensorFlow's coordination service, outside the collectives, so that a wrong cluster is found before the first
+of them. Liveness is asked of each peer's own gRPC server once a second: a process that is compiling still
+answers, one that is dead refuses, and one that is stopped or cut off stays silent.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tfdp.exits import ConfigError, PeerLost, leave
+
+_PROBE_SECONDS = 1.0
+_AGREEMENT_TIMEOUT_SECONDS = 300.0
+# An HTTP/2 connection preface and an empty SETTINGS frame: a live gRPC server answers with its own SETTINGS.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The addresses "host:port" of all workers in order, and this process's place; worker 0 is the chief."""
+
+    addresses: tuple[str, ...] = ("localhost:0",)
+    index: int = 0
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def is_chief(self) -> bool:
+        return self.index == 0
+
+    @property
+    def peers(self) -> list[int]:
+        return [index for index in range(self.num_workers) if index != self.index]
+
+    def name(self, index: int) -> str:
+        return f"worker {index} ({self.addresses[index]})"
+
+
+def parse_tf_config(text: str) -> Cluster:
+    """Reads the content of TF_CONFIG: JSON with `cluster` (lists of host:port) and this process's `task`.
+
+    Raises:
+      ConfigError: what is wrong, before anything waits for a peer that will never come.
+    """
+
+    def refuse(value: object, rule: str) -> ConfigError:
+        return ConfigError(f"TF_CONFIG ({value}) {rule}")
+
+    try:
+        content = json.loads(text)
+        jobs, task = content["cluster"], content["task"]
+        kind, index = task["type"], int(task["index"])
+        addresses = [*jobs.get("chief", []), *jobs.get("worker", [])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        example = '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+        raise refuse(text, f"must be JSON like {example}") from None
+    unknown = sorted(set(jobs) - {"chief", "worker"})
+    if unknown:
+        raise refuse(", ".join(unknown), "must name the jobs chief and worker only: leave the others out")
+    if kind not in jobs:
+        raise refuse(f"task.type {kind}", f"must be one of the jobs of the cluster: {', '.join(jobs)}")
+    if not 0 <= index < len(jobs[kind]):
+        raise refuse(f"task.index {index}", f"must lie in 0..{len(jobs[kind]) - 1}: the job {kind} has no other")
+    for address in addresses:
+        host, _, port = str(address).rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise refuse(address, "must be host:port with a port from 1 to 65535")
+    if len(set(addresses)) != len(addresses):
+        twice = next(address for address in addresses if addresses.count(address) > 1)
+        raise refuse(twice, "must name each address once")
+    before = len(jobs.get("chief", [])) if kind == "worker" else 0
+    return Cluster(tuple(addresses), before + index)
+
+
+def require_agreement(cluster: Cluster, facts: Mapping[str, Any]) -> None:
+    """Compares facts such as configuration keys and digests over all workers.
+
+    Raises:
+      ConfigError: on every worker, naming the first key that differs and the worker that has another value.
+    """
+    if cluster.num_workers == 1:
+        return
+    publish("facts", cluster.index, json.dumps(dict(facts)))
+    differing = None
+    for peer in range(cluster.num_workers):
+        if peer == cluster.index:
+            continue
+        theirs = json.loads(read("facts", peer))
+        for key in {**facts, **theirs}:
+            if differing is None and theirs.get(key) != json.loads(json.dumps(facts.get(key))):
+                differing = (key, peer, theirs.get(key))
+    with contextlib.suppress(Exception):
+        barrier("facts", _PROBE_SECONDS * 10)
+    if differing is not None:
+        key, peer, value = differing
+        raise ConfigError(
+            f"{key} ({facts.get(key)}) must be the same on all workers: {cluster.name(peer)} has {value}, "
+            f"{cluster.name(cluster.index)} has {facts.get(key)}"
+        )
+
+
+def publish(topic: str, index: int, value: str) -> None:
+    """Tells all workers a value under (topic, index); each may be told once."""
+    _context().set_config_key_value(f"tfdp/{topic}/{index}", value)
+
+
+def read(topic: str, index: int, timeout_seconds: float = _AGREEMENT_TIMEOUT_SECONDS) -> str:
+    """Waits for what a worker publishes."""
+    value: str = _context().get_config_key_value(f"tfdp/{topic}/{index}", int(timeout_seconds * 1000))
+    return value
+
+
+def barrier(name: str, timeout_seconds: float) -> None:
+    """Waits until every worker is here."""
+    _context().wait_at_barrier(f"tfdp/{name}", int(timeout_seconds * 1000))
+
+
+def finish_together(cluster: Cluster, timeout_seconds: float = 60.0) -> None:
+    """Waits until all workers are done, so that none takes another's leaving for a loss."""
+    if cluster.num_workers > 1:
+        barrier("finished", timeout_seconds)
+
+
+def _context() -> Any:
+    # The coordination service has no public Python interface; tests/test_multi_worker.py fails when this one moves.
+    from tensorflow.python.eager import context
+
+    return context.context()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Who is alive
+# ---------------------------------------------------------------------------------------------------
+
+
+def probe(address: str, timeout_seconds: float) -> str:
+    """Asks a worker's gRPC server for a sign of life: "alive", "dead" (refused) or "silent"."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds) as connection:
+            connection.settimeout(timeout_seconds)
+            connection.sendall(_HELLO)
+            return "alive" if connection.recv(1) else "dead"
+    except (ConnectionError, socket.gaierror):
+        return "dead"
+    except OSError:
+        return "silent"
+
+
+class Watch:
+    """Watches the peers of a worker from a thread, and ends this process when one of them is lost.
+
+    Args:
+      cluster: of this worker.
+      timeout_seconds: how long a peer may be silent. One that refuses connections is lost at once.
+    """
+
+    def __init__(self, cluster: Cluster, timeout_seconds: float) -> None:
+        self._cluster, self._timeout = cluster, timeout_seconds
+        self._heard = dict.fromkeys(cluster.peers, time.monotonic())
+        self._refused = dict.fromkeys(cluster.peers, 0)
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self.step = 0  # the last step done, for the message
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Watch"]:
+        """Watches while the block runs, and turns errors of collectives whose cause is a lost peer into PeerLost."""
+        if self._cluster.num_workers == 1:
+            yield self
+            return
+        for peer in self._cluster.peers:
+            threading.Thread(target=self._watch, args=(peer,), daemon=True, name=f"watch-worker-{peer}").start()
+        try:
+            yield self
+        except Exception as error:
+            if not _is_collective_error(error):
+                raise
+            lost = self._find_lost(seconds=4.0)
+            if lost is None:
+                raise
+            raise PeerLost(self._message(*lost)) from None
+        finally:
+            self._stopped.set()
+
+    def _watch(self, peer: int) -> None:
+        while not self._stopped.wait(_PROBE_SECONDS):
+            lost = self._ask(peer)
+            if lost and not self._stopped.is_set() and self._lock.acquire(blocking=False):
+                leave(PeerLost(self._message(peer, lost)))
+
+    def _ask(self, peer: int) -> str | None:
+        """Probes a peer; returns how it is lost, if it is."""
+        answer = probe(self._cluster.addresses[peer], 2 * _PROBE_SECONDS)
+        now = time.monotonic()
+        if answer == "alive":
+            self._heard[peer], self._refused[peer] = now, 0
+            return None
+        if answer == "dead":
+            self._refused[peer] += 1
+            return "is dead: it refuses connections" if self._refused[peer] >= 2 else None
+        silence = now - self._heard[peer]
+        return f"is stalled or cut off: silent for {silence:.0f} s" if silence >= self._timeout else None
+
+    def _find_lost(self, seconds: float) -> tuple[int, str] | None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for peer in self._cluster.peers:
+                lost = self._ask(peer)
+                if lost:
+                    return peer, lost
+            time.sleep(0.3)
+        return None
+
+    def _message(self, peer: int, lost: str) -> str:
+        return (
+            f"{self._cluster.name(peer)} {lost}; the last step done here is {self.step}; "
+            f"start all workers again with the same run_dir: they go on from the newest checkpoint"
+        )
+
+
+def _is_collective_error(error: Exception) -> bool:
+    from tensorflow import errors
+
+    kinds = (
+        errors.UnavailableError,
+        errors.DeadlineExceededError,
+        errors.AbortedError,
+        errors.CancelledError,
+        errors.InternalError,
+        errors.FailedPreconditionError,
+        errors.UnknownError,
+    )
+    return isinstance(error, kinds)
