@@ -1,0 +1,109 @@
+"""Several processes on loopback: the same run as one, stopped together, and aware of each other's end."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from workers import Job, start, tiny_arguments
+
+pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(240)]
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def summary(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def run(tmp_path: Path, corpus: Path, name: str, num_workers: int, **changes: object) -> Path:
+    arguments = tiny_arguments(corpus, tmp_path / name, **changes)
+    with start(tmp_path, [arguments] * num_workers) as job:
+        codes = job.wait()
+        assert codes == [0] * num_workers, [job.output(index) for index in range(num_workers)]
+    return tmp_path / name
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
+    return run(tmp_path_factory.mktemp("one"), corpus_dir, "one", 1, model__dropout=0.1)
+
+
+@pytest.mark.parametrize(("num_workers", "num_replicas"), [(2, 1), (2, 2), (3, 1)])
+def test_many_workers_are_one_process(
+    tmp_path: Path, corpus_dir: Path, one: Path, num_workers: int, num_replicas: int
+) -> None:
+    changes = {"model__dropout": 0.1, "distribution__num_replicas": num_replicas}
+    many = run(tmp_path, corpus_dir, "many", num_workers, **changes)
+    np.testing.assert_allclose(losses(many), losses(one), rtol=1e-5)
+    assert len(losses(many)) == 60
+    assert summary(many)["sequences_seen"] == summary(one)["sequences_seen"] == 60 * 12
+    assert summary(many)["num_workers"] == num_workers
+    assert summary(many)["num_replicas"] == num_workers * num_replicas
+    assert summary(many)["validation_loss"] == pytest.approx(summary(one)["validation_loss"], rel=1e-5)
+
+
+def test_workers_with_different_keys_are_refused_on_all(tmp_path: Path, corpus_dir: Path) -> None:
+    arguments = [tiny_arguments(corpus_dir, tmp_path / "run", optimizer__beta_1=beta) for beta in (0.8, 0.9)]
+    with start(tmp_path, arguments) as job:
+        assert job.wait() == [2, 2]
+        for index in range(2):
+            errors = [line for line in job.output(index).splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1
+            assert errors[0].startswith("error: optimizer.beta_1 (0.")
+            assert f"worker {1 - index} (127.0.0.1:" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def long_job(tmp_path: Path, corpus: Path, **changes: object) -> Job:
+    """Two workers that would train for hours, seen to train."""
+    settings = {"training__steps": 1_000_000, "training__log_every": 50, "checkpoint__every_steps": 100, **changes}
+    job = start(tmp_path, [tiny_arguments(corpus, tmp_path / "run", **settings)] * 2)
+    job.wait_for(r"^step +200/")
+    return job
+
+
+def newest_step(run_dir: Path) -> int:
+    return max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def test_sigterm_at_one_worker_stops_all_after_the_same_step(tmp_path: Path, corpus_dir: Path) -> None:
+    with long_job(tmp_path, corpus_dir) as job:
+        asked = time.monotonic()
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.wait() == [75, 75]
+        assert time.monotonic() - asked < 10
+        ends = [job.output(index).splitlines()[-1] for index in range(2)]
+    step = newest_step(tmp_path / "run")
+    assert ends[0] == ends[1]
+    assert ends[0].startswith(f"stopped: after step {step} of 1000000, checkpoint saved")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_worker_is_named_within_5_seconds(tmp_path: Path, corpus_dir: Path, victim: int) -> None:
+    with long_job(tmp_path, corpus_dir) as job:
+        killed = time.monotonic()
+        job.processes[victim].kill()
+        assert job.processes[1 - victim].wait(timeout=60) == 76
+        assert time.monotonic() - killed < 5
+        last = job.output(1 - victim).splitlines()[-1]
+    assert last.startswith(f"error: worker {victim} (127.0.0.1:")
+    assert "is dead" in last
+    assert "the last step done here is" in last
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stalled_worker_is_named_in_time(tmp_path: Path, corpus_dir: Path, victim: int) -> None:
+    with long_job(tmp_path, corpus_dir, distribution__peer_timeout_seconds=3) as job:
+        stopped = time.monotonic()
+        job.processes[victim].send_signal(signal.SIGSTOP)
+        assert job.processes[1 - victim].wait(timeout=60) == 76
+        assert time.monotonic() - stopped < 3 + 5
+        last = job.output(1 - victim).splitlines()[-1]
+    assert last.startswith(f"error: worker {victim} (127.0.0.1:")
+    assert "is stalled or cut off" in last
