@@ -12,6 +12,7 @@ import pytest
 from tfdp.startup import load_tensorflow
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tfdp-tests-")
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for processes that tests start
 load_tensorflow()
 
 import tensorflow as tf  # noqa: E402

@@ -126,9 +126,14 @@ def barrier(name: str, timeout_seconds: float) -> None:
 
 
 def finish_together(cluster: Cluster, timeout_seconds: float = 60.0) -> None:
-    """Waits until all workers are done, so that none takes another's leaving for a loss."""
+    """Waits until all workers are done, so that none takes another's leaving for a loss.
+
+    The chief, which hosts the barrier, stays a moment longer: the others have to hear of it.
+    """
     if cluster.num_workers > 1:
         barrier("finished", timeout_seconds)
+        if cluster.is_chief:
+            time.sleep(_PROBE_SECONDS / 2)
 
 
 def _context() -> Any:

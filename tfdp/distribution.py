@@ -25,9 +25,7 @@ def find_cluster(config: DistributionConfig) -> Cluster:
     if os.environ.get("TF_CONFIG"):
         cluster = parse_tf_config(os.environ["TF_CONFIG"])
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(auto_set_gpu=True)
-        addresses = resolver.cluster_spec().as_dict()["worker"]
-        cluster = Cluster(tuple(addresses), int(resolver.task_id))
+        cluster = _slurm_cluster()
     require(
         config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
         "distribution.strategy",
@@ -41,6 +39,20 @@ def find_cluster(config: DistributionConfig) -> Cluster:
         f"is for one worker, but TF_CONFIG or SLURM name {cluster.num_workers}: try auto",
     )
     return cluster
+
+
+def _slurm_cluster() -> Cluster:
+    """The workers of a SLURM job step, in the order of their ranks.
+
+    `SlurmClusterResolver` reads SLURM's variables; but its `cluster_spec` sorts hosts as text (n10 before n9),
+    where ranks follow SLURM's own order, and without a GPU it fails. So only its reading is used. GPUs are left
+    to SLURM's binding (`--gpus-per-task`).
+    """
+    resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(gpus_per_node=0, gpus_per_task=0, auto_set_gpu=False)
+    port = 20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000  # jobs that share a node must not share a port
+    tasks = resolver._resolve_task_configuration()
+    addresses = [f"{host}:{port + index}" for host, count in tasks.items() for index in range(count)]
+    return Cluster(tuple(addresses), resolver._resolve_own_rank())
 
 
 def make_strategy(config: DistributionConfig, cluster: Cluster | None = None) -> tf.distribute.Strategy:

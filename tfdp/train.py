@@ -7,7 +7,7 @@ by the recipe that the key `trainer` names.
 import sys
 
 from tfdp.config import find_trainer, import_trainer, load
-from tfdp.exits import run_command
+from tfdp.exits import end, run_command
 from tfdp.startup import load_tensorflow
 
 
@@ -24,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    # Everything is written and closed by now; TensorFlow's own way out would wait for workers that have left already.
+    end(run_command(main))

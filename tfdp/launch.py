@@ -1,0 +1,444 @@
+"""Starts N workers of one job on this machine: `python -m tfdp.launch --num_workers N [--max_restarts M] -- ARGS`.
+
+ARGS are those of `python -m tfdp.train`. Every worker is such a process with its own `TF_CONFIG`, its share of the
+cores and GPUs, and its name before each line it prints. When a worker dies, the whole job is started again and
+goes on from the newest checkpoint. This module knows processes, signals and folders, and never loads TensorFlow.
+It does not reach other machines: there, a cluster's own tool starts the workers (deploy/).
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from tfdp import exits
+from tfdp.config import find_trainer, import_trainer, load, require
+from tfdp.exits import ConfigError
+
+DESCRIPTION = (
+    "Start the workers of one training job on this machine and wait for them. Arguments after -- are those of "
+    "python -m tfdp.train: python -m tfdp.launch --num_workers 2 -- --training.steps 100"
+)
+TRAIN = (sys.executable, "-u", "-m", "tfdp.train")
+POLL_SECONDS = 0.05
+TERM_SECONDS = 5.0  # between SIGTERM and SIGKILL for a worker that did not notice the end of the others
+
+_CHECKPOINT = re.compile(r"step_(\d{8,})")  # as in checkpoint.py, which loads Keras
+_MEANINGS = {
+    exits.FAILED: "it failed",
+    exits.USER_ERROR: "its configuration was refused",
+    exits.STOPPED: "stopped on request",
+    exits.PEER_LOST: "it lost a peer",
+}
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How many workers, and how patient."""
+
+    num_workers: int = 1
+    """Worker processes on this machine; they share its cores, and its GPUs where there are any."""
+    max_restarts: int = 0
+    """How often the whole job is started again after a worker died; it goes on from the newest checkpoint."""
+    grace_seconds: float = 15.0
+    """Seconds that the other workers have to end by themselves after one died, before they are ended."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1: try 2")
+        require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative: try 0")
+        require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must not be negative: try 15")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker gets of the machine."""
+
+    cores: Collection[int]  # empty: all of them, with fewer cores than workers
+    environment: Mapping[str, str]
+
+
+@dataclass
+class Worker:
+    """One process of the job, and the threads that pass its output on."""
+
+    index: int
+    process: subprocess.Popen[bytes]
+    readers: list[threading.Thread] = field(default_factory=list)
+    ended_by_launcher: bool = False  # its exit code then says nothing about the job
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.index} (pid {self.process.pid})"
+
+    @property
+    def code(self) -> int:
+        """Its exit code, or minus the number of the signal that ended it."""
+        code = self.process.returncode
+        return 128 - code if code > 128 else code
+
+
+def main() -> None:
+    config, arguments = read_command_line(sys.argv[1:])
+    arguments, run_dir = name_run_directory(arguments)
+    sys.exit(run_job(config, arguments, run_dir))
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[LaunchConfig, list[str]]:
+    """Splits the command line at `--` into the launcher's own configuration and the arguments of the workers."""
+    cut = list(argv).index("--") if "--" in argv else len(argv)
+    try:
+        config = load(LaunchConfig, argv[:cut], "python -m tfdp.launch", DESCRIPTION)
+    except ConfigError as error:
+        if "--" not in argv and str(error).startswith("unknown key"):
+            raise ConfigError(
+                f"{error}; what is for tfdp.train stands after --, as in -- --training.steps 100"
+            ) from None
+        raise
+    return config, list(argv[cut + 1 :])
+
+
+def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
+    """Checks the workers' arguments, once for all, and names the run directory if they do not.
+
+    Workers and restarts must agree on that name, so it cannot be left to each process.
+
+    Raises:
+      ConfigError: what any worker would say about the arguments.
+      SystemExit: the arguments hold `--help` or `--print_config`.
+    """
+    trainer = import_trainer(find_trainer(arguments))
+    run_dir = getattr(load(trainer.Config, arguments, "python -m tfdp.train", ""), "run_dir", None)
+    if run_dir:
+        return list(arguments), Path(run_dir)
+    named = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return [*arguments, "--run_dir", str(named)], named
+
+
+def run_job(
+    config: LaunchConfig, arguments: Sequence[str], run_dir: Path, worker_command: Sequence[str] = TRAIN
+) -> int:
+    """Runs the workers to their end, starting all of them again when one dies.
+
+    Args:
+      arguments: go to every worker.
+      run_dir: where the workers keep their checkpoints; two attempts in a row without a new one there are the last.
+      worker_command: program and first arguments of a worker.
+
+    Returns:
+      The exit code of the job, one of those in tfdp.exits.
+    """
+    console = Console()
+    shares = share_machine(config.num_workers)
+    start_steps: list[int] = []  # the newest checkpoint when each attempt began
+    used_ports: set[int] = set()
+    cores = f"cores for each: {len(shares[0].cores) or 'all'}"
+    console.say(f"{config.num_workers} workers, {cores}, run directory {run_dir}")
+    with _recorded_signals() as received:
+        while True:
+            start_steps.append(newest_step(run_dir))
+            ports = free_ports(config.num_workers, used_ports)
+            used_ports.update(ports)
+            workers = start_workers([*worker_command, *arguments], ports, shares, console)
+            try:
+                _supervise(workers, config.grace_seconds, received, console)
+            finally:
+                _kill(workers)
+            code = job_code([worker.code for worker in workers if not worker.ended_by_launcher], bool(received))
+            if code in (exits.FINISHED, exits.USER_ERROR):
+                return code
+            newest = newest_step(run_dir)
+            end = _reason_to_end(config, code, start_steps, newest, bool(received))
+            if end:
+                console.say(f"{end}; {_where(newest)}; go on with --run_dir {run_dir}")
+                return code
+            console.say(f"restart {len(start_steps)} of {config.max_restarts} {_origin(newest)}")
+
+
+def _reason_to_end(
+    config: LaunchConfig, code: int, start_steps: Sequence[int], newest: int, stopping: bool
+) -> str | None:
+    """Why a job that has not finished is not started again; None if it is."""
+    num_restarts = len(start_steps) - 1
+    if stopping or code == exits.STOPPED:
+        return "stopped on request"
+    if num_restarts == config.max_restarts:
+        return f"giving up after {num_restarts} restarts" if num_restarts else "the job failed, --max_restarts is 0"
+    if num_restarts >= 1 and newest <= start_steps[-2]:
+        return "giving up, two attempts in a row made no new checkpoint"
+    return None
+
+
+def job_code(codes: Sequence[int], stopping: bool) -> int:
+    """The exit code of the job from those of its workers, where minus a number is the signal that killed one."""
+    if not any(codes):
+        return exits.FINISHED
+    if exits.USER_ERROR in codes:
+        return exits.USER_ERROR
+    if any(code > 0 and code not in (exits.STOPPED, exits.PEER_LOST) for code in codes):
+        return exits.FAILED
+    return exits.STOPPED if stopping or exits.STOPPED in codes else exits.PEER_LOST
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint in a run directory, 0 without one; what carries such a name is whole."""
+    folder = run_dir / "checkpoints"
+    matches = (_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else iter(())
+    return max((int(match.group(1)) for match in matches if match), default=0)
+
+
+def _where(step: int) -> str:
+    return f"the newest checkpoint is that of step {step}" if step else "there is no checkpoint yet"
+
+
+def _origin(step: int) -> str:
+    return f"from checkpoint step {step}" if step else "from the beginning: there is no checkpoint yet"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The machine, shared out
+# ---------------------------------------------------------------------------------------------------
+
+
+def share_machine(num_workers: int) -> list[Share]:
+    """Cuts the cores and GPUs that this process may use into equal parts, one for each worker.
+
+    What the user has set of the variables named here stays as it is.
+
+    Raises:
+      ConfigError: there are GPUs, but fewer than workers.
+    """
+    cores = available_cores()
+    gpus = available_gpus()
+    require(
+        not gpus or num_workers <= len(gpus),
+        "num_workers",
+        num_workers,
+        f"must be at most the number of GPUs: try {len(gpus)}, or CUDA_VISIBLE_DEVICES=-1 to train on the cores",
+    )
+    shares = []
+    for index in range(num_workers):
+        own = cores[index * len(cores) // num_workers : (index + 1) * len(cores) // num_workers]
+        own = own if len(cores) >= num_workers else []
+        environment = {
+            "TF_NUM_INTRAOP_THREADS": str(max(1, len(own))),
+            # With one thread, an operation that waits for a peer could hold up the one that the peer waits for.
+            "TF_NUM_INTEROP_THREADS": str(max(2, len(own))),
+            "OMP_NUM_THREADS": str(max(1, len(own))),
+        }
+        environment = {name: os.environ.get(name, value) for name, value in environment.items()}
+        if gpus:
+            each = len(gpus) // num_workers
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
+        shares.append(Share(own, environment))
+    return shares
+
+
+def available_cores() -> list[int]:
+    """Numbers of the cores that this process may run on; none where the system cannot pin processes to cores."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def available_gpus() -> list[str]:
+    """Names of the GPUs for CUDA_VISIBLE_DEVICES: what it holds already, or all that `nvidia-smi -L` lists."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return [name for name in names if name not in ("", "-1")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(index) for index in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+
+
+def free_ports(count: int, avoid: Collection[int] = ()) -> list[int]:
+    """That many different free ports of 127.0.0.1, none of them in `avoid`; free until somebody else takes them."""
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            listener = held.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            if port not in avoid:
+                ports.append(port)
+        return ports
+
+
+# ---------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------
+
+
+def start_workers(
+    command: Sequence[str], ports: Sequence[int], shares: Sequence[Share], console: "Console"
+) -> list[Worker]:
+    """Starts one worker for each port, each in a session of its own: a terminal's Ctrl-C reaches the launcher only."""
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    workers: list[Worker] = []
+    try:
+        for index, share in enumerate(shares):
+            cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **share.environment, "TF_CONFIG": json.dumps(cluster)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_prepare(share.cores),
+            )
+            workers.append(Worker(index, process))
+    except BaseException:
+        _kill(workers)
+        raise
+    console.forget_errors()
+    for worker in workers:  # after the last fork: a child of a process with threads may inherit a lock they hold
+        worker.readers = console.follow(worker.index, worker.process)
+    return workers
+
+
+def _prepare(cores: Collection[int]) -> Callable[[], None]:
+    """What a worker does between fork and exec: it takes its cores, and asks Linux to end it with the launcher."""
+    launcher = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+
+    def prepare() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        if libc is not None:
+            libc.prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != launcher:
+                os._exit(exits.FAILED)
+
+    return prepare
+
+
+def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequence[int], console: "Console") -> None:
+    """Returns when every worker has ended; passes signals on, and ends those that outlive a failure for too long."""
+    running, num_passed_on = list(workers), 0
+    deadline: float | None = None
+    ending = signal.SIGTERM
+    while running:
+        for number in received[num_passed_on:]:
+            console.say(f"{signal.Signals(number).name}: passed on to {len(running)} workers")
+            for worker in running:
+                worker.process.send_signal(number)
+        num_passed_on = len(received)
+        for worker in [worker for worker in running if worker.process.poll() is not None]:
+            running.remove(worker)
+            _drain(worker)
+            if worker.code in (exits.FINISHED, exits.STOPPED) or worker.ended_by_launcher:
+                continue
+            patience = ""
+            if running and deadline is None:
+                deadline = time.monotonic() + grace_seconds
+                patience = f"; waiting up to {grace_seconds:g} s for the others"
+            console.say(f"{worker.name} {_how_it_ended(worker.code)}{patience}")
+        if running and deadline is not None and time.monotonic() >= deadline:
+            for worker in running:
+                console.say(f"{worker.name} is still there; sending it {ending.name}")
+                worker.ended_by_launcher = True
+                worker.process.send_signal(ending)
+            deadline, ending = time.monotonic() + TERM_SECONDS, signal.SIGKILL
+        time.sleep(POLL_SECONDS)
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code} ({_MEANINGS.get(code, 'it failed')})"
+
+
+def _drain(worker: Worker) -> None:
+    """Ends what a worker has left behind in its session, which would hold its output open, and reads the rest of it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.process.pid, signal.SIGKILL)
+    for reader in worker.readers:
+        reader.join(timeout=5)
+
+
+def _kill(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.kill()
+            worker.process.wait()
+            _drain(worker)
+
+
+@contextlib.contextmanager
+def _recorded_signals() -> Iterator[list[int]]:
+    """Collects the SIGINTs and SIGTERMs that arrive, in order, instead of letting them end this process."""
+    received: list[int] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    old = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------------------------------
+
+
+class Console:
+    """Where the lines of all workers meet: whole lines, at once, each with its worker's name before it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._errors: set[bytes] = set()
+
+    def say(self, message: str) -> None:
+        """One line of the launcher itself, on stderr."""
+        self._write(sys.stderr.fileno(), f"launch: {message}\n".encode())
+
+    def forget_errors(self) -> None:
+        """From now on an error that was seen before is shown again."""
+        self._errors.clear()
+
+    def follow(self, index: int, process: subprocess.Popen[bytes]) -> list[threading.Thread]:
+        """Starts to pass a worker's output on, stdout to stdout and stderr to stderr."""
+        prefix = f"[worker {index}] ".encode()
+        pairs = ((process.stdout, sys.stdout.fileno()), (process.stderr, sys.stderr.fileno()))
+        readers = [threading.Thread(target=self._pass_on, args=(prefix, *pair), daemon=True) for pair in pairs]
+        for reader in readers:
+            reader.start()
+        return readers
+
+    def _pass_on(self, prefix: bytes, source: IO[bytes], target: int) -> None:
+        with source:
+            for line in iter(source.readline, b""):
+                self._write(target, line if line.endswith(b"\n") else line + b"\n", prefix)
+
+    def _write(self, target: int, line: bytes, prefix: bytes = b"") -> None:
+        with self._lock:
+            if prefix and line.startswith(b"error: "):
+                if line in self._errors:  # every worker finds the same mistake of the user: once is enough
+                    return
+                self._errors.add(line)
+            rest = memoryview(prefix + line)
+            with contextlib.suppress(OSError):  # nobody reads any more: the workers go on
+                while rest:
+                    rest = rest[os.write(target, rest) :]
+
+
+if __name__ == "__main__":
+    sys.exit(exits.run_command(main))
