@@ -1,0 +1,80 @@
+"""Strategies, replicas, and the workers that the environment names."""
+
+import json
+
+import pytest
+
+from tfdp import distribution
+from tfdp.cluster import Cluster
+from tfdp.config import DistributionConfig, TrainingConfig
+from tfdp.exits import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TF_CONFIG", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+def test_that_many_replicas_are_made(num_replicas: int) -> None:
+    strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
+    assert strategy.num_replicas_in_sync == num_replicas
+    assert distribution.num_local_replicas(strategy) == num_replicas
+    assert (distribution.num_workers(strategy), distribution.worker_index(strategy)) == (1, 0)
+    assert not distribution.on_gpu(strategy)
+
+
+def test_one_device_is_a_strategy_too() -> None:
+    strategy = distribution.make_strategy(DistributionConfig(strategy="one_device"))
+    assert strategy.num_replicas_in_sync == 1
+
+
+def test_the_global_batch_is_cut_evenly_or_refused() -> None:
+    strategy = distribution.make_strategy(DistributionConfig(num_replicas=4))
+    assert distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24)) == 6
+    training = TrainingConfig(global_batch_size=24, microbatch_size=2)
+    assert distribution.microbatch_size(strategy, training) == 2
+    assert distribution.describe_batch(strategy, training) == "24 sequences = 4 replicas x 3 micro-batches x 2"
+    with pytest.raises(ConfigError) as caught:
+        distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=30))
+    assert str(caught.value) == "training.global_batch_size (30) must be a multiple of num_replicas (4): try 32"
+    with pytest.raises(
+        ConfigError, match=r"\(24\) must be a multiple of num_replicas \* training.microbatch_size \(32\)"
+    ):
+        distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24, microbatch_size=8))
+
+
+def test_without_a_cluster_there_is_one_worker() -> None:
+    assert distribution.find_cluster(DistributionConfig()) == Cluster()
+    with pytest.raises(ConfigError, match="needs several workers"):
+        distribution.find_cluster(DistributionConfig(strategy="multi_worker_mirrored"))
+
+
+def test_tf_config_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(content))
+    assert distribution.find_cluster(DistributionConfig()) == Cluster(("a:1", "b:2"), 1)
+    with pytest.raises(ConfigError, match="is for one worker, but TF_CONFIG or SLURM name 2"):
+        distribution.find_cluster(DistributionConfig(strategy="mirrored"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "rank", "addresses"),
+    [
+        ("n[1-2]", "1(x2)", 1, ("n1:20007", "n2:20007")),
+        ("n[9-10]", "2,1", 2, ("n9:20007", "n9:20008", "n10:20007")),  # ranks follow SLURM's order, not the text's
+    ],
+)
+def test_slurm_names_the_workers_in_the_order_of_their_ranks(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, tasks: str, rank: int, addresses: tuple[str, ...]
+) -> None:
+    variables = {"JOB_ID": "7", "PROCID": str(rank), "STEP_NODELIST": nodes, "STEP_TASKS_PER_NODE": tasks}
+    for name, value in {**variables, "STEP_NUM_TASKS": str(len(addresses))}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert distribution.find_cluster(DistributionConfig()) == Cluster(addresses, rank)
+
+
+def test_a_slurm_job_of_one_task_is_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert distribution.find_cluster(DistributionConfig()) == Cluster()
