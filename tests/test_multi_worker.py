@@ -34,7 +34,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
     return run(tmp_path_factory.mktemp("one"), corpus_dir, "one", 1, model__dropout=0.1)
 
 
-@pytest.mark.parametrize(("num_workers", "num_replicas"), [(2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("num_workers", "num_replicas"), [(2, 1), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_many_workers_are_one_process(
     tmp_path: Path, corpus_dir: Path, one: Path, num_workers: int, num_replicas: int
 ) -> None:
@@ -84,7 +84,7 @@ def test_sigterm_at_one_worker_stops_all_after_the_same_step(tmp_path: Path, cor
     assert ends[0].startswith(f"stopped: after step {step} of 1000000, checkpoint saved")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_dead_worker_is_named_within_5_seconds(tmp_path: Path, corpus_dir: Path, victim: int) -> None:
     with long_job(tmp_path, corpus_dir) as job:
         killed = time.monotonic()
@@ -97,7 +97,7 @@ def test_a_dead_worker_is_named_within_5_seconds(tmp_path: Path, corpus_dir: Pat
     assert "the last step done here is" in last
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stalled_worker_is_named_in_time(tmp_path: Path, corpus_dir: Path, victim: int) -> None:
     with long_job(tmp_path, corpus_dir, distribution__peer_timeout_seconds=3) as job:
         stopped = time.monotonic()
