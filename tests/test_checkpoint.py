@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from tfdp import checkpoint
 from tfdp.checkpoint import Checkpoint, CheckpointFolder
@@ -134,9 +135,25 @@ def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_the_digest_is_over_float32_bytes_in_the_order_of_names() -> None:
     import hashlib
 
-    tensors = {"b": np.array([3.0]), "a": np.array([[1.0, 2.0]], np.float32)}
-    expected = hashlib.sha256(np.array([1, 2, 3], "<f4").tobytes()).hexdigest()
-    assert checkpoint.digest(tensors) == expected
+    weights = {"b": np.array([3.0]), "a": np.array([[1.0, 2.0]], np.float32), "c": np.array(4, np.int32)}
+    optimizer = {"m": np.array([[5, 7], [6, 8]], np.float32).T}
+    expected = [hashlib.sha256(np.arange(1, stop, dtype="<f4").tobytes()).hexdigest() for stop in (5, 9)]
+    assert checkpoint.digests_of(weights, optimizer) == {"weights_sha256": expected[0], "state_sha256": expected[1]}
+
+
+def test_files_are_safetensors_that_its_own_library_reads(tmp_path: Path) -> None:
+    tensors = {
+        "f": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "i": np.array(7, np.int32),
+        "empty": np.zeros((0, 2)),
+    }
+    path = CheckpointFolder(tmp_path).save(Checkpoint(tensors, {}, {"step": 1}))
+    found = safetensors.numpy.load_file(path / "weights.safetensors")
+    assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
+        name: (value.dtype, value.shape) for name, value in tensors.items()
+    }
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_state_json_tells_the_sha256_of_each_file(tmp_path: Path) -> None:

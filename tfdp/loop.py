@@ -245,8 +245,7 @@ def _summarise(task: Task, progress: _Progress) -> dict[str, Any]:
         "num_workers": task.cluster.num_workers,
         "sequences_seen": progress.step * task.training.global_batch_size,
         **task.facts,
-        "weights_sha256": checkpoint.digest(weights),
-        "state_sha256": checkpoint.digest(weights, optimizer),
+        **checkpoint.digests_of(weights, optimizer),
     }
     if task.cluster.is_chief:
         task.run.write_summary(summary)
