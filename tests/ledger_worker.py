@@ -32,6 +32,7 @@ def keep_ledger(ledger: str, delay: float) -> None:
         time.sleep(delay)
         return step
 
+    @tf.autograph.experimental.do_not_convert
     def recorded(self: TrainStep, batch: Any, step: tf.Tensor) -> Any:
         step = tf.ensure_shape(tf.numpy_function(write, [step, batch["position"]], tf.int64), [])
         return replica_step(self, batch, step)

@@ -15,11 +15,13 @@ from tfdp.config import (
     OptimizerConfig,
     SamplingConfig,
     TrainingConfig,
+    changed_keys,
     find_trainer,
     import_trainer,
     known_keys,
     load_file,
     to_yaml,
+    with_run_config,
 )
 from tfdp.exits import ConfigError
 from trainers.causal_lm import Config
@@ -421,3 +423,31 @@ def test_a_recipe_of_the_users_own_may_live_anywhere(tmp_path: Path, monkeypatch
         import_trainer("my.half")
     with pytest.raises(ModuleNotFoundError, match="none_such_library"):
         import_trainer("my.broken")  # the recipe is there: what it lacks must not be hidden
+
+
+# ---------------------------------------------------------------------------------------------------
+# Resuming
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_brings_its_own_configuration_below_flags_and_config(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    old = Config(run_dir="elsewhere", seed=5, model=ModelConfig(num_layers=2, num_heads=2))
+    (run_dir / "config.yaml").write_text(to_yaml(old))
+    path = write_yaml(tmp_path, "model:\n  num_heads: 8\n")
+    argv = with_run_config(["--run_dir", str(run_dir), "--config", str(path), "--training.steps", "9"])
+    found = load(*argv)
+    assert (found.run_dir, found.seed, found.training.steps) == (str(run_dir), 5, 9)
+    assert (found.model.num_layers, found.model.num_heads) == (2, 8)
+
+
+def test_a_new_run_directory_brings_nothing(tmp_path: Path) -> None:
+    argv = ["--run_dir", str(tmp_path / "new")]
+    assert with_run_config(argv) == argv
+    assert with_run_config([]) == []
+
+
+def test_changed_keys_are_told() -> None:
+    old, new = to_yaml(Config(seed=1)), to_yaml(Config(seed=2, model=ModelConfig(num_layers=5)))
+    assert changed_keys(old, new) == ["seed: 1 -> 2", "model.num_layers: 4 -> 5"]

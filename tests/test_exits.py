@@ -42,11 +42,22 @@ def test_a_config_error_is_a_value_error() -> None:
         raise ConfigError("key (value) rule")
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyboardInterrupt(), SystemExit(0)])
-def test_what_is_no_command_error_keeps_its_traceback(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(type(error)):
-        run_command(raising(error))
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug")])
+def test_what_is_no_command_error_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(raising(error)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == f"{type(error).__name__}: a bug"
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(raising(KeyboardInterrupt())) == 1
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_ends_as_it_wants() -> None:
+    with pytest.raises(SystemExit):
+        run_command(raising(SystemExit(0)))
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,15 @@ class Killer(threading.Thread):
                 while newest_step(self._run_dir) == before and self._alive(pids):
                     time.sleep(0.05)
                 time.sleep(self._random.uniform(0, 1.5))
-            elif self._random.random() < 0.5:
-                time.sleep(self._random.uniform(0, 15))
-            else:  # this life ends in its first save: the fault was there before it began
+            elif (self._folder / "fault").exists():  # this life ends by itself, inside its first save
                 while self._alive(pids):
                     time.sleep(0.05)
-            if self._left > 1 and len(lives) % 2:
-                (self._folder / "fault").write_text(str(self._random.randint(1, 12)))
+            else:
+                time.sleep(self._random.uniform(0, 15))
+            fault = self._folder / "fault"
+            fault.unlink(missing_ok=True)
+            if self._left > 1 and len(lives) % 2 and self._random.random() < 0.5:
+                fault.write_text(str(self._random.randint(1, 12)))
                 self.num_faults += 1
             if self._alive(pids):
                 os.kill(self._random.choice(pids), signal.SIGKILL)

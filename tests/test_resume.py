@@ -73,6 +73,28 @@ def test_a_finished_run_named_again_changes_nothing(tiny_config: Callable[..., C
     assert list(rows(config)) == [1, 2, 3]
 
 
+def test_fewer_steps_than_done_are_refused(tiny_config: Callable[..., Config]) -> None:
+    causal_lm.train(tiny_config(training={"steps": 3}))
+    with pytest.raises(ConfigError, match=r"training.steps \(2\) must be at least the step .* \(3\): try 3"):
+        causal_lm.train(tiny_config(training={"steps": 2}))
+
+
+def test_another_validation_split_is_refused(tiny_config: Callable[..., Config]) -> None:
+    causal_lm.train(tiny_config(training={"steps": 1}))
+    with pytest.raises(ConfigError, match="split_sha256 is "):
+        causal_lm.train(tiny_config(data={"validation_fraction": 0.4}))
+
+
+def test_no_whole_checkpoint_is_refused_again_and_again(tiny_config: Callable[..., Config]) -> None:
+    causal_lm.train(tiny_config(training={"steps": 1}))
+    checkpoint = Path(tiny_config().run_dir or "", "checkpoints", "step_00000001")
+    (checkpoint / "weights.safetensors").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole"):
+            causal_lm.train(tiny_config(training={"steps": 2}))
+    assert checkpoint.is_dir()
+
+
 def test_another_model_is_refused_with_every_difference(tiny_config: Callable[..., Config]) -> None:
     causal_lm.train(tiny_config(training={"steps": 1}))
     before = Path(tiny_config().run_dir or "", "config.yaml").read_text()

@@ -108,32 +108,42 @@ class CheckpointFolder:
                     )
                 tensors[name] = safetensors.numpy.load(data)
             return Checkpoint(tensors["weights.safetensors"], tensors["optimizer.safetensors"], state)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except ConfigError:
+            raise
+        except (FileNotFoundError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise ConfigError(f"checkpoint {folder} is incomplete: {error}") from None
 
     def load_newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and a line for each newer one that is not.
 
-        A damaged checkpoint is renamed to `NAME.damaged`: it is out of the way and nothing is lost.
+        Once a whole one is found, the damaged ones are renamed to `NAME.damaged`: out of the way, and not lost.
 
         Raises:
-          ConfigError: there are checkpoints and none of them is whole.
+          ConfigError: there are checkpoints and none of them is whole. Nothing is renamed then.
+          OSError: a checkpoint cannot be read, which says nothing of whether it is whole.
         """
-        warnings: list[str] = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return self.load(step), warnings
+                found = self.load(step)
             except ConfigError as error:
-                aside = self.path(step).with_suffix(".damaged")
-                if aside.exists():
-                    shutil.rmtree(aside)
-                os.rename(self.path(step), aside)
-                warnings.append(f"{error}; moved to {aside.name}, falling back to the checkpoint before it")
-        if warnings:
-            raise ConfigError(f"run_dir: no checkpoint in {self.folder} is whole: {warnings[0]}")
-        return None, warnings
+                damaged[step] = str(error)
+                continue
+            return found, [self._set_aside(step, message) for step, message in damaged.items()]
+        if damaged:
+            raise ConfigError(
+                f"run_dir: no checkpoint in {self.folder} is whole: {next(iter(damaged.values()))}; "
+                f"name another run_dir to begin anew"
+            )
+        return None, []
+
+    def _set_aside(self, step: int, message: str) -> str:
+        aside = self.path(step).with_suffix(".damaged")
+        number = 1
+        while aside.exists():
+            aside, number = aside.with_suffix(f".damaged{number}"), number + 1
+        os.rename(self.path(step), aside)
+        return f"{message}; moved to {aside.name}, falling back to the checkpoint before it"
 
     def best_step(self) -> int | None:
         """The step with the lowest validation loss among the checkpoints that carry one."""
@@ -153,6 +163,8 @@ class CheckpointFolder:
         for step in self.steps():
             if step not in kept:
                 self._discard(self.path(step))
+        for leftover in self.folder.glob(".step_*"):  # of a process that died while it saved or removed one
+            shutil.rmtree(leftover)
 
     def _discard(self, folder: Path) -> None:
         """Removes a checkpoint so that no half of it ever carries its name."""

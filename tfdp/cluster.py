@@ -18,7 +18,7 @@ from typing import Any
 from tfdp.exits import ConfigError, PeerLost, leave
 
 _PROBE_SECONDS = 1.0
-_AGREEMENT_TIMEOUT_SECONDS = 300.0
+_PATIENCE_SECONDS = 24 * 3600.0  # for a peer at work: who dies or stalls meanwhile is found by the watch
 # An HTTP/2 connection preface and an empty SETTINGS frame: a live gRPC server answers with its own SETTINGS.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
@@ -114,7 +114,7 @@ def publish(topic: str, index: int, value: str) -> None:
     _context().set_config_key_value(f"tfdp/{topic}/{index}", value)
 
 
-def read(topic: str, index: int, timeout_seconds: float = _AGREEMENT_TIMEOUT_SECONDS) -> str:
+def read(topic: str, index: int, timeout_seconds: float = _PATIENCE_SECONDS) -> str:
     """Waits for what a worker publishes."""
     value: str = _context().get_config_key_value(f"tfdp/{topic}/{index}", int(timeout_seconds * 1000))
     return value
@@ -125,7 +125,7 @@ def barrier(name: str, timeout_seconds: float) -> None:
     _context().wait_at_barrier(f"tfdp/{name}", int(timeout_seconds * 1000))
 
 
-def finish_together(cluster: Cluster, timeout_seconds: float = 60.0) -> None:
+def finish_together(cluster: Cluster, timeout_seconds: float = _PATIENCE_SECONDS) -> None:
     """Waits until all workers are done, so that none takes another's leaving for a loss.
 
     The chief, which hosts the barrier, stays a moment longer: the others have to hear of it.
@@ -156,7 +156,7 @@ def probe(address: str, timeout_seconds: float) -> str:
             connection.settimeout(timeout_seconds)
             connection.sendall(_HELLO)
             return "alive" if connection.recv(1) else "dead"
-    except (ConnectionError, socket.gaierror):
+    except ConnectionError:
         return "dead"
     except OSError:
         return "silent"
@@ -167,12 +167,13 @@ class Watch:
 
     Args:
       cluster: of this worker.
-      timeout_seconds: how long a peer may be silent. One that refuses connections is lost at once.
+      timeout_seconds: how long a peer may be silent, once it has answered; one that refuses connections is lost
+        at once. Who has never answered is still starting.
     """
 
     def __init__(self, cluster: Cluster, timeout_seconds: float) -> None:
         self._cluster, self._timeout = cluster, timeout_seconds
-        self._heard = dict.fromkeys(cluster.peers, time.monotonic())
+        self._heard: dict[int, float] = {}  # when each peer last answered; who never did is still starting
         self._refused = dict.fromkeys(cluster.peers, 0)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -210,6 +211,7 @@ class Watch:
         now = time.monotonic()
         if answer == "alive":
             self._heard[peer], self._refused[peer] = now, 0
+        if answer == "alive" or peer not in self._heard:
             return None
         if answer == "dead":
             self._refused[peer] += 1
@@ -218,12 +220,13 @@ class Watch:
         return f"is stalled or cut off: silent for {silence:.0f} s" if silence >= self._timeout else None
 
     def _find_lost(self, seconds: float) -> tuple[int, str] | None:
+        """After a collective has failed: the first peer that does not answer, however short its silence."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for peer in self._cluster.peers:
-                lost = self._ask(peer)
-                if lost:
-                    return peer, lost
+                answer = probe(self._cluster.addresses[peer], 2 * _PROBE_SECONDS)
+                if answer != "alive":
+                    return peer, "is dead: it refuses connections" if answer == "dead" else "is stalled or cut off"
             time.sleep(0.3)
         return None
 

@@ -394,16 +394,9 @@ def known_keys(config_class: type) -> dict[str, Any]:
     return keys
 
 
-def flatten(config: object, prefix: str = "") -> dict[str, Any]:
+def flatten(config: object) -> dict[str, Any]:
     """The values of a configuration by dotted key."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            values.update(flatten(value, f"{prefix}{field.name}."))
-        else:
-            values[f"{prefix}{field.name}"] = value
-    return values
+    return _flatten_mapping(dataclasses.asdict(config))  # type: ignore[call-overload]
 
 
 def code_sha256(*folders: Path) -> str:
@@ -413,6 +406,35 @@ def code_sha256(*folders: Path) -> str:
         for path in sorted(folder.glob("*.py")):
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def with_run_config(argv: Sequence[str]) -> list[str]:
+    """Puts the config.yaml of the run directory that `argv` names below `--config` and flags, if there is one.
+
+    So a run is resumed as it was by its `--run_dir` alone, and what is named besides is what changes.
+    """
+    named = _values_of("--run_dir", argv)
+    named = named or [str(_read_yaml(Path(path)).get("run_dir") or "") for path in _values_of("--config", argv)]
+    if named and named[-1] and (Path(named[-1]) / "config.yaml").is_file():
+        return [f"--config={Path(named[-1]) / 'config.yaml'}", *argv, "--run_dir", named[-1]]
+    return list(argv)
+
+
+def changed_keys(old_yaml: str, new_yaml: str) -> list[str]:
+    """The keys whose values differ between two configurations, as "key: old -> new"."""
+    import yaml
+
+    old, new = (_flatten_mapping(yaml.safe_load(text) or {}) for text in (old_yaml, new_yaml))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(
+            _flatten_mapping(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return flat
 
 
 def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:
@@ -507,6 +529,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config ({path}) must be an existing YAML file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config ({path}) must be readable: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config ({path}) must be valid YAML: {' '.join(str(error).split())}") from None
     if content is None:

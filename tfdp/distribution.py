@@ -1,6 +1,6 @@
 """Where a run computes: the strategy, its replicas and workers, and what they sum.
 
-The only module that reads environment variables. A single device is a strategy too, so that nothing
+The only module whose behaviour hangs on environment variables. A single device is a strategy too, so that nothing
 above this module has a second path for "without distribution".
 """
 
@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfdp.cluster import Cluster, parse_tf_config
@@ -24,7 +25,7 @@ def find_cluster(config: DistributionConfig) -> Cluster:
     cluster = Cluster()
     if os.environ.get("TF_CONFIG"):
         cluster = parse_tf_config(os.environ["TF_CONFIG"])
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
         cluster = _slurm_cluster()
     require(
         config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
@@ -177,6 +178,16 @@ def gpu_names(strategy: tf.distribute.Strategy) -> list[str]:
         return []
     details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
     return [str(details.get("device_name", "GPU"))] * int(strategy.num_replicas_in_sync)
+
+
+def shared_facts(strategy: tf.distribute.Strategy) -> dict[str, object]:
+    """What the devices and libraries of all workers must have in common."""
+    return {
+        "replicas of each worker": num_local_replicas(strategy),
+        "devices": "GPU" if on_gpu(strategy) else "CPU",
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
 
 
 def on_gpu(strategy: tf.distribute.Strategy) -> bool:

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 
-from tfdp.config import DistributionConfig, load
+from tfdp.config import DistributionConfig, load, require
 from tfdp.exits import run_command
 from tfdp.startup import load_tensorflow
 
@@ -21,6 +21,9 @@ class Config:
     """Sequences per forward pass on each replica."""
     distribution: DistributionConfig = DistributionConfig()
 
+    def __post_init__(self) -> None:
+        require(self.rows >= 1, "rows", self.rows, "must be at least 1: try 64")
+
 
 def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
@@ -36,6 +39,13 @@ def main() -> None:
         trained = load_trained(config.run_dir, config.checkpoint)
     run_config = trained.config
     corpus = shards.open_or_prepare(run_config.data, trained.tokenizer, distribution.cache_dir(run_config.data))
+    require(
+        corpus.corpus_sha256 == trained.corpus_sha256,
+        "data.source",
+        run_config.data.source,
+        f"must be the text that the run was trained on: its sha256 was {trained.corpus_sha256[:12]}..., "
+        f"and is {corpus.corpus_sha256[:12]}... now",
+    )
     training = run_config.training
     evaluator = Evaluator(
         strategy,

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -64,6 +65,12 @@ def run_command(command: Callable[[], None]) -> int:
     except CommandError as error:
         _report(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return FAILED
+    except Exception:
+        traceback.print_exc()
+        return FAILED
     return FINISHED
 
 

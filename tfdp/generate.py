@@ -28,7 +28,7 @@ def main() -> None:
     from tfdp.trained import load_trained
 
     trained = load_trained(config.run_dir, config.checkpoint)
-    seen = trained.config.model.context_length - 1
+    seen = trained.config.model.context_length
     if len(trained.tokenizer.encode(config.prompt)) > seen:
         print(f"note: the model sees the last {seen} tokens of the prompt", file=sys.stderr)
     sampler = Sampler(trained.model, trained.tokenizer)

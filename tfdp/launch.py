@@ -25,7 +25,7 @@ from types import FrameType
 from typing import IO
 
 from tfdp import exits
-from tfdp.config import find_trainer, import_trainer, load, require
+from tfdp.config import find_trainer, import_trainer, load, require, with_run_config
 from tfdp.exits import ConfigError
 
 DESCRIPTION = (
@@ -34,6 +34,7 @@ DESCRIPTION = (
 )
 TRAIN = (sys.executable, "-u", "-m", "tfdp.train")
 POLL_SECONDS = 0.05
+LINGER_SECONDS = 60.0  # beyond the grace, for the others to end once one has finished
 TERM_SECONDS = 5.0  # between SIGTERM and SIGKILL for a worker that did not notice the end of the others
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})")  # as in checkpoint.py, which loads Keras
@@ -119,8 +120,9 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
       ConfigError: what any worker would say about the arguments.
       SystemExit: the arguments hold `--help` or `--print_config`.
     """
-    trainer = import_trainer(find_trainer(arguments))
-    run_dir = getattr(load(trainer.Config, arguments, "python -m tfdp.train", ""), "run_dir", None)
+    layered = with_run_config(arguments)
+    trainer = import_trainer(find_trainer(layered))
+    run_dir = getattr(load(trainer.Config, layered, "python -m tfdp.train", ""), "run_dir", None)
     if run_dir:
         return list(arguments), Path(run_dir)
     named = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -341,6 +343,7 @@ def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequen
             running.remove(worker)
             _drain(worker)
             if worker.code in (exits.FINISHED, exits.STOPPED) or worker.ended_by_launcher:
+                deadline = deadline or time.monotonic() + grace_seconds + LINGER_SECONDS
                 continue
             patience = ""
             if running and deadline is None:

@@ -3,7 +3,8 @@
 It knows steps, times and files, and nothing of what is trained: a recipe hands it a `Task` of functions.
 """
 
-import contextlib
+import json
+import math
 import os
 import signal
 import sys
@@ -16,12 +17,64 @@ from typing import Any
 from tfdp import checkpoint
 from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, Watch, finish_together, publish, read
-from tfdp.config import CheckpointConfig, TrainingConfig
+from tfdp.config import CheckpointConfig, TrainingConfig, changed_keys
 from tfdp.evaluation import Evaluation
-from tfdp.exits import StopRequested, TrainingError
+from tfdp.exits import ConfigError, StopRequested, TrainingError
 from tfdp.metrics import MetricsWriter, Throughput, duration, say
 from tfdp.runs import RunDirectory
 from tfdp.step import StepResults, TrainStep
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a stop request, even while TensorFlow holds the main thread.
+
+    Enter it as soon as the strategy is made, which takes SIGTERM for itself. Python runs signal handlers in the main
+    thread, which may sit in a call of many steps; but it writes the signal's number to a pipe at once. A thread that
+    reads the pipe sets the flag that the running steps look at. A second signal ends the process without a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._train_step: TrainStep | None = None
+
+    def attach(self, train_step: TrainStep) -> None:
+        """Names whose steps shall stop; a signal that came before counts."""
+        self._train_step = train_step
+        if self._asked:
+            train_step.request_stop()
+
+    def __enter__(self) -> "StopSignal":
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            read_end, self._write_end = os.pipe()
+            os.set_blocking(self._write_end, False)
+            self._old_end = signal.set_wakeup_fd(self._write_end)
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._old = {number: signal.signal(number, lambda *_: None) for number in numbers}
+            threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._old:
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_end)
+            os.close(self._write_end)
+
+    def _watch(self, read_end: int) -> None:
+        while received := os.read(read_end, 1):
+            number = received[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            name = signal.Signals(number).name
+            if self._asked:
+                print(f"{name} again: ending without a checkpoint", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            say(f"{name}: stopping after this step, then saving a checkpoint; once more ends at once")
+            self._asked = True
+            if self._train_step is not None:
+                self._train_step.request_stop()
+        os.close(read_end)
 
 
 @dataclass(frozen=True)
@@ -41,6 +94,8 @@ class Task:
     sample: Callable[[], str] | None
     cluster: Cluster
     watch: Watch
+    stop: StopSignal
+    bytes_per_token: float  # of the training text
     flops_per_token: int
     matrix_peak: float  # FLOP/s of all devices together
     facts: Mapping[str, Any]  # goes into summary.json as it is
@@ -62,16 +117,22 @@ def fit(task: Task) -> dict[str, Any]:
     num_steps = task.training.steps
     folder = task.run.checkpoints(task.checkpointing.keep)
     progress = _resume(task, folder)
-    if task.cluster.is_chief:
-        task.run.begin(task.config_yaml)
+    if progress.step > num_steps:
+        raise ConfigError(
+            f"training.steps ({num_steps}) must be at least the step that {task.run.path} has reached "
+            f"({progress.step}): try {progress.step}, or name another run_dir"
+        )
+    earlier = _begin(task, progress)
     writer = MetricsWriter(task.run.path, progress.step, task.cluster.is_chief)
     writer.text("config", task.config_yaml, progress.step)
     batches = task.batches_from(progress.step)
-    with _stop_on_signal(task.train_step), task.watch.watching(), AsyncSaver(folder) as saver:
+    task.stop.attach(task.train_step)
+    with AsyncSaver(folder) as saver:
         stopped = False
         while True:
             last = progress.step >= num_steps
-            if last or (not stopped and _due(progress.step, task.training.evaluate_every, progress.resumed_step)):
+            due = _due(progress.step, task.training.evaluate_every) and progress.evaluated_step != progress.step
+            if last or (due and not stopped):
                 _evaluate(task, writer, progress)
             if last or stopped or _should_save(task, progress):
                 _save(task, saver, progress)
@@ -83,6 +144,8 @@ def fit(task: Task) -> dict[str, Any]:
             if _due(progress.step, task.training.log_every) or progress.step >= num_steps:
                 _log(task, writer, progress, results)
             if results.nonfinite is not None:
+                saver.wait()
+                finish_together(task.cluster)
                 raise TrainingError(_nonfinite_message(task, folder, progress, results))
         saver.wait()
         finish_together(task.cluster)
@@ -91,7 +154,7 @@ def fit(task: Task) -> dict[str, Any]:
         raise StopRequested(
             f"after step {progress.step} of {num_steps}, checkpoint saved; go on with --run_dir {task.run.path}"
         )
-    return _summarise(task, progress)
+    return _summarise(task, progress, earlier)
 
 
 @dataclass
@@ -108,6 +171,7 @@ class _Progress:
     train_loss: float | None = None
     since_log: Throughput = field(default_factory=Throughput)
     total: Throughput = field(default_factory=Throughput)
+    first: Throughput = field(default_factory=Throughput)  # the first call, with what it traces and compiles
     warm: bool = False  # whether the first call, which traces and compiles, is over
 
 
@@ -125,21 +189,42 @@ def _resume(task: Task, folder: CheckpointFolder) -> _Progress:
         step=newest.step,
         resumed_step=newest.step,
         saved_step=newest.step,
+        evaluated_step=-1 if newest.state["validation_loss"] is None else newest.step,
         best_loss=newest.state["best_validation_loss"],
         train_loss=newest.state["train_loss"],
     )
 
 
+def _begin(task: Task, progress: _Progress) -> dict[str, Any]:
+    """Opens the run directory for this process; returns the summary of an earlier one that had come as far."""
+    if not task.cluster.is_chief:
+        return {}
+    run = task.run
+    if progress.resumed_step and run.config_path.is_file():
+        for line in changed_keys(run.config_path.read_text(encoding="utf-8"), task.config_yaml):
+            say(f"changed    {line}")
+    earlier = json.loads(run.summary_path.read_text(encoding="utf-8")) if run.summary_path.is_file() else {}
+    run.begin(task.config_yaml)
+    return earlier if earlier.get("step") == progress.step else {}
+
+
 def _load_agreed(cluster: Cluster, folder: CheckpointFolder) -> Checkpoint | None:
     """The checkpoint that the chief chose, so that all workers go on from the same step."""
     if cluster.is_chief:
-        newest, warnings = folder.load_newest()
+        try:
+            newest, warnings = folder.load_newest()
+        except (ConfigError, OSError):
+            if cluster.num_workers > 1:
+                publish("resume", 0, "refused")
+            raise
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if cluster.num_workers > 1:
             publish("resume", 0, "none" if newest is None else str(newest.step))
         return newest
     step = read("resume", 0)
+    if step == "refused":
+        raise ConfigError(f"{cluster.name(0)} cannot resume from {folder.folder}: its own line says why")
     return None if step == "none" else folder.load(int(step))
 
 
@@ -156,19 +241,19 @@ def _advance(task: Task, batches: Iterator[Any], progress: _Progress) -> StepRes
     if progress.warm:
         progress.since_log.add(seconds, int(results.num_tokens.sum()), len(results.loss))
         progress.total.add(seconds, int(results.num_tokens.sum()), len(results.loss))
-    elif not task.cluster.is_chief:
-        progress.warm = True
     else:
-        since_start = duration(time.monotonic() - task.started)
-        say(f"first step after {since_start}, of which {seconds:.1f} s to trace and compile")
+        progress.first.add(seconds, int(results.num_tokens.sum()), len(results.loss))
         progress.warm = True
+        if task.cluster.is_chief:
+            since_start = duration(time.monotonic() - task.started)
+            say(f"first step after {since_start}, of which {seconds:.1f} s to trace and compile")
     return results
 
 
 def _log(task: Task, writer: MetricsWriter, progress: _Progress, results: StepResults) -> None:
     if not len(results.loss):
         return
-    speed = progress.since_log
+    speed = progress.since_log if progress.since_log.num_steps else progress.first
     values = {
         "step": progress.step,
         "loss": float(results.loss[-1]),
@@ -177,6 +262,7 @@ def _log(task: Task, writer: MetricsWriter, progress: _Progress, results: StepRe
         "tokens_per_second": speed.tokens_per_second,
         "step_seconds": speed.step_seconds,
         "mfu": speed.tokens_per_second * task.flops_per_token / task.matrix_peak,
+        "bits_per_byte": float(results.loss[-1]) / math.log(2) / task.bytes_per_token,
         "num_tokens": int(results.num_tokens[-1]),
         "sequences_seen": progress.step * task.training.global_batch_size,
     }
@@ -189,9 +275,11 @@ def _evaluate(task: Task, writer: MetricsWriter, progress: _Progress) -> None:
     started = time.monotonic()
     progress.evaluation = task.evaluate()
     loss = progress.evaluation.loss
+    if progress.evaluated_step == progress.step:  # a finished run named again: told before
+        return
     progress.evaluated_step = progress.step
-    progress.is_best = progress.best_loss is None or loss < progress.best_loss
-    progress.best_loss = loss if progress.best_loss is None else min(loss, progress.best_loss)
+    progress.is_best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
+    progress.best_loss = loss if progress.is_best else progress.best_loss
     values = {
         "step": progress.step,
         "validation_loss": loss,
@@ -208,7 +296,7 @@ def _should_save(task: Task, progress: _Progress) -> bool:
     if progress.step == progress.saved_step:
         return False
     is_best = progress.evaluated_step == progress.step and progress.is_best
-    return is_best or _due(progress.step, task.checkpointing.every_steps, progress.resumed_step)
+    return is_best or _due(progress.step, task.checkpointing.every_steps)
 
 
 def _save(task: Task, saver: AsyncSaver, progress: _Progress) -> None:
@@ -223,14 +311,14 @@ def _save(task: Task, saver: AsyncSaver, progress: _Progress) -> None:
         "sequences_seen": progress.step * task.training.global_batch_size,
         "identity": dict(task.identity),
         "train_loss": progress.train_loss,
-        "validation_loss": evaluated.loss if evaluated else None,
+        "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
         "best_validation_loss": progress.best_loss,
     }
     saver.save(Checkpoint(weights, optimizer, state))
     progress.saved_step = progress.step
 
 
-def _summarise(task: Task, progress: _Progress) -> dict[str, Any]:
+def _summarise(task: Task, progress: _Progress, earlier: dict[str, Any]) -> dict[str, Any]:
     weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
     assert progress.evaluation is not None, "the loop evaluates at its last step"
     summary = {
@@ -247,6 +335,8 @@ def _summarise(task: Task, progress: _Progress) -> dict[str, Any]:
         **task.facts,
         **checkpoint.digests_of(weights, optimizer),
     }
+    if not progress.total.num_steps:  # nothing was trained: the times are those of the process that did
+        summary.update({key: earlier[key] for key in ("tokens_per_second", "wall_seconds") if key in earlier})
     if task.cluster.is_chief:
         task.run.write_summary(summary)
     return summary
@@ -264,47 +354,6 @@ def _nonfinite_message(task: Task, folder: CheckpointFolder, progress: _Progress
     )
 
 
-def _due(step: int, every: int, not_at: int = 0) -> bool:
+def _due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one."""
-    return every > 0 and step % every == 0 and step != not_at and step > 0
-
-
-@contextlib.contextmanager
-def _stop_on_signal(train_step: TrainStep) -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into a stop request, even while TensorFlow holds the main thread.
-
-    Python runs signal handlers in the main thread, which may sit in a call of many steps; but it writes the
-    signal's number to a pipe at once. A thread that reads the pipe sets the flag that the running steps look
-    at. A second signal ends the process without a checkpoint.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    old_end = signal.set_wakeup_fd(write_end)
-    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    threading.Thread(target=_watch_signals, args=(read_end, train_step), daemon=True).start()
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(old_end)
-        os.close(write_end)
-
-
-def _watch_signals(read_end: int, train_step: TrainStep) -> None:
-    asked = False
-    while received := os.read(read_end, 1):
-        number = received[0]
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            continue
-        name = signal.Signals(number).name
-        if asked:
-            print(f"{name} again: ending without a checkpoint", file=sys.stderr, flush=True)
-            os._exit(128 + number)
-        say(f"{name}: stopping after this step, then saving a checkpoint; once more ends at once")
-        asked = True
-        train_step.request_stop()
-    os.close(read_end)
+    return every > 0 and step % every == 0 and step > 0

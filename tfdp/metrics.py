@@ -6,6 +6,7 @@ step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 t
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ class MetricsWriter:
         if not self._is_chief:
             return
         self._write_row(values)
-        scalars = {**values, "perplexity": perplexity(values["loss"]), "bits_per_token": values["loss"] / math.log(2)}
+        scalars = {**values, "perplexity": perplexity(values["loss"])}
         self._write_scalars("train", int(values["step"]), scalars)
         say(step_line(values, num_steps, eta_seconds))
 
@@ -82,7 +83,8 @@ class MetricsWriter:
         self._file.close()
 
     def _write_row(self, values: Mapping[str, float | int]) -> None:
-        self._file.write(json.dumps(dict(values)) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps(finite) + "\n")
 
     def _write_scalars(self, board: str, step: int, values: Mapping[str, float | int | None]) -> None:
         with self._boards[board].as_default():
@@ -148,12 +150,13 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def matrix_peak(precision: str, gpu_names: list[str]) -> float:
-    """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured here."""
+def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1) -> float:
+    """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured on this worker and
+    taken for each (each GPU, or the cores of each worker)."""
     for name, peaks in _GPU_PEAKS.items():
-        if gpu_names and name in gpu_names[0]:
+        if gpu_names and name in re.split(r"[\s-]", gpu_names[0]):
             return peaks[precision] * len(gpu_names)
-    return _measured_matrix_peak(precision) * max(1, len(gpu_names))
+    return _measured_matrix_peak(precision) * (len(gpu_names) or num_workers)
 
 
 def _measured_matrix_peak(precision: str, size: int = 1024, num_runs: int = 6) -> float:
@@ -178,7 +181,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed process
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(kept), encoding="utf-8")

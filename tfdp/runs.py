@@ -7,6 +7,7 @@ summary.json     what the run came to
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +28,10 @@ class RunDirectory:
     @classmethod
     def named(cls, name: str | None) -> "RunDirectory":
         """The directory of that name, or for None a new one, `runs/DATE-TIME`; nothing is made yet."""
-        return cls(Path(name) if name else RUNS / datetime.now().strftime("%Y%m%d-%H%M%S"))
+        if name is None:
+            return cls(RUNS / datetime.now().strftime("%Y%m%d-%H%M%S"))
+        path = Path(name)
+        return cls(path.parent / path.readlink() if path.is_symlink() else path)  # runs/latest is no run itself
 
     @classmethod
     def open(cls, name: str) -> "RunDirectory":
@@ -38,7 +42,7 @@ class RunDirectory:
         return run
 
     def begin(self, config_yaml: str) -> None:
-        """Makes the directory, writes config.yaml and points the link `latest` beside it here.
+        """Makes the directory, writes config.yaml, removes an old summary and points the link `latest` beside it here.
 
         Raises:
           ConfigError: the directory cannot be made or written.
@@ -46,6 +50,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_whole(self.config_path, config_yaml)
+            self.summary_path.unlink(missing_ok=True)
             if self.path.parent == RUNS:
                 _point(RUNS / "latest", self.path.name)
         except OSError as error:
@@ -58,18 +63,25 @@ class RunDirectory:
     def checkpoints(self, keep: int = 1_000_000) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints", keep)
 
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
     def next_steps(self) -> str:
-        """Where to look after a run, as commands."""
+        """Where to look after a run, as commands for the Python that runs now."""
+        python = sys.executable
+        if Path(python).is_relative_to(Path.cwd()):
+            python = str(Path(python).relative_to(Path.cwd()))
         return (
-            f"summary      {self.path / 'summary.json'}\n"
-            f"curves       tensorboard --logdir {self.path / 'tensorboard'}\n"
-            f'more text    python -m tfdp.generate --run_dir {self.path} --prompt "def "\n'
-            f"evaluation   python -m tfdp.evaluate --run_dir {self.path}"
+            f"summary      {self.summary_path}\n"
+            f"curves       {python} -m tensorboard.main --logdir {self.path / 'tensorboard'}\n"
+            f'more text    {python} -m tfdp.generate --run_dir {self.path} --prompt "def "\n'
+            f"evaluation   {python} -m tfdp.evaluate --run_dir {self.path}"
         )
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json whole or not at all."""
-        _write_whole(self.path / "summary.json", json.dumps(dict(summary), indent=1) + "\n")
+        _write_whole(self.summary_path, json.dumps(dict(summary), indent=1) + "\n")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ from tfdp.corpus import Document, documents
 from tfdp.exits import ConfigError
 from tfdp.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 TOKENS_PER_SHARD = 1 << 28
 ABSENT = -1  # stands where a window reaches past the end of its split; no token id is negative
@@ -75,6 +75,7 @@ class TokenShards:
     train: Split
     validation: Split
     corpus_sha256: str
+    split_sha256: str  # of the text, the tokenizer, and which document is in which split
 
     def describe(self) -> str:
         """Documents and tokens of both splits, for people."""
@@ -95,12 +96,13 @@ def open_or_prepare(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -
     """
     corpus_sha256, validation_names = _survey(config)
     recipe = json.dumps([FORMAT_VERSION, corpus_sha256, tokenizer.fingerprint, sorted(validation_names)])
-    folder = cache_dir / hashlib.sha256(recipe.encode()).hexdigest()[:32]
+    split_sha256 = hashlib.sha256(recipe.encode()).hexdigest()
+    folder = cache_dir / split_sha256[:32]
     if not _is_complete(folder):
         scratch = cache_dir / f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             scratch.mkdir(parents=True)
-            _write(config, tokenizer, validation_names, corpus_sha256, scratch)
+            _write(config, tokenizer, validation_names, (corpus_sha256, split_sha256), scratch)
             _publish(scratch, folder)
         except OSError as error:
             raise ConfigError(f"data.cache_dir ({cache_dir}) must be a folder that can be written: {error}") from None
@@ -119,7 +121,7 @@ def open_shards(folder: Path) -> TokenShards:
         entry = manifest["splits"][name]
         shards = [np.memmap(folder / shard["file"], dtype=manifest["dtype"], mode="r") for shard in entry["shards"]]
         splits[name] = Split(shards, entry["num_documents"], entry["num_bytes"])
-    return TokenShards(splits["train"], splits["validation"], manifest["corpus_sha256"])
+    return TokenShards(splits["train"], splits["validation"], manifest["corpus_sha256"], manifest["split_sha256"])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ class _SplitWriter:
 
 
 def _write(
-    config: DataConfig, tokenizer: Tokenizer, validation_names: set[str], corpus_sha256: str, folder: Path
+    config: DataConfig, tokenizer: Tokenizer, validation_names: set[str], digests: tuple[str, str], folder: Path
 ) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writers = {name: _SplitWriter(folder, name, dtype, tokenizer.end_of_text) for name in SPLITS}
@@ -254,7 +256,8 @@ def _write(
         "source": config.source,
         "validation_source": config.validation_source,
         "tokenizer": tokenizer.fingerprint,
-        "corpus_sha256": corpus_sha256,
+        "corpus_sha256": digests[0],
+        "split_sha256": digests[1],
         "dtype": dtype.newbyteorder("<").str,
         "splits": {name: writer.finish() for name, writer in writers.items()},
     }

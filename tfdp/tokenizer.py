@@ -45,8 +45,11 @@ class ByteTokenizer:
     fingerprint = "bytes-256-eot-255"
 
     def encode(self, text: str) -> np.ndarray:
-        """UTF-8 bytes of a text, uint8, shape (num_bytes,)."""
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        """UTF-8 bytes of a text, uint8, shape (num_bytes,). Raises `ConfigError` for what UTF-8 cannot hold."""
+        try:
+            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"text ({text[error.start]!r} at {error.start}) must be valid Unicode") from None
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of byte ids; ends of text become blank lines, broken UTF-8 the replacement character."""

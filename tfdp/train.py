@@ -6,13 +6,13 @@ by the recipe that the key `trainer` names.
 
 import sys
 
-from tfdp.config import find_trainer, import_trainer, load
+from tfdp.config import find_trainer, import_trainer, load, with_run_config
 from tfdp.exits import end, run_command
 from tfdp.startup import load_tensorflow
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    arguments = with_run_config(sys.argv[1:])
     trainer = import_trainer(find_trainer(arguments))
     description = (
         "Train a GPT with data parallelism. With no argument: a byte-level GPT on the source code of Python's "

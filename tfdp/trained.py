@@ -19,6 +19,7 @@ class TrainedGPT:
     tokenizer: Tokenizer
     model: GPT
     step: int
+    corpus_sha256: str
 
 
 def load_trained(run_dir: str, which: str) -> TrainedGPT:
@@ -37,7 +38,7 @@ def load_trained(run_dir: str, which: str) -> TrainedGPT:
     tokenizer = make_tokenizer(config.data.tokenizer)
     model = GPT(config.model, tokenizer.vocab_size, config.seed, config.training.precision)
     checkpoint.restore(model.named_weights(), saved.weights)
-    return TrainedGPT(config, tokenizer, model, saved.step)
+    return TrainedGPT(config, tokenizer, model, saved.step, saved.state["identity"]["corpus_sha256"])
 
 
 def _choose_step(run: RunDirectory, which: str) -> int:

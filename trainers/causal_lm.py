@@ -49,17 +49,11 @@ class Config:
 def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
     started = time.monotonic()
-    from tfdp import data, distribution, loop, losses, metrics, shards
+    from tfdp import data, distribution, shards
     from tfdp.cluster import Watch, require_agreement
-    from tfdp.evaluation import Evaluator
-    from tfdp.gpt import GPT
-    from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.runs import RunDirectory
-    from tfdp.sampling import Sampler
-    from tfdp.step import TrainStep, default_jit_compile
+    from tfdp.loop import StopSignal
     from tfdp.tokenizer import make_tokenizer
 
-    training, context_length = config.training, config.model.context_length
     cluster = distribution.find_cluster(config.distribution)
     require(
         config.run_dir is not None or cluster.num_workers == 1,
@@ -70,10 +64,30 @@ def train(config: Config) -> dict[str, Any]:
     tokenizer = make_tokenizer(config.data.tokenizer)
     corpus = shards.open_or_prepare(config.data, tokenizer, distribution.cache_dir(config.data))
     for name in shards.SPLITS:
-        data.check_lengths(getattr(corpus, name), name, context_length, config.data.source)
+        data.check_lengths(getattr(corpus, name), name, config.model.context_length, config.data.source)
 
-    strategy = distribution.make_strategy(config.distribution, cluster)
-    require_agreement(cluster, shared_facts(config, corpus.corpus_sha256))
+    with Watch(cluster, config.distribution.peer_timeout_seconds).watching() as watch:
+        strategy = distribution.make_strategy(config.distribution, cluster)
+        with StopSignal() as stop:
+            require_agreement(cluster, shared_facts(config, corpus, strategy))
+            return _fit(config, tokenizer, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
+
+
+def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: Any) -> dict[str, Any]:
+    """Makes the model, its step and its evaluation under a strategy, and runs the loop.
+
+    Args:
+      process: the fields of `loop.Task` that say where this runs: cluster, watch, stop, started.
+    """
+    from tfdp import data, distribution, loop, losses, metrics
+    from tfdp.evaluation import Evaluator
+    from tfdp.gpt import GPT
+    from tfdp.optimizer import Optimizer, make_schedule
+    from tfdp.runs import RunDirectory
+    from tfdp.sampling import Sampler
+    from tfdp.step import TrainStep, default_jit_compile
+
+    training, context_length = config.training, config.model.context_length
     microbatch_size = distribution.microbatch_size(strategy, training)
     jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
     with strategy.scope():
@@ -96,10 +110,12 @@ def train(config: Config) -> dict[str, Any]:
     )
     sampler = Sampler(model, tokenizer)
     sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
-    matrix_peak = metrics.matrix_peak(training.precision, distribution.gpu_names(strategy))
+    matrix_peak = metrics.matrix_peak(
+        training.precision, distribution.gpu_names(strategy), process["cluster"].num_workers
+    )
     run = RunDirectory.named(config.run_dir)
 
-    say = metrics.say if cluster.is_chief else (lambda _line: None)
+    say = metrics.say if process["cluster"].is_chief else (lambda _line: None)
     say(f"model      {model.describe()}")
     say(f"data       {config.data.source}: {corpus.describe()}")
     say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
@@ -112,7 +128,7 @@ def train(config: Config) -> dict[str, Any]:
             run=run,
             training=training,
             checkpointing=config.checkpoint,
-            identity=identity(config, tokenizer.fingerprint, corpus.corpus_sha256),
+            identity=identity(config, tokenizer.fingerprint, corpus),
             weights=model.named_weights(),
             optimizer_state=optimizer.named_state(),
             train_step=train_step,
@@ -122,37 +138,44 @@ def train(config: Config) -> dict[str, Any]:
                 )
             ),
             evaluate=evaluator,
-            cluster=cluster,
-            watch=Watch(cluster, config.distribution.peer_timeout_seconds),
             sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
             flops_per_token=model.flops_per_token(),
             matrix_peak=matrix_peak,
+            bytes_per_token=corpus.train.num_bytes / corpus.train.num_tokens,
             facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
             config_yaml=to_yaml(config),
-            started=started,
+            **process,
         )
     )
-    if training.sample_tokens and cluster.is_chief:
+    if training.sample_tokens and process["cluster"].is_chief:
         say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
     say(run.next_steps())
     return summary
 
 
-def shared_facts(config: Config, corpus_sha256: str) -> dict[str, Any]:
-    """What all workers must have in common: every key but where each keeps its cache, the text, and this code."""
+def shared_facts(config: Config, corpus: Any, strategy: Any) -> dict[str, Any]:
+    """What all workers must have in common: every key but where each keeps its cache, text, code and devices."""
+    from tfdp import distribution
+
     keys = flatten(config)
     del keys["data.cache_dir"]
-    return {**keys, "corpus_sha256": corpus_sha256, "code_sha256": code_sha256(Path(__file__).parent)}
+    return {
+        **keys,
+        "split_sha256": corpus.split_sha256,
+        "code_sha256": code_sha256(Path(__file__).parent),
+        **distribution.shared_facts(strategy),
+    }
 
 
-def identity(config: Config, tokenizer_fingerprint: str, corpus_sha256: str) -> dict[str, Any]:
+def identity(config: Config, tokenizer_fingerprint: str, corpus: Any) -> dict[str, Any]:
     """What two processes must have in common to be one run: the shapes, the data and its order."""
     free = {"dropout", "init_stddev"}  # may change on the way: they shape neither tensors nor data
     model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
     return {
         **model,
         "data.tokenizer": tokenizer_fingerprint,
-        "corpus_sha256": corpus_sha256,
+        "corpus_sha256": corpus.corpus_sha256,
+        "split_sha256": corpus.split_sha256,
         "optimizer.name": config.optimizer.name,
         "training.global_batch_size": config.training.global_batch_size,
         "seed": config.seed,
