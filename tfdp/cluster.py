@@ -125,17 +125,6 @@ def barrier(name: str, timeout_seconds: float) -> None:
     _context().wait_at_barrier(f"tfdp/{name}", int(timeout_seconds * 1000))
 
 
-def finish_together(cluster: Cluster, timeout_seconds: float = _PATIENCE_SECONDS) -> None:
-    """Waits until all workers are done, so that none takes another's leaving for a loss.
-
-    The chief, which hosts the barrier, stays a moment longer: the others have to hear of it.
-    """
-    if cluster.num_workers > 1:
-        barrier("finished", timeout_seconds)
-        if cluster.is_chief:
-            time.sleep(_PROBE_SECONDS / 2)
-
-
 def _context() -> Any:
     # The coordination service has no public Python interface; tests/test_multi_worker.py fails when this one moves.
     from tensorflow.python.eager import context
@@ -198,6 +187,17 @@ class Watch:
             raise PeerLost(self._message(*lost)) from None
         finally:
             self._stopped.set()
+
+    def finish_together(self) -> None:
+        """Waits until all workers are done, and looks after none of them from then on.
+
+        The chief, which hosts the barrier, stays a moment longer: the others have to hear of it.
+        """
+        if self._cluster.num_workers > 1:
+            barrier("finished", _PATIENCE_SECONDS)
+            self._stopped.set()
+            if self._cluster.is_chief:
+                time.sleep(_PROBE_SECONDS / 2)
 
     def _watch(self, peer: int) -> None:
         while not self._stopped.wait(_PROBE_SECONDS):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tfdp import checkpoint
 from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
-from tfdp.cluster import Cluster, Watch, finish_together, publish, read
+from tfdp.cluster import Cluster, Watch, publish, read
 from tfdp.config import CheckpointConfig, TrainingConfig, changed_keys
 from tfdp.evaluation import Evaluation
 from tfdp.exits import ConfigError, StopRequested, TrainingError
@@ -145,10 +145,10 @@ def fit(task: Task) -> dict[str, Any]:
                 _log(task, writer, progress, results)
             if results.nonfinite is not None:
                 saver.wait()
-                finish_together(task.cluster)
+                task.watch.finish_together()
                 raise TrainingError(_nonfinite_message(task, folder, progress, results))
         saver.wait()
-        finish_together(task.cluster)
+        task.watch.finish_together()
     writer.close()
     if progress.step < num_steps:
         raise StopRequested(
