@@ -81,11 +81,7 @@ class CheckpointFolder:
             f"{name}.safetensors": _write_synced(scratch / f"{name}.safetensors", _safetensors_parts(tensors))
             for name, tensors in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer))
         }
-        state = {
-            **checkpoint.state,
-            **digests_of(checkpoint.weights, checkpoint.optimizer),
-            "files": digests,
-        }
+        state = {**checkpoint.state, "files": digests}
         _write_synced(scratch / "state.json", [json.dumps(state, indent=1).encode()])
         _sync_folder(scratch)
         self._discard(final)
@@ -219,8 +215,8 @@ class AsyncSaver:
 
 
 def snapshot(variables: Variables) -> Tensors:
-    """Copies variables to the host, under the names given."""
-    return {name: np.array(variable.numpy()) for name, variable in variables.items()}
+    """Copies variables to the host, under the names given (`numpy` of an eager tensor is a copy already)."""
+    return {name: np.asarray(variable.numpy()) for name, variable in variables.items()}
 
 
 def restore(variables: Variables, tensors: Tensors) -> None:
