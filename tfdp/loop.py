@@ -135,7 +135,7 @@ def fit(task: Task) -> dict[str, Any]:
             if last or (due and not stopped):
                 _evaluate(task, writer, progress)
             if last or stopped or _should_save(task, progress):
-                _save(task, saver, progress)
+                _save(task, saver, progress, background=not (last or stopped))
             if last or stopped:
                 break
             results = _advance(task, batches, progress)
@@ -299,8 +299,8 @@ def _should_save(task: Task, progress: _Progress) -> bool:
     return is_best or _due(progress.step, task.checkpointing.every_steps)
 
 
-def _save(task: Task, saver: AsyncSaver, progress: _Progress) -> None:
-    """Copies the state to host memory and has it written beside the steps; only the chief has anything to do."""
+def _save(task: Task, saver: AsyncSaver, progress: _Progress, background: bool) -> None:
+    """Copies the state to host memory and has it written; only the chief has anything to do."""
     if progress.step == progress.saved_step or not task.cluster.is_chief:
         progress.saved_step = progress.step
         return
@@ -314,7 +314,7 @@ def _save(task: Task, saver: AsyncSaver, progress: _Progress) -> None:
         "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
         "best_validation_loss": progress.best_loss,
     }
-    saver.save(Checkpoint(weights, optimizer, state))
+    saver.save(Checkpoint(weights, optimizer, state), background)
     progress.saved_step = progress.step
 
 
