@@ -24,7 +24,7 @@ def main() -> None:
     from tfdp.gpt import GPT
     from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.step import TrainStep
+    from tfdp.step import StepRules, TrainStep
 
     num_rounds, context_length, rows = int(sys.argv[1]) if len(sys.argv) > 1 else 8, 64, 8
     config = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")
@@ -33,7 +33,14 @@ def main() -> None:
         model = GPT(ModelConfig(num_layers=6, num_heads=6, model_dim=384, context_length=context_length), 256)
         optimizer = Optimizer(config, model.trainable_variables)
     train_step = TrainStep(
-        strategy, next_token_loss(model), optimizer, make_schedule(config, 1000), rows, rows, 1.0, jit_compile=True
+        strategy,
+        next_token_loss(model),
+        optimizer,
+        make_schedule(config, 1000),
+        rows,
+        rows,
+        StepRules(1.0),
+        jit_compile=True,
     )
     tokens = np.random.default_rng(0).integers(0, 256, (rows, context_length + 1)).astype(np.int32)
     batch = {"tokens": tf.constant(tokens), "position": tf.range(rows, dtype=tf.int64)}

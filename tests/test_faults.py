@@ -120,7 +120,7 @@ def test_forty_kills_change_nothing(tmp_path: Path, corpus_dir: Path, capfd: pyt
     killer.start()
     arguments = tiny_arguments(corpus_dir, killed, **changes)
     code = run_job(
-        LaunchConfig(num_workers=2, max_restarts=2 * num_kills), arguments, killed, command(tmp_path, "killed", 0.005)
+        LaunchConfig(num_workers=2, max_restarts=2 * num_kills), arguments, killed, command(tmp_path, "killed", 0.012)
     )
     output = capfd.readouterr()
     assert code == 0, output.err[-3000:]

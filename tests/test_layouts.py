@@ -13,7 +13,7 @@ from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
 from tfdp.gpt import GPT
 from tfdp.losses import next_token_loss
 from tfdp.optimizer import Optimizer, make_schedule
-from tfdp.step import TrainStep
+from tfdp.step import StepRules, TrainStep
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -70,7 +70,7 @@ def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None =
         optimizer = Optimizer(config, model.trainable_variables)
     loss = next_token_loss(model)
     schedule = make_schedule(config, 10)
-    step = TrainStep(strategy, loss, optimizer, schedule, 8, microbatch_size, clip_norm, jit_compile=False)
+    step = TrainStep(strategy, loss, optimizer, schedule, 8, microbatch_size, StepRules(clip_norm), jit_compile=False)
     step.strategy, step.model = strategy, model  # type: ignore[attr-defined]
     return step
 
@@ -96,7 +96,7 @@ def test_a_step_makes_one_reduction_whatever_the_accumulation() -> None:
     for microbatch_size in (4, 2, 1):
         step = make_step(2, microbatch_size)
         arguments = (batches(step.strategy, tokens), tf.constant(0, tf.int64), tf.constant(1))  # type: ignore[attr-defined]
-        traced = step._run.get_concrete_function(*arguments)
+        traced = step._run.get_concrete_function(*arguments, tf.constant(step.recent_losses))
         counts[microbatch_size] = count_reductions(traced)
     assert counts == {4: 1, 2: 1, 1: 1}
 
@@ -146,7 +146,8 @@ def test_a_gradient_that_is_not_finite_is_named_and_not_applied() -> None:
     before = [variable.numpy() for variable in step.model.trainable_variables]  # type: ignore[attr-defined]
     results = step(batches(step.strategy, tokens), 0, 5)  # type: ignore[attr-defined]
     assert len(results.loss) == 0
-    assert results.nonfinite == step.model.trainable_variables[0].path  # type: ignore[attr-defined]
+    assert results.spike is not None
+    assert results.spike.tensor == step.model.trainable_variables[0].path  # type: ignore[attr-defined]
     for variable, old in zip(step.model.trainable_variables, before, strict=True):  # type: ignore[attr-defined]
         np.testing.assert_array_equal(variable.numpy(), old)
 

@@ -139,8 +139,12 @@ class DataConfig:
     """bytes: one token per UTF-8 byte, vocabulary 256."""
     cache_dir: str | None = None
     """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
+    left_out: tuple[int, ...] = ()
+    """Positions of the order of training (step * global_batch_size + row, from 0) that nothing is learned from."""
 
     def __post_init__(self) -> None:
+        for position in self.left_out:
+            require(position >= 0, "data.left_out", self.left_out, "must hold positions from 0 on: try [448]")
         require(
             self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,
             "data.validation_fraction",
@@ -241,13 +245,31 @@ class TrainingConfig:
     """Steps between two lines of the console and of metrics.jsonl."""
     evaluate_every: int = 250
     """Steps between two passes over the whole validation split (and one at the end); 0: only at the end."""
+    evaluation_rows: int | None = None
+    """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, else at most 16."""
     sample_tokens: int = 256
     """Length in tokens of the text sampled after each evaluation; 0: none."""
+    verify_every: int = 100
+    """Steps between two comparisons of the weights of all replicas and workers, bit by bit; 0: never."""
+    on_spike: Literal["stop", "skip", "rollback"] = "stop"
+    """After a step that is not finite or whose loss leaps: stop, go on without its update, or go back and around it."""
+    spike_threshold: float | None = 10.0
+    """Robust standard deviations above the median of the last 50 losses that make a leap; null: none does."""
+    max_spikes: int = 20
+    """Spikes of the whole run after which skip and rollback stop too."""
 
     def __post_init__(self) -> None:
+        if self.spike_threshold is not None:
+            require(self.spike_threshold > 0, "training.spike_threshold", self.spike_threshold, "must be positive")
         for name in ("steps", "global_batch_size", "log_every"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "must be at least 1")
-        for name in ("evaluate_every", "sample_tokens"):
+        require(
+            self.evaluation_rows is None or self.evaluation_rows >= 1,
+            "training.evaluation_rows",
+            self.evaluation_rows,
+            "must be at least 1",
+        )
+        for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
         if self.microbatch_size is not None:
             size = self.microbatch_size
@@ -260,6 +282,10 @@ class TrainingConfig:
                 f"try {-(-self.global_batch_size // size) * size}",
             )
 
+    @property
+    def rows_of_evaluation(self) -> int:
+        return self.evaluation_rows or self.microbatch_size or min(self.global_batch_size, 16)
+
 
 @dataclass(frozen=True)
 class DistributionConfig:
@@ -269,6 +295,8 @@ class DistributionConfig:
     """auto: multi_worker_mirrored where TF_CONFIG or SLURM name several workers, else mirrored."""
     num_replicas: int | None = None
     """Replicas of each worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
+    reduction: Literal["fast", "canonical"] = "fast"
+    """Order of the sums over micro-batches and replicas: TensorFlow's, or one tree, for the same bits in any layout."""
     peer_timeout_seconds: float = 60.0
     """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
 
@@ -587,6 +615,8 @@ def _describe(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if kind in names:
         return names[kind]
+    if typing.get_origin(kind) is tuple:
+        return "a list such as [1, 2]"
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
     return " or ".join(_describe(part) for part in typing.get_args(kind))

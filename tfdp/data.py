@@ -6,7 +6,7 @@ and the order does not know how many replicas or workers there are. Step s of a 
 s * G .. s * G + G - 1, where G is the global batch size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ import tensorflow as tf
 
 from tfdp import distribution
 from tfdp.exits import ConfigError
-from tfdp.shards import Split
+from tfdp.shards import ABSENT, Split
 
 Batch = dict[str, tf.Tensor]  # "tokens": (rows, context_length + 1) int32; "position": (rows,) int64
 
 
-def window_index(position: tf.Tensor, num_sequences: int, seed: int) -> tf.Tensor:
+def window_index(position: tf.Tensor | int, num_sequences: int, seed: int) -> tf.Tensor:
     """The window at a position of the shuffled order: scalar int64 -> scalar int64 in [0, num_sequences)."""
     epoch = position // num_sequences
     return tf.random.experimental.index_shuffle(
@@ -36,16 +36,17 @@ def train_batches(
     global_batch_size: int,
     seed: int,
     start_step: int,
+    left_out: Collection[int] = (),
 ) -> Iterable[Any]:
     """The endless shuffled batches of a run from `start_step` on, distributed over the replicas.
 
     Each element holds, per replica, `global_batch_size / num_replicas` rows: consecutive positions, in
-    replica order.
+    replica order. A position that is left out keeps its row, all `ABSENT`: nothing else moves.
     """
     num_sequences = split.num_sequences(context_length)
     positions = _worker_positions(strategy, global_batch_size, start_step)
     shuffled = positions.map(lambda position: (position, window_index(position, num_sequences, seed)))
-    return _distribute(strategy, shuffled, split, context_length, global_batch_size)
+    return _distribute(strategy, shuffled, split, context_length, global_batch_size, left_out)
 
 
 def validation_batches(
@@ -93,14 +94,18 @@ def _distribute(
     split: Split,
     context_length: int,
     global_batch_size: int,
+    left_out: Collection[int] = (),
 ) -> Iterable[Any]:
     """Reads the windows of (position, window) pairs in batches and hands each replica its rows."""
+    absent = np.array(sorted(left_out), dtype=np.int64)
 
-    def read(windows: np.ndarray) -> np.ndarray:
-        return split.windows(windows, context_length)
+    def read(positions: np.ndarray, windows: np.ndarray) -> np.ndarray:
+        tokens = split.windows(windows, context_length)
+        tokens[np.isin(positions, absent)] = ABSENT
+        return tokens
 
     def batch(position: tf.Tensor, window: tf.Tensor) -> Batch:
-        tokens = tf.numpy_function(read, [window], tf.int32, stateful=False)
+        tokens = tf.numpy_function(read, [position, window], tf.int32, stateful=False)
         return {
             "tokens": tf.ensure_shape(tokens, (global_batch_size, context_length + 1)),
             "position": tf.ensure_shape(position, (global_batch_size,)),

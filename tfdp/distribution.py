@@ -14,6 +14,9 @@ import tensorflow as tf
 from tfdp.cluster import Cluster, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exits import ConfigError
+from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
+
+_GATHER_ELEMENTS = 1 << 24  # of one piece of a canonical sum over workers: 64 MiB from each replica
 
 
 def find_cluster(config: DistributionConfig) -> Cluster:
@@ -76,6 +79,8 @@ def make_strategy(config: DistributionConfig, cluster: Cluster | None = None) ->
         )
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
+        if config.reduction == "canonical":
+            tf.config.experimental.enable_op_determinism()  # kernels of GPUs add in any order; those of CPUs do not
     else:
         _make_logical_cpus(num_replicas)
     kind = "GPU" if gpus else "CPU"
@@ -84,8 +89,10 @@ def make_strategy(config: DistributionConfig, cluster: Cluster | None = None) ->
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
-    # Logical CPUs share their memory, so a plain sum on the first one, in replica order, beats a ring of copies.
-    reduction = None if gpus else tf.distribute.ReductionToOneDevice()
+    if config.reduction == "canonical":
+        reduction = tf.distribute.ReductionToOneDevice(accumulation_fn=sum_in_tree)
+    else:  # logical CPUs share their memory, so a plain sum on the first one beats a ring of copies
+        reduction = None if gpus else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
 
 
@@ -136,11 +143,12 @@ def num_local_replicas(strategy: tf.distribute.Strategy) -> int:
     return len(strategy.extended.worker_devices)
 
 
-def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig) -> int:
+def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast") -> int:
     """Sequences of one forward pass on one replica; without `training.microbatch_size`, all of a replica's share.
 
     Raises:
-      ConfigError: the global batch cannot be cut evenly among the replicas.
+      ConfigError: the global batch cannot be cut evenly among the replicas, or, where the reduction is canonical,
+        the replicas do not own whole subtrees.
     """
     replicas = int(strategy.num_replicas_in_sync)
     unit = replicas * (training.microbatch_size or 1)
@@ -151,7 +159,17 @@ def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig) 
         training.global_batch_size,
         f"must be a multiple of {within} ({unit}): try {-(-training.global_batch_size // unit) * unit}",
     )
-    return training.microbatch_size or training.global_batch_size // replicas
+    size = training.microbatch_size or training.global_batch_size // replicas
+    num_microbatches = training.global_batch_size // size
+    listed = ", ".join(map(str, possible_owners(num_microbatches)))
+    require(
+        reduction != "canonical" or owns_nodes(num_microbatches, replicas),
+        "distribution.reduction",
+        reduction,
+        f"needs replicas that own whole subtrees of the {num_microbatches} micro-batches, a power of two each, and "
+        f"there are {replicas}: try {listed} replicas, or another training.microbatch_size",
+    )
+    return size
 
 
 def describe(strategy: tf.distribute.Strategy) -> str:
@@ -195,12 +213,40 @@ def on_gpu(strategy: tf.distribute.Strategy) -> bool:
     return any("GPU" in device for device in strategy.extended.worker_devices)
 
 
-def replica_sum(values: tf.Tensor) -> tf.Tensor:
-    """Sums a float32 tensor over all replicas: the one collective of a step. Call it in a replica context."""
+def replica_sum(values: tf.Tensor, reduction: str = "fast") -> tf.Tensor:
+    """Sums a float32 vector over all replicas: the one reduction of a step. Call it in a replica context.
+
+    The order of a `fast` sum is TensorFlow's; that of a `canonical` one is the tree of sums.py over the replicas. In
+    one process the strategy adds in the tree already, and two terms have one order. Otherwise every replica gathers
+    the terms, piece by piece, and adds them itself.
+    """
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
         return values
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    if reduction == "fast" or context.num_replicas_in_sync == 2 or num_workers(context.strategy) == 1:
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    length = int(values.shape[0])
+    pieces = tf.split(values, [min(_GATHER_ELEMENTS, length - at) for at in range(0, length, _GATHER_ELEMENTS)])
+    gathered = [context.all_gather(piece[tf.newaxis], axis=0) for piece in pieces]
+    return tf.concat([sum_in_tree(tf.unstack(terms, context.num_replicas_in_sync)) for terms in gathered], axis=0)
+
+
+def replica_slots(values: tf.Tensor) -> tf.Tensor:
+    """Lays a float32 tensor into this replica's slot: (num_replicas, *shape), 0 in the slots of the others.
+
+    Summed over the replicas, in whatever order, the slots hold the values of all. Call it in a replica context.
+    """
+    context = tf.distribute.get_replica_context()
+    mine = tf.range(context.num_replicas_in_sync) == context.replica_id_in_sync_group
+    return tf.where(tf.reshape(mine, [-1, *[1] * len(values.shape)]), values[tf.newaxis], 0.0)
+
+
+def replica_gather(values: tf.Tensor) -> tf.Tensor:
+    """The values of all replicas in order, (num_replicas, *shape), for small float32 tensors; one collective."""
+    return tf.reshape(
+        replica_sum(tf.reshape(replica_slots(values), [-1])),
+        [tf.distribute.get_replica_context().num_replicas_in_sync, *values.shape],
+    )
 
 
 def first_replica(strategy: tf.distribute.Strategy, per_replica: Any) -> Any:

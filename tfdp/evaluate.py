@@ -17,12 +17,12 @@ class Config:
     """Directory of the run."""
     checkpoint: str = "best"
     """Which checkpoint: best (lowest validation loss), newest, or a step."""
-    rows: int = 64
-    """Sequences per forward pass on each replica."""
+    rows: int | None = None
+    """Sequences per forward pass on each replica; null: as in training, which gives the same loss to the bit."""
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:
-        require(self.rows >= 1, "rows", self.rows, "must be at least 1: try 64")
+        require(self.rows is None or self.rows >= 1, "rows", self.rows, "must be at least 1: try 64")
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         losses.next_token_loss(trained.model),
         corpus.validation,
         run_config.model.context_length,
-        config.rows * int(strategy.num_replicas_in_sync),
+        (config.rows or training.rows_of_evaluation) * int(strategy.num_replicas_in_sync),
         default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy)),
     )
     result = evaluator()

@@ -5,83 +5,31 @@ It knows steps, times and files, and nothing of what is trained: a recipe hands 
 
 import json
 import math
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
-from tfdp import checkpoint
+import numpy as np
+
+from tfdp import checkpoint, spikes
 from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
-from tfdp.cluster import Cluster, Watch, publish, read
+from tfdp.cluster import Cluster, Watch
 from tfdp.config import CheckpointConfig, TrainingConfig, changed_keys
 from tfdp.evaluation import Evaluation
 from tfdp.exits import ConfigError, StopRequested, TrainingError
 from tfdp.metrics import MetricsWriter, Throughput, duration, say
+from tfdp.progress import Progress, load_agreed
 from tfdp.runs import RunDirectory
+from tfdp.spikes import Ledger, Spike
 from tfdp.step import StepResults, TrainStep
-
-
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a stop request, even while TensorFlow holds the main thread.
-
-    Enter it as soon as the strategy is made, which takes SIGTERM for itself. Python runs signal handlers in the main
-    thread, which may sit in a call of many steps; but it writes the signal's number to a pipe at once. A thread that
-    reads the pipe sets the flag that the running steps look at. A second signal ends the process without a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._train_step: TrainStep | None = None
-
-    def attach(self, train_step: TrainStep) -> None:
-        """Names whose steps shall stop; a signal that came before counts."""
-        self._train_step = train_step
-        if self._asked:
-            train_step.request_stop()
-
-    def __enter__(self) -> "StopSignal":
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            read_end, self._write_end = os.pipe()
-            os.set_blocking(self._write_end, False)
-            self._old_end = signal.set_wakeup_fd(self._write_end)
-            numbers = (signal.SIGINT, signal.SIGTERM)
-            self._old = {number: signal.signal(number, lambda *_: None) for number in numbers}
-            threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._old:
-            for number, handler in self._old.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._old_end)
-            os.close(self._write_end)
-
-    def _watch(self, read_end: int) -> None:
-        while received := os.read(read_end, 1):
-            number = received[0]
-            if number not in (signal.SIGINT, signal.SIGTERM):
-                continue
-            name = signal.Signals(number).name
-            if self._asked:
-                print(f"{name} again: ending without a checkpoint", file=sys.stderr, flush=True)
-                os._exit(128 + number)
-            say(f"{name}: stopping after this step, then saving a checkpoint; once more ends at once")
-            self._asked = True
-            if self._train_step is not None:
-                self._train_step.request_stop()
-        os.close(read_end)
+from tfdp.stopping import StopSignal
 
 
 @dataclass(frozen=True)
 class Task:
     """What the loop needs of a recipe."""
 
-    strategy: Any
     run: RunDirectory
     training: TrainingConfig
     checkpointing: CheckpointConfig
@@ -89,7 +37,9 @@ class Task:
     weights: checkpoint.Variables
     optimizer_state: checkpoint.Variables
     train_step: TrainStep
-    batches_from: Callable[[int], Iterator[Any]]  # the batches of a step and all after it
+    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
+    left_out: Collection[int]  # positions that the configuration leaves out
+    row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see step.RowLosses
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
     cluster: Cluster
@@ -98,6 +48,7 @@ class Task:
     bytes_per_token: float  # of the training text
     flops_per_token: int
     matrix_peak: float  # FLOP/s of all devices together
+    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size
     facts: Mapping[str, Any]  # goes into summary.json as it is
     config_yaml: str
     started: float = field(default_factory=time.monotonic)  # when the command began to work
@@ -112,7 +63,8 @@ def fit(task: Task) -> dict[str, Any]:
     Raises:
       ConfigError: the run directory holds the checkpoints of another run.
       StopRequested: a signal asked to stop; a checkpoint is saved.
-      TrainingError: a gradient was not finite; nothing of it was applied.
+      TrainingError: a spike that training.on_spike does not go around, or replicas that no longer agree; the step
+        that found it was not applied.
     """
     num_steps = task.training.steps
     folder = task.run.checkpoints(task.checkpointing.keep)
@@ -125,10 +77,12 @@ def fit(task: Task) -> dict[str, Any]:
     earlier = _begin(task, progress)
     writer = MetricsWriter(task.run.path, progress.step, task.cluster.is_chief)
     writer.text("config", task.config_yaml, progress.step)
-    batches = task.batches_from(progress.step)
+    batches = task.batches_from(progress.step, _left_out(task, progress))
     task.stop.attach(task.train_step)
     with AsyncSaver(folder) as saver:
         stopped = False
+        if task.training.on_spike == "rollback" and progress.saved_step < 0:
+            _save(task, saver, progress, background=True)  # to roll back to
         while True:
             last = progress.step >= num_steps
             due = _due(progress.step, task.training.evaluate_every) and progress.evaluated_step != progress.step
@@ -143,10 +97,15 @@ def fit(task: Task) -> dict[str, Any]:
             stopped = results.stopped
             if _due(progress.step, task.training.log_every) or progress.step >= num_steps:
                 _log(task, writer, progress, results)
-            if results.nonfinite is not None:
-                saver.wait()
-                task.watch.finish_together()
-                raise TrainingError(_nonfinite_message(task, folder, progress, results))
+            for spike in results.skipped:
+                _tell(task, writer, progress.ledger.record(spike, "skip"), spike, "its update is left out")
+            if results.disagreement is not None:
+                _end(task, saver, _disagreement_message(task, folder, saver, progress, results))
+            if results.spike is not None and not stopped:
+                batches = _after_spike(task, folder, saver, writer, progress, results.spike)
+            elif len(progress.ledger.spikes) > task.training.max_spikes:
+                _save(task, saver, progress, background=False)
+                _end(task, saver, _too_many_spikes(task, progress))
         saver.wait()
         task.watch.finish_together()
     writer.close()
@@ -157,45 +116,33 @@ def fit(task: Task) -> dict[str, Any]:
     return _summarise(task, progress, earlier)
 
 
-@dataclass
-class _Progress:
-    """What changes while the loop runs."""
-
-    step: int = 0
-    resumed_step: int = 0
-    saved_step: int = -1
-    evaluated_step: int = -1
-    is_best: bool = False
-    best_loss: float | None = None
-    evaluation: Evaluation | None = None
-    train_loss: float | None = None
-    since_log: Throughput = field(default_factory=Throughput)
-    total: Throughput = field(default_factory=Throughput)
-    first: Throughput = field(default_factory=Throughput)  # the first call, with what it traces and compiles
-    warm: bool = False  # whether the first call, which traces and compiles, is over
-
-
-def _resume(task: Task, folder: CheckpointFolder) -> _Progress:
+def _resume(task: Task, folder: CheckpointFolder) -> Progress:
     """Restores the newest whole checkpoint of the run directory, if there is one; the chief says which."""
-    newest = _load_agreed(task.cluster, folder)
+    progress = Progress()
+    newest = load_agreed(task.cluster, folder, "resume")
     if newest is None:
-        return _Progress()
+        return progress
     checkpoint.refuse_differences(newest.state["identity"], task.identity)
-    checkpoint.restore(task.weights, newest.weights)
-    checkpoint.restore(task.optimizer_state, newest.optimizer)
+    progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
+    _restore(task, progress, newest)
+    progress.resumed_step = progress.step
     if task.cluster.is_chief:
         say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
-    return _Progress(
-        step=newest.step,
-        resumed_step=newest.step,
-        saved_step=newest.step,
-        evaluated_step=-1 if newest.state["validation_loss"] is None else newest.step,
-        best_loss=newest.state["best_validation_loss"],
-        train_loss=newest.state["train_loss"],
-    )
+    return progress
 
 
-def _begin(task: Task, progress: _Progress) -> dict[str, Any]:
+def _restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
+    """Puts the run back to where a checkpoint was saved, on every replica."""
+    checkpoint.restore(task.weights, saved.weights)
+    checkpoint.restore(task.optimizer_state, saved.optimizer)
+    state = saved.state
+    task.train_step.recent_losses = spikes.recent_from_state(state.get("recent_losses", []))
+    progress.step = progress.saved_step = progress.verified_step = saved.step
+    progress.evaluated_step = -1 if state["validation_loss"] is None else saved.step
+    progress.best_loss, progress.train_loss = state["best_validation_loss"], state["train_loss"]
+
+
+def _begin(task: Task, progress: Progress) -> dict[str, Any]:
     """Opens the run directory for this process; returns the summary of an earlier one that had come as far."""
     if not task.cluster.is_chief:
         return {}
@@ -208,36 +155,17 @@ def _begin(task: Task, progress: _Progress) -> dict[str, Any]:
     return earlier if earlier.get("step") == progress.step else {}
 
 
-def _load_agreed(cluster: Cluster, folder: CheckpointFolder) -> Checkpoint | None:
-    """The checkpoint that the chief chose, so that all workers go on from the same step."""
-    if cluster.is_chief:
-        try:
-            newest, warnings = folder.load_newest()
-        except (ConfigError, OSError):
-            if cluster.num_workers > 1:
-                publish("resume", 0, "refused")
-            raise
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        if cluster.num_workers > 1:
-            publish("resume", 0, "none" if newest is None else str(newest.step))
-        return newest
-    step = read("resume", 0)
-    if step == "refused":
-        raise ConfigError(f"{cluster.name(0)} cannot resume from {folder.folder}: its own line says why")
-    return None if step == "none" else folder.load(int(step))
-
-
-def _advance(task: Task, batches: Iterator[Any], progress: _Progress) -> StepResults:
+def _advance(task: Task, batches: Iterator[Any], progress: Progress) -> StepResults:
     """Runs the steps up to the next event, in one call."""
     started = time.monotonic()
     events = (task.training.log_every, task.training.evaluate_every, task.checkpointing.every_steps)
     target = min([task.training.steps, *(progress.step - progress.step % n + n for n in events if n)])
     results = task.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
     seconds = time.monotonic() - started
+    progress.verified_step = _last_multiple(task.training.verify_every, progress, len(results.loss))
     progress.step += len(results.loss)
-    if len(results.loss):
-        progress.train_loss = float(results.loss[-1])
+    finite = results.loss[np.isfinite(results.loss)]
+    progress.train_loss = float(finite[-1]) if len(finite) else progress.train_loss
     if progress.warm:
         progress.since_log.add(seconds, int(results.num_tokens.sum()), len(results.loss))
         progress.total.add(seconds, int(results.num_tokens.sum()), len(results.loss))
@@ -250,7 +178,7 @@ def _advance(task: Task, batches: Iterator[Any], progress: _Progress) -> StepRes
     return results
 
 
-def _log(task: Task, writer: MetricsWriter, progress: _Progress, results: StepResults) -> None:
+def _log(task: Task, writer: MetricsWriter, progress: Progress, results: StepResults) -> None:
     if not len(results.loss):
         return
     speed = progress.since_log if progress.since_log.num_steps else progress.first
@@ -264,14 +192,14 @@ def _log(task: Task, writer: MetricsWriter, progress: _Progress, results: StepRe
         "mfu": speed.tokens_per_second * task.flops_per_token / task.matrix_peak,
         "bits_per_byte": float(results.loss[-1]) / math.log(2) / task.bytes_per_token,
         "num_tokens": int(results.num_tokens[-1]),
-        "sequences_seen": progress.step * task.training.global_batch_size,
+        "sequences_seen": _sequences_seen(task, progress),
     }
     eta = (task.training.steps - progress.step) * speed.step_seconds
     writer.train(values, task.training.steps, eta)
     progress.since_log = Throughput()
 
 
-def _evaluate(task: Task, writer: MetricsWriter, progress: _Progress) -> None:
+def _evaluate(task: Task, writer: MetricsWriter, progress: Progress) -> None:
     started = time.monotonic()
     progress.evaluation = task.evaluate()
     loss = progress.evaluation.loss
@@ -291,7 +219,7 @@ def _evaluate(task: Task, writer: MetricsWriter, progress: _Progress) -> None:
         writer.text("sample", task.sample() if task.cluster.is_chief else "", progress.step)
 
 
-def _should_save(task: Task, progress: _Progress) -> bool:
+def _should_save(task: Task, progress: Progress) -> bool:
     """At every checkpoint.every_steps, and where an evaluation was the best so far."""
     if progress.step == progress.saved_step:
         return False
@@ -299,7 +227,7 @@ def _should_save(task: Task, progress: _Progress) -> bool:
     return is_best or _due(progress.step, task.checkpointing.every_steps)
 
 
-def _save(task: Task, saver: AsyncSaver, progress: _Progress, background: bool) -> None:
+def _save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) -> None:
     """Copies the state to host memory and has it written; only the chief has anything to do."""
     if progress.step == progress.saved_step or not task.cluster.is_chief:
         progress.saved_step = progress.step
@@ -308,17 +236,20 @@ def _save(task: Task, saver: AsyncSaver, progress: _Progress, background: bool) 
     evaluated = progress.evaluation if progress.evaluated_step == progress.step else None
     state = {
         "step": progress.step,
-        "sequences_seen": progress.step * task.training.global_batch_size,
+        "sequences_seen": _sequences_seen(task, progress),
         "identity": dict(task.identity),
         "train_loss": progress.train_loss,
         "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
         "best_validation_loss": progress.best_loss,
+        "recent_losses": spikes.recent_to_state(task.train_step.recent_losses),
+        "ledger": progress.ledger.to_state(),
+        "layout": dict(task.layout),
     }
     saver.save(Checkpoint(weights, optimizer, state), background)
     progress.saved_step = progress.step
 
 
-def _summarise(task: Task, progress: _Progress, earlier: dict[str, Any]) -> dict[str, Any]:
+def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[str, Any]:
     weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
     assert progress.evaluation is not None, "the loop evaluates at its last step"
     summary = {
@@ -329,9 +260,9 @@ def _summarise(task: Task, progress: _Progress, earlier: dict[str, Any]) -> dict
         "best_validation_loss": progress.best_loss,
         "tokens_per_second": progress.total.tokens_per_second,
         "wall_seconds": time.monotonic() - task.started,
-        "num_replicas": int(task.strategy.num_replicas_in_sync),
-        "num_workers": task.cluster.num_workers,
-        "sequences_seen": progress.step * task.training.global_batch_size,
+        "num_replicas": task.layout["num_replicas"],
+        "num_workers": task.layout["num_workers"],
+        "sequences_seen": _sequences_seen(task, progress),
         **task.facts,
         **checkpoint.digests_of(weights, optimizer),
     }
@@ -342,16 +273,118 @@ def _summarise(task: Task, progress: _Progress, earlier: dict[str, Any]) -> dict
     return summary
 
 
-def _nonfinite_message(task: Task, folder: CheckpointFolder, progress: _Progress, results: StepResults) -> str:
-    good = (
-        f"the last good checkpoint is {folder.path(progress.saved_step)}"
-        if progress.saved_step > 0
-        else "there is no checkpoint yet"
-    )
+# ---------------------------------------------------------------------------------------------------
+# What should not happen
+# ---------------------------------------------------------------------------------------------------
+
+
+def _end(task: Task, saver: AsyncSaver, message: str) -> NoReturn:
+    """Ends the run on all workers, which came to the same verdict."""
+    saver.wait()
+    task.watch.finish_together()
+    raise TrainingError(message)
+
+
+def _after_spike(
+    task: Task, folder: CheckpointFolder, saver: AsyncSaver, writer: MetricsWriter, progress: Progress, spike: Spike
+) -> Iterator[Any]:
+    """Ends the run, or goes back to the newest checkpoint; returns the batches to go on with, without the offenders.
+
+    The refused update has changed nothing, so a spike of the loss alone leaves a state that is worth a checkpoint.
+    """
+    if task.training.on_spike == "stop":
+        if spike.tensor is None:
+            _save(task, saver, progress, background=False)
+        _end(task, saver, _stop_message(task, folder, progress, spike))
+    if len(progress.ledger.spikes) >= task.training.max_spikes:
+        _end(task, saver, _too_many_spikes(task, progress))
+    offenders = _offenders(task, progress)
+    if not offenders:
+        _end(task, saver, f"{spike.describe()}, though its whole batch is left out; {_last_good(folder, progress)}")
+    entry = progress.ledger.record(spike, "rollback", offenders)
+    saver.wait()
+    progress.num_rollbacks += 1
+    newest = load_agreed(task.cluster, folder, f"rollback-{progress.num_rollbacks}")
+    assert newest is not None, "a run that rolls back saves a checkpoint before its first step"
+    _restore(task, progress, newest)
+    writer.rewind(progress.step)
+    listed = ", ".join(map(str, offenders))
+    _tell(task, writer, entry, spike, f"back to step {progress.step}, leaving out the positions {listed}")
+    return task.batches_from(progress.step, _left_out(task, progress))
+
+
+def _offenders(task: Task, progress: Progress) -> list[int]:
+    """Positions of the refused step's batch that stand out; all that are not left out yet where none does."""
+    batches = task.batches_from(progress.step, _left_out(task, progress))
+    sums, counts = task.row_losses(batches, progress.step)
+    valid = np.flatnonzero(counts)
+    standing_out = spikes.offending_rows(sums[valid] / counts[valid], task.training.spike_threshold)
+    first = progress.step * task.training.global_batch_size
+    return [first + int(row) for row in (valid[standing_out] if standing_out else valid)]
+
+
+def _left_out(task: Task, progress: Progress) -> set[int]:
+    return {*task.left_out, *progress.ledger.left_out}
+
+
+def _tell(task: Task, writer: MetricsWriter, entry: Mapping[str, Any], spike: Spike, action: str) -> None:
+    writer.event(entry)
+    if task.cluster.is_chief:
+        say(f"spike      {spike.describe()}; {action}")
+
+
+def _stop_message(task: Task, folder: CheckpointFolder, progress: Progress, spike: Spike) -> str:
     return (
-        f"step {progress.step + 1}: the gradient of {results.nonfinite} is not finite; the update was not applied; "
-        f"{good}: go on from it with a smaller optimizer.learning_rate, --run_dir {task.run.path}"
+        f"{spike.describe()}; the update was not applied; {_last_good(folder, progress)}: go on from it with a smaller "
+        f"optimizer.learning_rate, or --training.on_spike rollback, --run_dir {task.run.path}"
     )
+
+
+def _too_many_spikes(task: Task, progress: Progress) -> str:
+    return (
+        f"training.max_spikes ({task.training.max_spikes}) is reached at step {progress.step}: {task.run.metrics_path} "
+        f"tells each spike; try a smaller optimizer.learning_rate"
+    )
+
+
+def _disagreement_message(
+    task: Task, folder: CheckpointFolder, saver: AsyncSaver, progress: Progress, results: StepResults
+) -> str:
+    """Names who disagrees, and moves the checkpoints out of the way that were saved since all agreed."""
+    found = results.disagreement
+    assert found is not None
+    saver.wait()
+    local = task.layout["num_replicas"] // task.layout["num_workers"]
+    names = ", ".join(f"replica {index} of {task.cluster.name(index // local)}" for index in found.replicas)
+    aside = folder.set_aside_after(progress.verified_step) if task.cluster.is_chief else []
+    moved = f"; set aside, for they may be wrong: {', '.join(aside)}" if aside else ""
+    who = f"{names} disagrees with the others" if found.has_majority else f"{names} disagree"
+    progress.saved_step = max([step for step in folder.steps() if step <= progress.verified_step], default=0)
+    return (
+        f"step {progress.step + 1}: the weights of the replicas differ, first in {found.tensor}: {who}; they agreed "
+        f"before step {progress.verified_step + 1}{moved}; {_last_good(folder, progress)}; a device, its memory or a "
+        f"library is at fault: go on with --run_dir {task.run.path}, on other hardware if it comes back"
+    )
+
+
+def _last_good(folder: CheckpointFolder, progress: Progress) -> str:
+    if progress.saved_step <= 0:
+        return "there is no checkpoint yet"
+    return f"the last good checkpoint is {folder.path(progress.saved_step)}"
+
+
+def _sequences_seen(task: Task, progress: Progress) -> int:
+    """Sequences of the global order that were trained on: those up to here, without those left out."""
+    positions = progress.step * task.training.global_batch_size
+    return positions - sum(position < positions for position in _left_out(task, progress))
+
+
+def _last_multiple(every: int, progress: Progress, num_steps: int) -> int:
+    """The last step before which the replicas compared their weights, `num_steps` after the present one."""
+    if every == 0 or not num_steps:
+        return progress.verified_step
+    last = progress.step + num_steps - 1
+    return max(progress.verified_step, last - last % every)
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
@@ -68,6 +69,18 @@ class MetricsWriter:
             f"{bits:.4f} bits per byte | {values['evaluation_seconds']:.1f} s"
         )
 
+    def event(self, values: Mapping[str, Any]) -> None:
+        """Something that happened at a step, such as a spike; for metrics.jsonl alone."""
+        if self._is_chief:
+            self._write_row(values)
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after a step that the run goes back to: each step is told once."""
+        if self._is_chief:
+            self._file.close()
+            _drop_rows_after(self._path, step)
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+
     def text(self, name: str, text: str, step: int) -> None:
         """A text for TensorBoard, shown as it is."""
         if not self._is_chief:
@@ -82,8 +95,11 @@ class MetricsWriter:
             board.close()
         self._file.close()
 
-    def _write_row(self, values: Mapping[str, float | int]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
+    def _write_row(self, values: Mapping[str, Any]) -> None:
+        def told(value: Any) -> Any:  # JSON has no NaN
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        finite = {key: told(value) for key, value in values.items()}
         self._file.write(json.dumps(finite) + "\n")
 
     def _write_scalars(self, board: str, step: int, values: Mapping[str, float | int | None]) -> None:

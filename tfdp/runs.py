@@ -64,6 +64,10 @@ class RunDirectory:
         return CheckpointFolder(self.path / "checkpoints", keep)
 
     @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def summary_path(self) -> Path:
         return self.path / "summary.json"
 

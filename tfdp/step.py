@@ -19,12 +19,32 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdp import distribution
+from tfdp import distribution, sentinel, spikes
 from tfdp.data import Batch
-from tfdp.losses import Sums
+from tfdp.losses import LossFunction
 from tfdp.optimizer import Optimizer, Schedule
+from tfdp.sentinel import Disagreement
+from tfdp.spikes import Spike
+from tfdp.sums import fixed_sum, running_sum, tree_sum
 
-LossFunction = Callable[[Batch, tf.Tensor], Sums]  # (rows of one micro-batch, step) -> (sum of losses, count)
+
+@dataclass(frozen=True)
+class StepRules:
+    """How a step sums, and which updates it refuses; the defaults refuse nothing but what is not finite.
+
+    Attributes:
+      clip_norm: largest global norm of the mean gradient; None: no clipping.
+      reduction: fast or canonical, the order of the sums.
+      verify_every: steps between two comparisons of the weights of all replicas; 0: never.
+      spike_threshold: robust standard deviations above which a loss is a spike; None: none is.
+      skip_spikes: whether to go on after a spike, without its update, instead of ending the call.
+    """
+
+    clip_norm: float | None = None
+    reduction: str = "fast"
+    verify_every: int = 0
+    spike_threshold: float | None = None
+    skip_spikes: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,9 +55,9 @@ class StepResults:
     grad_norm: np.ndarray  # global norm before clipping
     learning_rate: np.ndarray
     num_tokens: np.ndarray  # valid tokens of the global batch
-    nonfinite: (
-        str | None
-    )  # the first tensor whose gradient is not finite; its step, the one after these, was not applied
+    skipped: list[Spike]  # steps among these whose update was left out
+    spike: Spike | None  # the step after these, which ended the call; its update was not applied
+    disagreement: Disagreement | None  # found in the step after these; its update was not applied
     stopped: bool  # whether a stop was requested, on any worker
 
 
@@ -50,8 +70,11 @@ class TrainStep:
       optimizer: with the weights.
       schedule: the learning rate by step.
       global_batch_size, microbatch_size: sequences per step, and per forward pass on one replica.
-      clip_norm: largest global norm of the mean gradient; None: no clipping.
+      rules: how to sum, and what to refuse.
       jit_compile: whether XLA compiles the micro-batch and the update.
+
+    Attributes:
+      recent_losses: of the last steps, the window that spikes are judged by; part of a checkpoint.
     """
 
     def __init__(
@@ -62,84 +85,118 @@ class TrainStep:
         schedule: Schedule,
         global_batch_size: int,
         microbatch_size: int,
-        clip_norm: float | None,
+        rules: StepRules,
         jit_compile: bool,
     ) -> None:
         self._strategy, self._optimizer, self._schedule = strategy, optimizer, schedule
-        self._loss_function, self._clip_norm = loss_function, clip_norm
+        self._loss_function, self._rules = loss_function, rules
+        num_replicas, num_weights = int(strategy.num_replicas_in_sync), len(optimizer.weights)
+        self._verifies = rules.verify_every > 0 and num_replicas > 1
+        self._digests_shape = (num_replicas, num_weights, 2) if self._verifies else (0,)
         scalars = [(), (), ()]  # the sum of the losses, the count of valid tokens, the stop requests
-        self._packing = Packing([*(tuple(weight.shape) for weight in optimizer.weights), *scalars])
+        shapes = [*(tuple(weight.shape) for weight in optimizer.weights), *scalars, self._digests_shape]
+        self._packing = Packing(shapes)
         self._microbatch_size = microbatch_size
-        self._num_local_microbatches = global_batch_size // (microbatch_size * strategy.num_replicas_in_sync)
+        self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         self._microbatch = tf.function(self._microbatch_sums, jit_compile=jit_compile)
         self._apply = tf.function(self._apply_update, jit_compile=jit_compile)
+        self._digests = tf.function(self._weight_digests, jit_compile=True)  # integers: the same bits everywhere
         self._run = tf.function(self._run_steps)
+        self.recent_losses = spikes.recent_from_state([])
 
     def __call__(self, batches: Any, first_step: int, num_steps: int) -> StepResults:
         """Runs up to `num_steps` steps on the next batches.
 
-        It ends early before an update that is not finite, and after the step in which a stop request arrived.
+        It ends early before an update that is refused, and after the step in which a stop request arrived.
 
         Args:
           batches: an iterator of `data.train_batches`, standing at `first_step`.
           first_step: number of optimizer steps done before.
           num_steps: how many to run.
         """
-        metrics, count, nonfinite, stop = self._run(
-            batches, tf.constant(first_step, tf.int64), tf.constant(num_steps, tf.int32)
+        rows, count, recent, digests, stop, goes_on = self._run(
+            batches,
+            tf.constant(first_step, tf.int64),
+            tf.constant(num_steps, tf.int32),
+            tf.constant(self.recent_losses),
         )
-        loss, grad_norm, learning_rate, num_tokens = np.asarray(metrics)[: int(count)].T
-        names = [*(weight.path for weight in self._optimizer.weights), "loss"]
-        name = names[int(nonfinite)] if int(nonfinite) >= 0 else None
-        return StepResults(loss, grad_norm, learning_rate, num_tokens.astype(np.int64), name, float(stop) > 0)
+        self.recent_losses = np.asarray(recent)
+        done, rows = int(count), np.asarray(rows)
+        loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done].T
+        skipped = [self._spike(rows[index], first_step + index + 1) for index in range(done) if refused[index] >= 0]
+        spike = disagreement = None
+        if not bool(goes_on) and not bool(sentinel.agree(digests)):
+            names = [weight.path for weight in self._optimizer.weights]
+            disagreement = sentinel.find_disagreement(digests.numpy(), names)
+        elif not bool(goes_on):
+            spike = self._spike(rows[done], first_step + done + 1)
+        tokens = num_tokens.astype(np.int64)
+        return StepResults(loss, grad_norm, learning_rate, tokens, skipped, spike, disagreement, float(stop) > 0)
 
     def request_stop(self) -> None:
         """Ends the running call after its current step, on every worker after the same one; from any thread."""
         self._stop_requested.assign(1.0)
 
-    def _run_steps(self, batches: Any, first_step: tf.Tensor, num_steps: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Several steps in one graph, so that a short step does not wait for Python."""
+    def _spike(self, row: np.ndarray, step: int) -> Spike:
+        loss, grad_norm, _, _, refused, limit = (float(value) for value in row)
+        names = [*(weight.path for weight in self._optimizer.weights), "loss", None]
+        return Spike(step, loss, grad_norm, limit, names[int(refused)])
 
-        def goes_on(count: tf.Tensor, nonfinite: tf.Tensor, stop: tf.Tensor, _: tf.TensorArray) -> tf.Tensor:
-            return (count < num_steps) & (nonfinite < 0) & (stop <= 0)
+    def _run_steps(
+        self, batches: Any, first_step: tf.Tensor, num_steps: tf.Tensor, recent: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """Several steps in one graph, so that a short step does not wait for Python.
+
+        Returns:
+          A row of `_apply_update` for each step, one more if the last was refused; the number of steps done; the
+          window of recent losses; the digests of the last step; the number of stop requests; and whether the last
+          step was done.
+        """
+
+        def continues(
+            count: tf.Tensor, _r: tf.Tensor, _d: tf.Tensor, stop: tf.Tensor, goes_on: tf.Tensor, _: Any
+        ) -> Any:
+            return (count < num_steps) & (stop <= 0) & goes_on
 
         def one_step(
-            count: tf.Tensor, nonfinite: tf.Tensor, stop: tf.Tensor, metrics: tf.TensorArray
+            count: tf.Tensor, recent: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, _g: tf.Tensor, rows: tf.TensorArray
         ) -> tuple[tf.Tensor, ...]:
             step = first_step + tf.cast(count, tf.int64)
-            per_replica = self._strategy.run(self._replica_step, args=(next(batches), step))
-            values, nonfinite, stop = distribution.first_replica(self._strategy, per_replica)
-            return count + tf.cast(nonfinite < 0, tf.int32), nonfinite, stop, metrics.write(count, values)
+            limit = spikes.robust_limit(recent, self._rules.spike_threshold)
+            per_replica = self._strategy.run(self._replica_step, args=(next(batches), step, limit))
+            row, digests, stop = distribution.first_replica(self._strategy, per_replica)
+            applied = row[4] < 0
+            goes_on = sentinel.agree(digests) & (applied | self._rules.skip_spikes)
+            recent = tf.where(goes_on & applied, tf.concat([recent[1:], row[:1]], axis=0), recent)
+            return count + tf.cast(goes_on, tf.int32), recent, digests, stop, goes_on, rows.write(count, row)
 
-        start = (
-            tf.constant(0),
-            tf.constant(-1),
-            tf.constant(0.0),
-            tf.TensorArray(tf.float32, num_steps, element_shape=[4], clear_after_read=False),
-        )
-        count, nonfinite, stop, metrics = tf.while_loop(goes_on, one_step, start, parallel_iterations=1)
-        return metrics.stack(), count, nonfinite, stop
+        rows = tf.TensorArray(tf.float32, num_steps, element_shape=[6], clear_after_read=False)
+        start = (tf.constant(0), recent, tf.zeros(self._digests_shape), tf.constant(0.0), tf.constant(True), rows)
+        count, recent, digests, stop, goes_on, rows = tf.while_loop(continues, one_step, start, parallel_iterations=1)
+        return rows.stack(), count, recent, digests, stop, goes_on
 
-    def _replica_step(self, batch: Batch, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        total = self._microbatch(self._rows(batch, 0), step)
-        if self._num_local_microbatches > 1:
-            _, total = tf.while_loop(
-                lambda index, _: index < self._num_local_microbatches,
-                lambda index, sums: (index + 1, sums + self._microbatch(self._rows(batch, index), step)),
-                (tf.constant(1), total),
-                parallel_iterations=1,
-            )
+    def _replica_step(self, batch: Batch, step: tf.Tensor, limit: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        summed = tree_sum if self._rules.reduction == "canonical" else running_sum
+        rows = _rows_of(batch, self._microbatch_size)
+        total = summed(lambda index: self._microbatch(rows(index), step), self._num_local_microbatches)
         stop = tf.reshape(self._stop_requested.read_value(), [1])
-        return self._apply(distribution.replica_sum(tf.concat([total, stop], axis=0)), step)
+        digests = tf.reshape(self._digest_slots(step), [-1])
+        vector = distribution.replica_sum(tf.concat([total, stop, digests], axis=0), self._rules.reduction)
+        return self._apply(vector, step, limit)
 
-    def _rows(self, batch: Batch, index: int | tf.Tensor) -> Batch:
-        """The rows of this replica's micro-batch `index`."""
-        size = self._microbatch_size
-        return {
-            key: tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
-            for key, value in batch.items()
-        }
+    def _digest_slots(self, step: tf.Tensor) -> tf.Tensor:
+        """The digests of this replica's weights in its slot, at the steps that verify; zeros at the others."""
+        if not self._verifies:
+            return tf.zeros(self._digests_shape)
+        return tf.cond(
+            step % self._rules.verify_every == 0,
+            lambda: distribution.replica_slots(self._digests()),
+            lambda: tf.zeros(self._digests_shape),
+        )
+
+    def _weight_digests(self) -> tf.Tensor:
+        return sentinel.digests([tf.convert_to_tensor(weight.value) for weight in self._optimizer.weights])
 
     def _microbatch_sums(self, rows: Batch, step: tf.Tensor) -> tf.Tensor:
         """Gradient of the summed loss, the sum and the count, packed into one float32 vector."""
@@ -148,35 +205,41 @@ class TrainStep:
             tape.watch(weights)
             loss_sum, count = self._loss_function(rows, step)
         gradients = tape.gradient(loss_sum, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return self._packing.pack([*(tf.convert_to_tensor(gradient) for gradient in gradients), loss_sum, count])
+        return Packing.pack([*(tf.convert_to_tensor(gradient) for gradient in gradients), loss_sum, count])
 
-    def _apply_update(self, total: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _apply_update(
+        self, total: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Divides, clips and applies the global sums to this replica's weights.
 
+        Nothing is applied where something is not finite, the loss is above the limit, or the replicas disagree.
+
         Returns:
-          The row (loss, grad_norm, learning_rate, num_tokens); the index of the first tensor that is not
-          finite (the number of weights stands for the loss), or -1 (if there is one, nothing is applied); and
-          the number of replicas that were asked to stop.
+          The row (loss, grad_norm, learning_rate, num_tokens, refused, limit), where refused is the index of the first
+          tensor that is not finite (the number of weights stands for the loss, one more for a loss above the
+          limit) or -1; the digests of all replicas; and the number of replicas that were asked to stop.
         """
-        *gradient_sums, loss_sum, count, stop = self._packing.unpack(total)
+        *gradient_sums, loss_sum, count, stop, digests = self._packing.unpack(total)
         gradients = [gradient / tf.maximum(count, 1.0) for gradient in gradient_sums]
         loss = loss_sum / tf.maximum(count, 1.0)
-        squares = tf.stack([tf.reduce_sum(tf.square(gradient)) for gradient in gradients])
-        grad_norm = tf.sqrt(tf.reduce_sum(squares))
-        finite = tf.math.is_finite(tf.concat([squares, [loss]], axis=0))
-        all_finite = tf.reduce_all(finite)
-        nonfinite = tf.where(all_finite, -1, tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32))
-        if self._clip_norm is not None:
-            scale = tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
+        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in gradients])
+        grad_norm = tf.sqrt(fixed_sum(squares))
+        good = tf.concat([tf.math.is_finite(tf.concat([squares, [loss]], axis=0)), [loss <= limit]], axis=0)
+        all_good = tf.reduce_all(good)
+        refused = tf.where(all_good, -1, tf.argmin(tf.cast(good, tf.int32), output_type=tf.int32))
+        if self._rules.clip_norm is not None:
+            scale = tf.minimum(1.0, self._rules.clip_norm / tf.maximum(grad_norm, 1e-12))
             gradients = [gradient * scale for gradient in gradients]
         learning_rate = self._schedule(step)
         variables = [*self._optimizer.weights, *self._optimizer.state]
         old = [tf.convert_to_tensor(variable.value) for variable in variables]
         split = len(self._optimizer.weights)
         weights, state = self._optimizer.update(old[:split], old[split:], gradients, learning_rate, step)
+        applied = all_good & sentinel.agree(digests)
         for variable, before, after in zip(variables, old, [*weights, *state], strict=True):
-            assign_in_replica(variable, tf.where(all_finite, after, before))
-        return tf.stack([loss, grad_norm, learning_rate, count]), nonfinite, stop
+            assign_in_replica(variable, tf.where(applied, after, before))
+        row = tf.stack([loss, grad_norm, learning_rate, count, tf.cast(refused, tf.float32), limit])
+        return row, digests, stop
 
 
 class EvalStep:
@@ -188,25 +251,73 @@ class EvalStep:
         self._run = tf.function(self._run_batches)
 
     def __call__(self, batches: Any, num_batches: int) -> tuple[float, int]:
-        """Returns the sum of the losses in nats and the number of valid tokens, over all replicas."""
+        """Returns the sum of the losses in nats and the number of valid tokens, over all replicas.
+
+        Each replica's sums are added in float64 one by one, in the order of the sequences: the bits do not depend
+        on the number of replicas, as long as each has the same number of rows.
+        """
         loss_sum, count = self._run(batches, tf.constant(num_batches))
         return float(loss_sum), int(count)
 
     def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         def add(index: tf.Tensor, totals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            per_replica = self._strategy.run(self._summed, args=(next(batches),))
-            sums = distribution.first_replica(self._strategy, per_replica)
-            return index + 1, totals + tf.cast(sums, tf.float64)
+            per_replica = self._strategy.run(self._gathered, args=(next(batches),))
+            for sums in tf.unstack(distribution.first_replica(self._strategy, per_replica)):
+                totals += tf.cast(sums, tf.float64)
+            return index + 1, totals
 
         start = (tf.constant(0), tf.zeros([2], tf.float64))
         _, totals = tf.while_loop(lambda index, _: index < num_batches, add, start, parallel_iterations=1)
         return totals[0], totals[1]
 
-    def _summed(self, batch: Batch) -> tf.Tensor:
-        return distribution.replica_sum(self._replica(batch))
+    def _gathered(self, batch: Batch) -> tf.Tensor:
+        return distribution.replica_gather(self._replica(batch))
 
     def _replica_sums(self, batch: Batch) -> tf.Tensor:
         return tf.stack(self._loss_function(batch, tf.constant(0, tf.int64)))
+
+
+class RowLosses:
+    """The loss of each sequence of a global batch, as a train step would see it; updates nothing.
+
+    Args:
+      strategy, microbatch_size, jit_compile: those of the train step.
+      row_losses: sums and counts for each row of one micro-batch.
+    """
+
+    def __init__(
+        self, strategy: tf.distribute.Strategy, row_losses: LossFunction, microbatch_size: int, jit_compile: bool
+    ) -> None:
+        self._strategy, self._row_losses, self._microbatch_size = strategy, row_losses, microbatch_size
+        self._microbatch = tf.function(self._microbatch_rows, jit_compile=jit_compile)
+        self._run = tf.function(lambda batch, step: strategy.run(self._gathered, args=(batch, step)))
+
+    def __call__(self, batches: Any, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of losses in nats and numbers of valid tokens, (global_batch_size,) each, in the order of positions."""
+        per_replica = self._run(next(batches), tf.constant(step, tf.int64))
+        rows = np.asarray(distribution.first_replica(self._strategy, per_replica)).reshape(-1, 2)
+        return rows[:, 0], rows[:, 1].astype(np.int64)
+
+    def _gathered(self, batch: Batch, step: tf.Tensor) -> tf.Tensor:
+        rows, size = _rows_of(batch, self._microbatch_size), batch["tokens"].shape[0]
+        parts = [self._microbatch(rows(index), step) for index in range(size // self._microbatch_size)]
+        return distribution.replica_gather(tf.concat(parts, axis=0))
+
+    def _microbatch_rows(self, rows: Batch, step: tf.Tensor) -> tf.Tensor:
+        sums, counts = self._row_losses(rows, step)
+        return tf.stack([tf.cast(sums, tf.float32), counts], axis=1)
+
+
+def _rows_of(batch: Batch, size: int) -> Callable[[int | tf.Tensor], Batch]:
+    """The rows of this replica's micro-batches, by index."""
+
+    def rows(index: int | tf.Tensor) -> Batch:
+        return {
+            key: tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
+            for key, value in batch.items()
+        }
+
+    return rows
 
 
 class Packing:
@@ -216,7 +327,8 @@ class Packing:
         self.shapes = list(shapes)
         self.sizes = [math.prod(shape) for shape in self.shapes]
 
-    def pack(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    @staticmethod
+    def pack(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
 
     def unpack(self, vector: tf.Tensor) -> list[tf.Tensor]:

@@ -44,6 +44,13 @@ class Config:
     def __post_init__(self) -> None:
         # The order of the data looks at the low 30 bits of a seed only.
         require(0 <= self.seed < 2**30, "seed", self.seed, "must lie in [0, 2**30): try 0")
+        require(
+            self.distribution.reduction == "fast" or self.training.microbatch_size is not None,
+            "distribution.reduction",
+            self.distribution.reduction,
+            f"needs training.microbatch_size, the unit that is the same under every layout: try "
+            f"{max(1, self.training.global_batch_size // 4)}",
+        )
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -85,10 +92,11 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.runs import RunDirectory
     from tfdp.sampling import Sampler
-    from tfdp.step import TrainStep, default_jit_compile
+    from tfdp.step import RowLosses, StepRules, TrainStep, default_jit_compile
 
     training, context_length = config.training, config.model.context_length
-    microbatch_size = distribution.microbatch_size(strategy, training)
+    reduction = config.distribution.reduction
+    microbatch_size = distribution.microbatch_size(strategy, training, reduction)
     jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
     with strategy.scope():
         model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision)
@@ -101,10 +109,19 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
         make_schedule(config.optimizer, training.steps),
         training.global_batch_size,
         microbatch_size,
-        config.optimizer.clip_norm,
+        StepRules(
+            clip_norm=config.optimizer.clip_norm,
+            reduction=reduction,
+            verify_every=training.verify_every,
+            spike_threshold=training.spike_threshold,
+            skip_spikes=training.on_spike == "skip",
+        ),
         jit_compile,
     )
-    evaluation_rows = microbatch_size * int(strategy.num_replicas_in_sync)
+    row_losses = RowLosses(
+        strategy, losses.next_token_losses(model, dropout_seed=config.seed), microbatch_size, jit_compile
+    )
+    evaluation_rows = training.rows_of_evaluation * int(strategy.num_replicas_in_sync)
     evaluator = Evaluator(
         strategy, losses.next_token_loss(model), corpus.validation, context_length, evaluation_rows, jit_compile
     )
@@ -124,7 +141,6 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     say(f"run        {run.path}")
     summary = loop.fit(
         loop.Task(
-            strategy=strategy,
             run=run,
             training=training,
             checkpointing=config.checkpoint,
@@ -132,16 +148,23 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
             weights=model.named_weights(),
             optimizer_state=optimizer.named_state(),
             train_step=train_step,
-            batches_from=lambda step: iter(
+            batches_from=lambda step, left_out: iter(
                 data.train_batches(
-                    strategy, corpus.train, context_length, training.global_batch_size, config.seed, step
+                    strategy, corpus.train, context_length, training.global_batch_size, config.seed, step, left_out
                 )
             ),
+            left_out=config.data.left_out,
+            row_losses=row_losses,
             evaluate=evaluator,
             sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
             flops_per_token=model.flops_per_token(),
             matrix_peak=matrix_peak,
             bytes_per_token=corpus.train.num_bytes / corpus.train.num_tokens,
+            layout={
+                "num_workers": process["cluster"].num_workers,
+                "num_replicas": int(strategy.num_replicas_in_sync),
+                "microbatch_size": microbatch_size,
+            },
             facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
             config_yaml=to_yaml(config),
             **process,

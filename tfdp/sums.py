@@ -1,0 +1,104 @@
+"""Sums over micro-batches and replicas: as they come, or in one fixed tree whose bits no layout can change.
+
+Floating-point addition is not associative, so the bits of a sum depend on who adds what first. The tree pairs the
+terms 0..n-1 level by level, (0, 1), (2, 3), ..., and moves a last one without a partner up as it is. A node of level j
+holds the terms i * 2**j .. (i + 1) * 2**j - 1: an owner of 2**j consecutive terms that starts at a multiple of 2**j
+adds up its own node, and the nodes of all owners are again the leaves of such a tree.
+
+XLA compiles each sum of the tree, because it keeps the order that is written: TensorFlow's graph optimizer turns nested
+additions into one AddN, which adds from left to right.
+"""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+Term = Callable[[int | tf.Tensor], tf.Tensor]  # number of a term -> the term; all of one shape
+
+
+def running_sum(term: Term, count: int) -> tf.Tensor:
+    """Term 0 plus term 1 plus term 2 ..., one computed after the other; two tensors are alive at a time."""
+    total = term(0)
+    if count == 1:
+        return total
+    _, total = tf.while_loop(
+        lambda index, _: index < count,
+        lambda index, total: (index + 1, total + term(index)),
+        (tf.constant(1), total),
+        parallel_iterations=1,
+    )
+    return total
+
+
+def tree_sum(term: Term, count: int) -> tf.Tensor:
+    """The terms 0..count-1 in the tree, one computed after the other; log2(count) + 2 tensors are alive at a time.
+
+    A binary counter: `nodes[j]` waits for its right neighbour of the same level. Term `index` completes one node for
+    each 1 that ends the binary digits of `index`.
+    """
+    if count == 1:
+        return term(0)
+    num_levels = count.bit_length()
+    add_nodes = tf.function(tf.add, jit_compile=True)
+    completed = tf.constant([_trailing_ones(index) for index in range(count)])
+
+    def add(index: tf.Tensor, *nodes: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        leaf = term(index)
+
+        def complete(num_completed: int) -> list[tf.Tensor]:
+            node = leaf
+            for level in range(num_completed):
+                node = add_nodes(nodes[level], node)
+            return [*nodes[:num_completed], node, *nodes[num_completed + 1 :]]
+
+        branches = [lambda level=level: complete(level) for level in range(num_levels)]
+        return (index + 1, *tf.switch_case(completed[index], branches))
+
+    first = term(0)  # which fixes the shape
+    start = (tf.constant(1), first, *[tf.zeros_like(first)] * (num_levels - 1))
+    _, *nodes = tf.while_loop(lambda index, *_: index < count, add, start, parallel_iterations=1)
+    waiting = [nodes[level] for level in range(num_levels) if count >> level & 1]
+    total = waiting[0]
+    for node in waiting[1:]:
+        total = add_nodes(node, total)
+    return total
+
+
+def sum_in_tree(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The same tree over tensors that are all there."""
+
+    def add_pairs(*nodes: tf.Tensor) -> tf.Tensor:
+        while len(nodes) > 1:
+            pairs = [left + right for left, right in zip(nodes[::2], nodes[1::2], strict=False)]
+            nodes = (*pairs, *nodes[2 * len(pairs) :])
+        return nodes[0]
+
+    return tf.function(add_pairs, jit_compile=True)(*values)
+
+
+def owns_nodes(num_terms: int, num_owners: int) -> bool:
+    """Whether owners of equal shares of consecutive terms each hold one node of the tree."""
+    share, rest = divmod(num_terms, num_owners)
+    return rest == 0 and (num_owners == 1 or share & (share - 1) == 0)
+
+
+def possible_owners(num_terms: int) -> list[int]:
+    """The numbers of owners among which the tree over `num_terms` terms can be shared out."""
+    return [owners for owners in range(1, num_terms + 1) if owns_nodes(num_terms, owners)]
+
+
+def fixed_sum(values: tf.Tensor, width: int = 256) -> tf.Tensor:
+    """The sum of a tensor in an order that depends on its size alone, not on the number of threads.
+
+    A full reduction outside XLA gives each thread a block; sums of rows that lie in memory do not.
+    """
+    flat = tf.reshape(values, [-1])
+    while flat.shape[0] > 1:
+        rows = -(-flat.shape[0] // width)
+        padded = tf.pad(flat, [[0, rows * width - flat.shape[0]]])
+        flat = tf.reduce_sum(tf.reshape(padded, [rows, width]), axis=1)
+    return flat[0]
+
+
+def _trailing_ones(number: int) -> int:
+    return ((number + 1) & -(number + 1)).bit_length() - 1
