@@ -254,7 +254,7 @@ class TrainingConfig:
     on_spike: Literal["stop", "skip", "rollback"] = "stop"
     """After a step that is not finite or whose loss leaps: stop, go on without its update, or go back and around it."""
     spike_threshold: float | None = 10.0
-    """Robust standard deviations above the median of the last 50 losses that make a leap; null: none does."""
+    """Robust standard deviations above the last losses that make a leap; null: none does."""
     max_spikes: int = 20
     """Spikes of the whole run after which skip and rollback stop too."""
 

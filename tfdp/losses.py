@@ -57,7 +57,7 @@ def next_token_losses(
     def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
         inputs, targets = inputs_and_targets(rows["tokens"])
         keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
-        return cross_entropy(model(inputs, keys), targets)
+        return row_cross_entropy(model(inputs, keys), targets)
 
     return loss_function
 

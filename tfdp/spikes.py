@@ -1,9 +1,11 @@
 """Spikes: steps that should not be applied, and the sequences that caused them.
 
-A step is a spike if a gradient or its loss is not finite, or if its loss lies above `median + threshold * scale` of
-the steps before it, where scale is the standard deviation estimated from the median absolute deviation (Hampel
-1974), and at least 5 % of the median. The losses are those after the reduction and the rule is a pure function of
-them, so all workers come to the same verdict, under every layout and after a resume.
+A step is a spike if a gradient or its loss is not finite, or if its loss lies far above those before it: above the
+median of the last 5 by `threshold` times the noise of the last 20. The noise is the standard deviation that the median
+absolute deviation of the differences between neighbours implies (a robust form of von Neumann's estimator), which
+the fall of a young run's loss does not inflate; it is taken to be at least 1 % of the loss. The losses are those after
+the reduction and the rule is a pure function of them, so all workers come to the same verdict, under every layout
+and after a resume.
 """
 
 import math
@@ -14,10 +16,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-WINDOW = 50  # steps looked back on
-_ENOUGH = 20  # steps before there is a verdict
+WINDOW = 20  # losses looked back on; there is no verdict before there are as many
+_LEVEL = 5  # losses whose median is the present level
 _MAD_TO_STDDEV = 1.4826  # of a normal distribution
-_LEAST_SCALE = 0.05  # of the median
+_LEAST_NOISE = 0.01  # of the level
 
 
 @dataclass(frozen=True)
@@ -39,33 +41,40 @@ class Spike:
         return f"step {self.step}: the loss {self.loss:.4f} is above {self.limit:.4f}, far beyond the steps before it"
 
 
-def robust_limit(values: tf.Tensor, threshold: float | None, enough: int = _ENOUGH) -> tf.Tensor:
-    """The largest value that is no outlier; infinite while there are fewer than `enough`.
+def loss_limit(recent: tf.Tensor, threshold: float | None) -> tf.Tensor:
+    """The largest next loss that is no spike; infinite while the window is not full.
 
     Args:
-      values: float32 (n,); those that are not finite are not there.
+      recent: float32 (WINDOW,), the newest loss last; empty places are infinite.
       threshold: in robust standard deviations; None: no limit.
-      enough: values that a verdict needs.
     """
     if threshold is None:
         return tf.constant(math.inf)
-    present = tf.math.is_finite(values)
-    count = tf.reduce_sum(tf.cast(present, tf.int32))
-    middle = tf.maximum(count - 1, 0) // 2
-    median = tf.sort(tf.where(present, values, math.inf))[middle]
-    deviation = tf.sort(tf.where(present, tf.abs(values - median), math.inf))[middle]
-    scale = tf.maximum(_MAD_TO_STDDEV * deviation, _LEAST_SCALE * tf.abs(median))
-    return tf.where(count >= enough, median + threshold * scale, math.inf)
+    level = _median(recent[-_LEVEL:])
+    differences = recent[1:] - recent[:-1]
+    noise = _MAD_TO_STDDEV * _median(tf.abs(differences - _median(differences))) / math.sqrt(2)
+    limit = level + threshold * tf.maximum(noise, _LEAST_NOISE * tf.abs(level))
+    return tf.where(tf.reduce_all(tf.math.is_finite(recent)), limit, math.inf)
+
+
+def _median(values: tf.Tensor) -> tf.Tensor:
+    return tf.sort(values)[values.shape[0] // 2]
 
 
 def offending_rows(row_losses: np.ndarray, threshold: float | None) -> list[int]:
-    """The rows of a batch that stand out: a loss that is not finite, or an outlier among the rows.
+    """The rows of a batch that stand out: a loss that is not finite, or one far above the median of the rows.
 
     Args:
-      row_losses: mean loss of each row, (rows,); 0 for rows without a valid token.
+      row_losses: mean loss of each row, (rows,), of four rows or more for a verdict on finite ones.
+      threshold: in robust standard deviations (Hampel 1974); None: finite losses do not stand out.
     """
-    limit = float(robust_limit(tf.constant(row_losses, tf.float32), threshold, enough=4))
-    return [index for index, loss in enumerate(row_losses) if not loss <= limit or not math.isfinite(loss)]
+    finite = row_losses[np.isfinite(row_losses)]
+    limit = math.inf
+    if threshold is not None and len(finite) >= 4:
+        median = float(np.median(finite))
+        noise = _MAD_TO_STDDEV * float(np.median(np.abs(finite - median)))
+        limit = median + threshold * max(noise, _LEAST_NOISE * abs(median))
+    return [index for index, loss in enumerate(row_losses) if not math.isfinite(loss) or loss > limit]
 
 
 @dataclass

@@ -163,7 +163,7 @@ class TrainStep:
             count: tf.Tensor, recent: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, _g: tf.Tensor, rows: tf.TensorArray
         ) -> tuple[tf.Tensor, ...]:
             step = first_step + tf.cast(count, tf.int64)
-            limit = spikes.robust_limit(recent, self._rules.spike_threshold)
+            limit = spikes.loss_limit(recent, self._rules.spike_threshold)
             per_replica = self._strategy.run(self._replica_step, args=(next(batches), step, limit))
             row, digests, stop = distribution.first_replica(self._strategy, per_replica)
             applied = row[4] < 0
