@@ -15,7 +15,7 @@ from tfdp import losses
 from tfdp.config import DataConfig
 from tfdp.data import window_index
 from tfdp.exits import TrainingError
-from tfdp.spikes import WINDOW, Ledger, Spike, loss_limit, offending_rows, recent_from_state, recent_to_state
+from tfdp.spikes import ENOUGH, WINDOW, Ledger, Spike, loss_limit, offending_rows, recent_from_state, recent_to_state
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -23,24 +23,42 @@ BATCH, CONTEXT, STEP, ROW = 12, 16, 37, 5  # the poisoned window stands at row 5
 POSITION = STEP * BATCH + ROW
 
 
-def test_the_limit_is_the_level_plus_noise() -> None:
-    losses_seen = np.random.default_rng(0).normal(2.0, 0.1, WINDOW).astype(np.float32)
-    differences = np.diff(losses_seen)
-    noise = 1.4826 * np.median(np.abs(differences - np.median(differences))) / np.sqrt(2)
-    expected = np.median(losses_seen[-5:]) + 10 * noise
+@pytest.mark.parametrize("count", [ENOUGH, ENOUGH + 1, WINDOW - 1, WINDOW, WINDOW + 20])
+def test_the_limit_is_the_level_plus_noise(count: int) -> None:
+    losses_seen = np.random.default_rng(0).normal(2.0, 0.1, count).astype(np.float32)[-WINDOW:]
+
+    def median(values: np.ndarray) -> np.float32:
+        return np.sort(values)[len(values) // 2]
+
+    bends = np.diff(losses_seen, 2)
+    noise = 1.4826 * median(np.abs(bends - median(bends))) / np.sqrt(6)
     assert 0.05 < noise < 0.2
-    assert float(loss_limit(tf.constant(losses_seen), 10.0)) == pytest.approx(expected, rel=1e-6)
+    expected = median(losses_seen[-5:]) + 10 * noise
+    window = tf.constant(recent_from_state(losses_seen.tolist()))
+    for function in (loss_limit, tf.function(loss_limit), tf.function(loss_limit, jit_compile=True)):
+        assert float(function(window, 10.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ordinary_losses_are_no_spikes() -> None:
+    generator = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(2000):
+        losses_seen = generator.normal(2.0, 0.1, WINDOW + 1).astype(np.float32)
+        level = np.median(losses_seen[-6:-1])
+        margin = float(loss_limit(tf.constant(losses_seen[:-1]), 10.0)) - level
+        worst = max(worst, (losses_seen[-1] - level) / margin)
+    assert worst < 0.7
 
 
 def test_neither_an_outlier_nor_a_falling_loss_raises_the_limit_far() -> None:
-    falling = np.linspace(5.0, 3.1, WINDOW).astype(np.float32)
+    falling = np.linspace(5.0, 0.1, WINDOW).astype(np.float32) + 3
     assert float(loss_limit(tf.constant(falling), 10.0)) == pytest.approx(3.3 + 0.33, rel=1e-3)
     falling[4] = 1e6
     assert float(loss_limit(tf.constant(falling), 10.0)) == pytest.approx(3.3 + 0.33, rel=1e-3)
 
 
-@pytest.mark.parametrize("count", [0, 1, WINDOW - 1])
-def test_there_is_no_verdict_before_the_window_is_full(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, ENOUGH - 1])
+def test_there_is_no_verdict_before_there_are_enough(count: int) -> None:
     assert float(loss_limit(tf.constant(recent_from_state([1.0] * count)), 10.0)) == math.inf
 
 

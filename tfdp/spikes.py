@@ -1,11 +1,11 @@
 """Spikes: steps that should not be applied, and the sequences that caused them.
 
 A step is a spike if a gradient or its loss is not finite, or if its loss lies far above those before it: above the
-median of the last 5 by `threshold` times the noise of the last 20. The noise is the standard deviation that the median
-absolute deviation of the differences between neighbours implies (a robust form of von Neumann's estimator), which
-the fall of a young run's loss does not inflate; it is taken to be at least 1 % of the loss. The losses are those after
-the reduction and the rule is a pure function of them, so all workers come to the same verdict, under every layout
-and after a resume.
+median of the last 5 by `threshold` times the noise of the last 50. The noise is the standard deviation that the median
+absolute deviation of their second differences implies (a robust form of the estimators of von Neumann and of Gasser et
+al. 1986), which the fall of a young run's loss does not inflate; it is taken to be at least 1 % of the loss. The losses
+are those after the reduction and the rule is a pure function of them, so all workers come to the same verdict, under
+every layout and after a resume.
 """
 
 import math
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-WINDOW = 20  # losses looked back on; there is no verdict before there are as many
+WINDOW = 50  # losses looked back on
+ENOUGH = 30  # losses before there is a verdict; the noise of 20 is now and then a third of what it should be
 _LEVEL = 5  # losses whose median is the present level
 _MAD_TO_STDDEV = 1.4826  # of a normal distribution
 _LEAST_NOISE = 0.01  # of the level
@@ -42,7 +43,7 @@ class Spike:
 
 
 def loss_limit(recent: tf.Tensor, threshold: float | None) -> tf.Tensor:
-    """The largest next loss that is no spike; infinite while the window is not full.
+    """The largest next loss that is no spike; infinite before there are enough.
 
     Args:
       recent: float32 (WINDOW,), the newest loss last; empty places are infinite.
@@ -51,14 +52,18 @@ def loss_limit(recent: tf.Tensor, threshold: float | None) -> tf.Tensor:
     if threshold is None:
         return tf.constant(math.inf)
     level = _median(recent[-_LEVEL:])
-    differences = recent[1:] - recent[:-1]
-    noise = _MAD_TO_STDDEV * _median(tf.abs(differences - _median(differences))) / math.sqrt(2)
+    bends = recent[2:] - 2 * recent[1:-1] + recent[:-2]  # not finite beside an empty place; variance 6 noise**2
+    noise = _MAD_TO_STDDEV * _median(tf.abs(bends - _median(bends))) / math.sqrt(6)
     limit = level + threshold * tf.maximum(noise, _LEAST_NOISE * tf.abs(level))
-    return tf.where(tf.reduce_all(tf.math.is_finite(recent)), limit, math.inf)
+    count = tf.reduce_sum(tf.cast(tf.math.is_finite(recent), tf.int32))
+    return tf.where(count >= ENOUGH, limit, math.inf)
 
 
 def _median(values: tf.Tensor) -> tf.Tensor:
-    return tf.sort(values)[values.shape[0] // 2]
+    """The upper median of the values that are finite."""
+    present = tf.math.is_finite(values)
+    count = tf.reduce_sum(tf.cast(present, tf.int32))
+    return tf.sort(tf.where(present, values, math.inf))[tf.minimum(count // 2, values.shape[0] - 1)]
 
 
 def offending_rows(row_losses: np.ndarray, threshold: float | None) -> list[int]:

@@ -44,6 +44,13 @@ class Config:
     def __post_init__(self) -> None:
         # The order of the data looks at the low 30 bits of a seed only.
         require(0 <= self.seed < 2**30, "seed", self.seed, "must lie in [0, 2**30): try 0")
+        largest = 2**24 // self.model.context_length  # a float32 counts valid tokens exactly up to 2**24
+        require(
+            self.training.global_batch_size <= largest,
+            "training.global_batch_size",
+            self.training.global_batch_size,
+            f"must be at most 2**24 tokens, {largest} sequences of model.context_length: try {largest}",
+        )
         require(
             self.distribution.reduction == "fast" or self.training.microbatch_size is not None,
             "distribution.reduction",
