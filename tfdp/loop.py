@@ -6,52 +6,21 @@ It knows steps, times and files, and nothing of what is trained: a recipe hands 
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from tfdp import checkpoint, spikes
-from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
-from tfdp.cluster import Cluster, Watch
-from tfdp.config import CheckpointConfig, TrainingConfig, changed_keys
-from tfdp.evaluation import Evaluation
-from tfdp.exits import ConfigError, StopRequested, TrainingError
+from tfdp import checkpoint
+from tfdp.checkpoint import AsyncSaver, CheckpointFolder
+from tfdp.config import changed_keys
+from tfdp.exits import ConfigError, StopRequested
 from tfdp.metrics import MetricsWriter, Throughput, duration, say
-from tfdp.progress import Progress, load_agreed
-from tfdp.runs import RunDirectory
-from tfdp.spikes import Ledger, Spike
-from tfdp.step import StepResults, TrainStep
-from tfdp.stopping import StopSignal
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the loop needs of a recipe."""
-
-    run: RunDirectory
-    training: TrainingConfig
-    checkpointing: CheckpointConfig
-    identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
-    weights: checkpoint.Variables
-    optimizer_state: checkpoint.Variables
-    train_step: TrainStep
-    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
-    left_out: Collection[int]  # positions that the configuration leaves out
-    row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see step.RowLosses
-    evaluate: Callable[[], Evaluation]
-    sample: Callable[[], str] | None
-    cluster: Cluster
-    watch: Watch
-    stop: StopSignal
-    bytes_per_token: float  # of the training text
-    flops_per_token: int
-    matrix_peak: float  # FLOP/s of all devices together
-    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size
-    facts: Mapping[str, Any]  # goes into summary.json as it is
-    config_yaml: str
-    started: float = field(default_factory=time.monotonic)  # when the command began to work
+from tfdp.progress import Progress, left_out, load_agreed, restore, save, sequences_seen
+from tfdp.recovery import judge
+from tfdp.spikes import Ledger
+from tfdp.step import StepResults
+from tfdp.task import Task
 
 
 def fit(task: Task) -> dict[str, Any]:
@@ -77,19 +46,19 @@ def fit(task: Task) -> dict[str, Any]:
     earlier = _begin(task, progress)
     writer = MetricsWriter(task.run.path, progress.step, task.cluster.is_chief)
     writer.text("config", task.config_yaml, progress.step)
-    batches = task.batches_from(progress.step, _left_out(task, progress))
+    batches = task.batches_from(progress.step, left_out(task, progress))
     task.stop.attach(task.train_step)
     with AsyncSaver(folder) as saver:
         stopped = False
         if task.training.on_spike == "rollback" and progress.saved_step < 0:
-            _save(task, saver, progress, background=True)  # to roll back to
+            save(task, saver, progress, background=True)  # to roll back to
         while True:
             last = progress.step >= num_steps
             due = _due(progress.step, task.training.evaluate_every) and progress.evaluated_step != progress.step
             if last or (due and not stopped):
                 _evaluate(task, writer, progress)
             if last or stopped or _should_save(task, progress):
-                _save(task, saver, progress, background=not (last or stopped))
+                save(task, saver, progress, background=not (last or stopped))
             if last or stopped:
                 break
             results = _advance(task, batches, progress)
@@ -97,15 +66,7 @@ def fit(task: Task) -> dict[str, Any]:
             stopped = results.stopped
             if _due(progress.step, task.training.log_every) or progress.step >= num_steps:
                 _log(task, writer, progress, results)
-            for spike in results.skipped:
-                _tell(task, writer, progress.ledger.record(spike, "skip"), spike, "its update is left out")
-            if results.disagreement is not None:
-                _end(task, saver, _disagreement_message(task, folder, saver, progress, results))
-            if results.spike is not None and not stopped:
-                batches = _after_spike(task, folder, saver, writer, progress, results.spike)
-            elif len(progress.ledger.spikes) > task.training.max_spikes:
-                _save(task, saver, progress, background=False)
-                _end(task, saver, _too_many_spikes(task, progress))
+            batches = judge(task, folder, saver, writer, progress, results) or batches
         saver.wait()
         task.watch.finish_together()
     writer.close()
@@ -124,22 +85,11 @@ def _resume(task: Task, folder: CheckpointFolder) -> Progress:
         return progress
     checkpoint.refuse_differences(newest.state["identity"], task.identity)
     progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
-    _restore(task, progress, newest)
+    restore(task, progress, newest)
     progress.resumed_step = progress.step
     if task.cluster.is_chief:
         say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
     return progress
-
-
-def _restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
-    """Puts the run back to where a checkpoint was saved, on every replica."""
-    checkpoint.restore(task.weights, saved.weights)
-    checkpoint.restore(task.optimizer_state, saved.optimizer)
-    state = saved.state
-    task.train_step.recent_losses = spikes.recent_from_state(state.get("recent_losses", []))
-    progress.step = progress.saved_step = progress.verified_step = saved.step
-    progress.evaluated_step = -1 if state["validation_loss"] is None else saved.step
-    progress.best_loss, progress.train_loss = state["best_validation_loss"], state["train_loss"]
 
 
 def _begin(task: Task, progress: Progress) -> dict[str, Any]:
@@ -192,7 +142,7 @@ def _log(task: Task, writer: MetricsWriter, progress: Progress, results: StepRes
         "mfu": speed.tokens_per_second * task.flops_per_token / task.matrix_peak,
         "bits_per_byte": float(results.loss[-1]) / math.log(2) / task.bytes_per_token,
         "num_tokens": int(results.num_tokens[-1]),
-        "sequences_seen": _sequences_seen(task, progress),
+        "sequences_seen": sequences_seen(task, progress),
     }
     eta = (task.training.steps - progress.step) * speed.step_seconds
     writer.train(values, task.training.steps, eta)
@@ -227,28 +177,6 @@ def _should_save(task: Task, progress: Progress) -> bool:
     return is_best or _due(progress.step, task.checkpointing.every_steps)
 
 
-def _save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) -> None:
-    """Copies the state to host memory and has it written; only the chief has anything to do."""
-    if progress.step == progress.saved_step or not task.cluster.is_chief:
-        progress.saved_step = progress.step
-        return
-    weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
-    evaluated = progress.evaluation if progress.evaluated_step == progress.step else None
-    state = {
-        "step": progress.step,
-        "sequences_seen": _sequences_seen(task, progress),
-        "identity": dict(task.identity),
-        "train_loss": progress.train_loss,
-        "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
-        "best_validation_loss": progress.best_loss,
-        "recent_losses": spikes.recent_to_state(task.train_step.recent_losses),
-        "ledger": progress.ledger.to_state(),
-        "layout": dict(task.layout),
-    }
-    saver.save(Checkpoint(weights, optimizer, state), background)
-    progress.saved_step = progress.step
-
-
 def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[str, Any]:
     weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
     assert progress.evaluation is not None, "the loop evaluates at its last step"
@@ -262,7 +190,7 @@ def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[
         "wall_seconds": time.monotonic() - task.started,
         "num_replicas": task.layout["num_replicas"],
         "num_workers": task.layout["num_workers"],
-        "sequences_seen": _sequences_seen(task, progress),
+        "sequences_seen": sequences_seen(task, progress),
         **task.facts,
         **checkpoint.digests_of(weights, optimizer),
     }
@@ -271,112 +199,6 @@ def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[
     if task.cluster.is_chief:
         task.run.write_summary(summary)
     return summary
-
-
-# ---------------------------------------------------------------------------------------------------
-# What should not happen
-# ---------------------------------------------------------------------------------------------------
-
-
-def _end(task: Task, saver: AsyncSaver, message: str) -> NoReturn:
-    """Ends the run on all workers, which came to the same verdict."""
-    saver.wait()
-    task.watch.finish_together()
-    raise TrainingError(message)
-
-
-def _after_spike(
-    task: Task, folder: CheckpointFolder, saver: AsyncSaver, writer: MetricsWriter, progress: Progress, spike: Spike
-) -> Iterator[Any]:
-    """Ends the run, or goes back to the newest checkpoint; returns the batches to go on with, without the offenders.
-
-    The refused update has changed nothing, so a spike of the loss alone leaves a state that is worth a checkpoint.
-    """
-    if task.training.on_spike == "stop":
-        if spike.tensor is None:
-            _save(task, saver, progress, background=False)
-        _end(task, saver, _stop_message(task, folder, progress, spike))
-    if len(progress.ledger.spikes) >= task.training.max_spikes:
-        _end(task, saver, _too_many_spikes(task, progress))
-    offenders = _offenders(task, progress)
-    if not offenders:
-        _end(task, saver, f"{spike.describe()}, though its whole batch is left out; {_last_good(folder, progress)}")
-    entry = progress.ledger.record(spike, "rollback", offenders)
-    saver.wait()
-    progress.num_rollbacks += 1
-    newest = load_agreed(task.cluster, folder, f"rollback-{progress.num_rollbacks}")
-    assert newest is not None, "a run that rolls back saves a checkpoint before its first step"
-    _restore(task, progress, newest)
-    writer.rewind(progress.step)
-    listed = ", ".join(map(str, offenders))
-    _tell(task, writer, entry, spike, f"back to step {progress.step}, leaving out the positions {listed}")
-    return task.batches_from(progress.step, _left_out(task, progress))
-
-
-def _offenders(task: Task, progress: Progress) -> list[int]:
-    """Positions of the refused step's batch that stand out; all that are not left out yet where none does."""
-    batches = task.batches_from(progress.step, _left_out(task, progress))
-    sums, counts = task.row_losses(batches, progress.step)
-    valid = np.flatnonzero(counts)
-    standing_out = spikes.offending_rows(sums[valid] / counts[valid], task.training.spike_threshold)
-    first = progress.step * task.training.global_batch_size
-    return [first + int(row) for row in (valid[standing_out] if standing_out else valid)]
-
-
-def _left_out(task: Task, progress: Progress) -> set[int]:
-    return {*task.left_out, *progress.ledger.left_out}
-
-
-def _tell(task: Task, writer: MetricsWriter, entry: Mapping[str, Any], spike: Spike, action: str) -> None:
-    writer.event(entry)
-    if task.cluster.is_chief:
-        say(f"spike      {spike.describe()}; {action}")
-
-
-def _stop_message(task: Task, folder: CheckpointFolder, progress: Progress, spike: Spike) -> str:
-    return (
-        f"{spike.describe()}; the update was not applied; {_last_good(folder, progress)}: go on from it with a smaller "
-        f"optimizer.learning_rate, or --training.on_spike rollback, --run_dir {task.run.path}"
-    )
-
-
-def _too_many_spikes(task: Task, progress: Progress) -> str:
-    return (
-        f"training.max_spikes ({task.training.max_spikes}) is reached at step {progress.step}: {task.run.metrics_path} "
-        f"tells each spike; try a smaller optimizer.learning_rate"
-    )
-
-
-def _disagreement_message(
-    task: Task, folder: CheckpointFolder, saver: AsyncSaver, progress: Progress, results: StepResults
-) -> str:
-    """Names who disagrees, and moves the checkpoints out of the way that were saved since all agreed."""
-    found = results.disagreement
-    assert found is not None
-    saver.wait()
-    local = task.layout["num_replicas"] // task.layout["num_workers"]
-    names = ", ".join(f"replica {index} of {task.cluster.name(index // local)}" for index in found.replicas)
-    aside = folder.set_aside_after(progress.verified_step) if task.cluster.is_chief else []
-    moved = f"; set aside, for they may be wrong: {', '.join(aside)}" if aside else ""
-    who = f"{names} disagrees with the others" if found.has_majority else f"{names} disagree"
-    progress.saved_step = max([step for step in folder.steps() if step <= progress.verified_step], default=0)
-    return (
-        f"step {progress.step + 1}: the weights of the replicas differ, first in {found.tensor}: {who}; they agreed "
-        f"before step {progress.verified_step + 1}{moved}; {_last_good(folder, progress)}; a device, its memory or a "
-        f"library is at fault: go on with --run_dir {task.run.path}, on other hardware if it comes back"
-    )
-
-
-def _last_good(folder: CheckpointFolder, progress: Progress) -> str:
-    if progress.saved_step <= 0:
-        return "there is no checkpoint yet"
-    return f"the last good checkpoint is {folder.path(progress.saved_step)}"
-
-
-def _sequences_seen(task: Task, progress: Progress) -> int:
-    """Sequences of the global order that were trained on: those up to here, without those left out."""
-    positions = progress.step * task.training.global_batch_size
-    return positions - sum(position < positions for position in _left_out(task, progress))
 
 
 def _last_multiple(every: int, progress: Progress, num_steps: int) -> int:

@@ -1,14 +1,17 @@
-"""Where a run stands, and the checkpoint that all its workers go on from."""
+"""Where a run stands, and how that goes into a checkpoint and comes out of one."""
 
+import math
 import sys
 from dataclasses import dataclass, field
 
-from tfdp.checkpoint import Checkpoint, CheckpointFolder
+from tfdp import checkpoint, spikes
+from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, publish, read
 from tfdp.evaluation import Evaluation
 from tfdp.exits import ConfigError
 from tfdp.metrics import Throughput
 from tfdp.spikes import Ledger
+from tfdp.task import Task
 
 
 @dataclass
@@ -59,3 +62,47 @@ def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Ch
     if step == "refused":
         raise ConfigError(f"{cluster.name(0)} cannot resume from {folder.folder}: its own line says why")
     return None if step == "none" else folder.load(int(step))
+
+
+def restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
+    """Puts the run back to where a checkpoint was saved, on every replica."""
+    checkpoint.restore(task.weights, saved.weights)
+    checkpoint.restore(task.optimizer_state, saved.optimizer)
+    state = saved.state
+    task.train_step.recent_losses = spikes.recent_from_state(state.get("recent_losses", []))
+    progress.step = progress.saved_step = progress.verified_step = saved.step
+    progress.evaluated_step = -1 if state["validation_loss"] is None else saved.step
+    progress.best_loss, progress.train_loss = state["best_validation_loss"], state["train_loss"]
+
+
+def save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) -> None:
+    """Copies the state to host memory and has it written; only the chief has anything to do."""
+    if progress.step == progress.saved_step or not task.cluster.is_chief:
+        progress.saved_step = progress.step
+        return
+    weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
+    evaluated = progress.evaluation if progress.evaluated_step == progress.step else None
+    state = {
+        "step": progress.step,
+        "sequences_seen": sequences_seen(task, progress),
+        "identity": dict(task.identity),
+        "train_loss": progress.train_loss,
+        "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
+        "best_validation_loss": progress.best_loss,
+        "recent_losses": spikes.recent_to_state(task.train_step.recent_losses),
+        "ledger": progress.ledger.to_state(),
+        "layout": dict(task.layout),
+    }
+    saver.save(Checkpoint(weights, optimizer, state), background)
+    progress.saved_step = progress.step
+
+
+def left_out(task: Task, progress: Progress) -> set[int]:
+    """Positions that nothing is learned from: by the configuration, and since by spikes."""
+    return {*task.left_out, *progress.ledger.left_out}
+
+
+def sequences_seen(task: Task, progress: Progress) -> int:
+    """Sequences of the global order that were trained on: those up to here, without those left out."""
+    positions = progress.step * task.training.global_batch_size
+    return positions - sum(position < positions for position in left_out(task, progress))

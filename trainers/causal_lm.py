@@ -65,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     from tfdp import data, distribution, shards
     from tfdp.cluster import Watch, require_agreement
-    from tfdp.loop import StopSignal
+    from tfdp.stopping import StopSignal
     from tfdp.tokenizer import make_tokenizer
 
     cluster = distribution.find_cluster(config.distribution)
@@ -100,6 +100,7 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     from tfdp.runs import RunDirectory
     from tfdp.sampling import Sampler
     from tfdp.step import RowLosses, StepRules, TrainStep, default_jit_compile
+    from tfdp.task import Task
 
     training, context_length = config.training, config.model.context_length
     reduction = config.distribution.reduction
@@ -147,7 +148,7 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
     say(f"run        {run.path}")
     summary = loop.fit(
-        loop.Task(
+        Task(
             run=run,
             training=training,
             checkpointing=config.checkpoint,

@@ -1,0 +1,44 @@
+"""What a recipe hands to the loop."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tfdp import checkpoint
+from tfdp.cluster import Cluster, Watch
+from tfdp.config import CheckpointConfig, TrainingConfig
+from tfdp.evaluation import Evaluation
+from tfdp.runs import RunDirectory
+from tfdp.step import TrainStep
+from tfdp.stopping import StopSignal
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: its parts as functions, and who carries it. The loop knows no more of what is trained."""
+
+    run: RunDirectory
+    training: TrainingConfig
+    checkpointing: CheckpointConfig
+    identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
+    weights: checkpoint.Variables
+    optimizer_state: checkpoint.Variables
+    train_step: TrainStep
+    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
+    left_out: Collection[int]  # positions that the configuration leaves out
+    row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see step.RowLosses
+    evaluate: Callable[[], Evaluation]
+    sample: Callable[[], str] | None
+    cluster: Cluster
+    watch: Watch
+    stop: StopSignal
+    bytes_per_token: float  # of the training text
+    flops_per_token: int
+    matrix_peak: float  # FLOP/s of all devices together
+    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size
+    facts: Mapping[str, Any]  # goes into summary.json as it is
+    config_yaml: str
+    started: float = field(default_factory=time.monotonic)  # when the command began to work
