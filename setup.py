@@ -23,6 +23,8 @@ setup(
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "tensorboard",
         "numpy",
+        "pyarrow",
+        "zstandard",
         "tokenizers",
         "safetensors",
         "jsonargparse[signatures]>=4.49",

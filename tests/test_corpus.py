@@ -110,7 +110,10 @@ def test_what_is_not_utf8_names_the_file_and_the_byte(tmp_path: Path, content: b
 def test_an_unknown_kind_suggests_the_nearest(source: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         documents(source)
-    assert str(caught.value) == f"data.source ({source}) must be python-stdlib or text:GLOB: {hint}"
+    assert (
+        str(caught.value)
+        == f"data.source ({source}) must begin with one of python-stdlib, text, jsonl, parquet, tfds: {hint}"
+    )
 
 
 def test_the_standard_library_takes_no_address() -> None:

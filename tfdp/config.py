@@ -130,7 +130,8 @@ class DataConfig:
     """The text, and how it becomes tokens."""
 
     source: str = "python-stdlib"
-    """Training text: python-stdlib (the source code of this Python's standard library) or text:GLOB (UTF-8 files)."""
+    """Training text: python-stdlib (the source code of Python's standard library), text:GLOB (UTF-8 files),
+    jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN] or tfds:NAME[/CONFIG][:SPLIT][:FIELD]."""
     validation_source: str | None = None
     """Validation text, in the same notation; null: held out from source by validation_fraction."""
     validation_fraction: float = 0.02

@@ -1,12 +1,19 @@
 """Where text comes from: a source yields documents, always in the same order.
 
-A source is named by a string: `python-stdlib`, or `KIND:ADDRESS` such as `text:GLOB`. Adding a kind means
-adding one function to `SOURCES`; nothing else in the library knows where text comes from.
+A source is named by a string: `python-stdlib`, or `KIND:ADDRESS`:
+
+    text:GLOB               UTF-8 files, one document each
+    jsonl:GLOB[:FIELD]      JSON objects, one a line, plain, .gz, .xz or .zst; FIELD is text by default
+    parquet:GLOB[:COLUMN]   Parquet tables; COLUMN is text by default
+    tfds:NAME[/CONFIG][:SPLIT][:FIELD]   a data set of TensorFlow Datasets, or the folder of a prepared one
+
+Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.
 """
 
 import difflib
 import glob
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -15,6 +22,7 @@ from pathlib import Path
 
 from tfdp.config import require
 from tfdp.exits import ConfigError
+from tfdp.records import DEFAULT_FIELD, json_lines, parquet_rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ def documents(source: str, key: str = "data.source") -> Iterator[Document]:
     if kind not in SOURCES:
         near = difflib.get_close_matches(kind, SOURCES, n=1)
         hint = f"did you mean {near[0]}?" if near else "try text:PATH/*.txt"
-        raise ConfigError(f"{key} ({source}) must be python-stdlib or text:GLOB: {hint}")
+        raise ConfigError(f"{key} ({source}) must begin with one of {', '.join(SOURCES)}: {hint}")
     return SOURCES[kind](address, key)
 
 
@@ -61,12 +69,48 @@ def _text_files(pattern: str, key: str) -> Iterator[Document]:
 
     A document's name is its path below the folder that all of them share, so it survives a move of that folder.
     """
+    for name, path in _files(pattern, key, f"text:{pattern}"):
+        yield Document(name, _read_utf8(path, key))
+
+
+def _json_lines(address: str, key: str) -> Iterator[Document]:
+    """One field of the JSON objects in the files that match a glob pattern; a document is named FILE:LINE."""
+    pattern, field = _pattern_and_field(address)
+    for name, path in _files(pattern, key, f"jsonl:{address}"):
+        for number, text in json_lines(path, field, key):
+            yield Document(f"{name}:{number}", text)
+
+
+def _parquet(address: str, key: str) -> Iterator[Document]:
+    """One column of the Parquet files that match a glob pattern; a document is named FILE:ROW."""
+    pattern, column = _pattern_and_field(address)
+    for name, path in _files(pattern, key, f"parquet:{address}"):
+        for number, text in parquet_rows(path, column, key):
+            yield Document(f"{name}:{number}", text)
+
+
+def _tfds(address: str, key: str) -> Iterator[Document]:
+    """One feature of a data set of TensorFlow Datasets; a document is named by its place in the split."""
+    from tfdp.datasets import examples
+
+    for number, text in examples(address, key):
+        yield Document(str(number), text)
+
+
+def _pattern_and_field(address: str) -> tuple[str, str]:
+    """Splits GLOB[:FIELD]; what follows the last colon is a field if it could not be part of a path."""
+    pattern, _, field = address.rpartition(":")
+    return (pattern, field) if pattern and re.fullmatch(r"[\w.-]+", field) else (address, DEFAULT_FIELD)
+
+
+def _files(pattern: str, key: str, source: str) -> list[tuple[str, Path]]:
+    """The files that match a glob pattern, sorted by path, with their names below the folder that all share."""
     paths = sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())
-    require(bool(paths), key, f"text:{pattern}", "must match at least one file: check the path, and quote the pattern")
+    require(bool(paths), key, source, "must match at least one file: check the path, and quote the pattern")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    for path in paths:
-        name = os.path.relpath(os.path.abspath(path), root)
-        yield Document(os.fsencode(name).decode("utf-8", "backslashreplace"), _read_utf8(Path(path), key))
+    names = [os.path.relpath(os.path.abspath(path), root) for path in paths]
+    shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
+    return [(name, Path(path)) for name, path in zip(shown, paths, strict=True)]
 
 
 def _read_utf8(path: Path, key: str) -> str:
@@ -86,4 +130,7 @@ def _read_utf8(path: Path, key: str) -> str:
 SOURCES: dict[str, Callable[[str, str], Iterator[Document]]] = {
     "python-stdlib": _python_stdlib,
     "text": _text_files,
+    "jsonl": _json_lines,
+    "parquet": _parquet,
+    "tfds": _tfds,
 }
