@@ -182,7 +182,9 @@ def test_a_second_opening_writes_nothing(tmp_path: Path, corpus: Callable[..., T
             "train-00000.bin",
             "validation-00000.bin",
             "train.documents.npy",
+            "train.documents.jsonl",
             "validation.documents.npy",
+            "validation.documents.jsonl",
         ]
     )
     assert tokens(second.train) == tokens(first.train)
@@ -202,6 +204,8 @@ def test_the_manifest_holds_the_counts_and_the_index_the_document_starts(
         assert (folder / shard["file"]).stat().st_size == 2 * split.num_tokens
         starts = np.load(folder / f"{name}.documents.npy")
         assert starts.tolist() == np.cumsum([1] + [len(text) + 1 for text in texts(split)])[:-1].tolist()
+        names = [json.loads(line) for line in (folder / f"{name}.documents.jsonl").read_text().splitlines()]
+        assert [(tmp_path / "text" / name).read_bytes() for name in names] == texts(split)
 
 
 @pytest.mark.parametrize("change", ["text", "name", "fraction"])
@@ -230,12 +234,21 @@ def test_a_text_changed_and_changed_back_finds_its_first_shards(
     path.write_text(text)
     corpus()
     after = state_of(tmp_path / "cache")
-    assert len(after) == 2 * len(before) - 5, "two folders, whose files have the same names"
+    assert len(after) == 2 * len(before) - 7, "two folders, whose files have the same names"
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated shard", "missing shard", "missing manifest", "truncated manifest", "manifest of null"]
+    "damage",
+    [
+        "truncated shard",
+        "missing shard",
+        "missing names",
+        "truncated starts",
+        "missing manifest",
+        "truncated manifest",
+        "manifest of null",
+    ],
 )
 def test_a_damaged_folder_is_made_again(tmp_path: Path, corpus: Callable[..., TokenShards], damage: str) -> None:
     expected = tokens(corpus().train)
@@ -246,6 +259,10 @@ def test_a_damaged_folder_is_made_again(tmp_path: Path, corpus: Callable[..., To
             os.truncate(shard, shard.stat().st_size - 1)
         case "missing shard":
             shard.unlink()
+        case "missing names":
+            (folder / "train.documents.jsonl").unlink()
+        case "truncated starts":
+            os.truncate(folder / "validation.documents.npy", 130)
         case "missing manifest":
             manifest.unlink()
         case "truncated manifest":
@@ -320,6 +337,22 @@ def test_every_token_but_the_first_is_a_target_once(num_tokens: int, context_len
     assert all((row[1:] != ABSENT).any() for row in rows), "no window is without a target"
     inputs = rows[:, :-1][targets != ABSENT]
     assert inputs.tolist() == list(range(num_tokens - 1)), "each target has the token before it"
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 5, 17, 300])
+def test_a_window_names_the_documents_that_it_touches(tmp_path: Path, context_length: int) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    sizes = {"0.txt": 7, "1 \n é.txt": 1, "2.txt": 0, "3.txt": 40, "4.txt": 3}
+    for index, (name, size) in enumerate(sizes.items()):
+        (folder / name).write_text(str(index) * size)
+    write_corpus(tmp_path / "other", [10])
+    split = prepare(tmp_path / "cache", f"text:{folder}/*", validation_source=f"text:{tmp_path}/other/*").train
+    names = list(sizes)
+    for window in range(split.num_sequences(context_length) + 2):
+        (row,) = split.windows(np.array([window]), context_length)
+        digits = bytes(row[(row != ABSENT) & (row != END[0])].astype(np.uint8)).decode()
+        assert split.documents_of(window, context_length) == [names[int(digit)] for digit in sorted(set(digits))]
 
 
 def test_describe_counts_for_people() -> None:

@@ -1,0 +1,93 @@
+"""Sums whose bits do not depend on who adds what."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdp.sums import fixed_sum, owns_nodes, possible_owners, running_sum, sum_in_tree, tree_sum
+
+COUNTS = [*range(1, 18), 32]
+
+
+def terms(count: int, size: int = 40) -> np.ndarray:
+    """Rows of floats whose sum has other bits in any other order."""
+    generator = np.random.default_rng(count)
+    scale = np.exp2(generator.integers(-6, 7, (count, size)))
+    return (generator.normal(size=(count, size)) * scale).astype(np.float32)
+
+
+def reference(rows: np.ndarray) -> np.ndarray:
+    """The tree over rows, in numpy's float32."""
+    nodes = list(rows)
+    while len(nodes) > 1:
+        pairs = [nodes[index] + nodes[index + 1] for index in range(0, len(nodes) - 1, 2)]
+        nodes = pairs + nodes[2 * len(pairs) :]
+    return nodes[0]
+
+
+def summed(rows: np.ndarray, function: object = tree_sum) -> np.ndarray:
+    values = tf.constant(rows)
+    return tf.function(lambda: function(lambda index: values[index], len(rows)))().numpy()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_tree_over_terms_computed_one_by_one(count: int) -> None:
+    rows = terms(count)
+    np.testing.assert_array_equal(summed(rows), reference(rows))
+    np.testing.assert_array_equal(tree_sum(lambda index: tf.constant(rows)[index], count).numpy(), reference(rows))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_tree_over_terms_that_are_there(count: int) -> None:
+    rows = terms(count)
+    np.testing.assert_array_equal(sum_in_tree([tf.constant(row) for row in rows]).numpy(), reference(rows))
+
+
+def test_the_order_matters() -> None:
+    rows = terms(8)
+    in_order = summed(rows, running_sum)
+    np.testing.assert_array_equal(in_order, sum(rows[1:], start=rows[0]))
+    assert np.mean(in_order != summed(rows)) > 0.3
+    np.testing.assert_allclose(in_order, summed(rows), rtol=1e-3, atol=1e-4)
+
+
+def test_a_graph_of_additions_keeps_the_order_that_is_written() -> None:
+    """TensorFlow's arithmetic optimizer turns nested additions into an AddN, which adds from left to right."""
+    rows = terms(4)
+
+    @tf.function
+    def total(first: tf.Tensor, second: tf.Tensor, third: tf.Tensor, fourth: tf.Tensor) -> tf.Tensor:
+        return sum_in_tree([first, second, third, fourth]) + 0.0
+
+    np.testing.assert_array_equal(total(*map(tf.constant, rows)).numpy(), reference(rows))
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 6, 8, 12, 16, 24])
+def test_owners_of_whole_subtrees_give_the_bits_of_one(num_terms: int) -> None:
+    rows = terms(num_terms)
+    for owners in possible_owners(num_terms):
+        parts = [tf.constant(summed(part)) for part in np.split(rows, owners)]
+        np.testing.assert_array_equal(sum_in_tree(parts).numpy(), reference(rows), err_msg=str(owners))
+
+
+def test_who_owns_whole_subtrees() -> None:
+    assert possible_owners(4) == [1, 2, 4]
+    assert possible_owners(12) == [1, 3, 6, 12]
+    assert possible_owners(1) == [1]
+    assert owns_nodes(48, 3)
+    assert not owns_nodes(12, 2)  # six terms each are no node
+    assert not owns_nodes(12, 5)
+    assert not owns_nodes(2, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 65_536, 100_003])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_fixed_sum_is_the_sum(size: int, dtype: type) -> None:
+    values = np.random.default_rng(size).normal(1.0, 3.0, size).astype(dtype)
+    found = fixed_sum(tf.constant(values))
+    assert found.shape == ()
+    assert found.dtype.as_numpy_dtype is dtype
+    np.testing.assert_allclose(
+        found.numpy(), values.astype(np.float64).sum(), rtol=2e-6 if dtype is np.float32 else 1e-12
+    )
+    assert fixed_sum(tf.constant(values)).numpy() == found.numpy()
