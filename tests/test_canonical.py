@@ -1,0 +1,147 @@
+"""One run, any layout, to the last bit: `distribution.reduction: canonical`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from workers import start, tiny_arguments
+
+from tfdp.exits import ConfigError
+from trainers import causal_lm
+from trainers.causal_lm import Config
+
+DIGESTS = ("weights_sha256", "state_sha256", "validation_loss", "sequences_seen")
+LAYOUTS = {  # name: (workers, replicas of each, threads of each); the global batch has 4 micro-batches
+    "1 replica, accumulation 4": (1, 1, 2),
+    "2 replicas, accumulation 2": (1, 2, 2),
+    "4 replicas": (1, 4, 1),
+    "2 workers, accumulation 2": (2, 1, 1),
+    "2 workers, 2 replicas": (2, 2, 2),
+}
+
+
+def rows_of(run_dir: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def summary(run_dir: Path) -> dict[str, object]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def train(tmp_path: Path, corpus: Path, name: str, layout: tuple[int, int, int], **changes: object) -> Path:
+    """Runs 50 AdamW steps, clipped at 1.0, with dropout, in processes of the layout's own threads."""
+    num_workers, num_replicas, num_threads = layout
+    settings = {
+        "model__num_layers": 2,
+        "model__model_dim": 64,
+        "model__context_length": 64,
+        "model__dropout": 0.2,
+        "optimizer__learning_rate": 3e-3,
+        "optimizer__clip_norm": 1.0,
+        "optimizer__schedule_steps": 50,
+        "training__steps": 50,
+        "training__global_batch_size": 16,
+        "training__microbatch_size": 4,
+        "distribution__num_replicas": num_replicas,
+        "distribution__reduction": "canonical",
+        **changes,
+    }
+    arguments = tiny_arguments(corpus, tmp_path / name, **settings)
+    threads = {"TF_NUM_INTRAOP_THREADS": str(num_threads), "OMP_NUM_THREADS": str(num_threads)}
+    with start(tmp_path, [arguments] * num_workers, environment=threads) as job:
+        codes = job.wait(300)
+        assert codes == [0] * num_workers, [job.output(index) for index in range(num_workers)]
+    return tmp_path / name
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("precision", "jit_compile"), [("float32", "true"), ("float32", "false"), ("bfloat16", "false")]
+)
+def test_five_layouts_are_one_run(tmp_path: Path, corpus_dir: Path, precision: str, jit_compile: str) -> None:
+    changes = {"training__precision": precision, "training__jit_compile": jit_compile}
+    runs = {name: train(tmp_path, corpus_dir, name, layout, **changes) for name, layout in LAYOUTS.items()}
+    first, *others = runs
+    reference = rows_of(runs[first])
+    assert sum(row["grad_norm"] > 1.0 for row in reference) > 25, "the clip must be active"
+    for name in others:
+        for key in DIGESTS:
+            assert summary(runs[name])[key] == summary(runs[first])[key], (name, key)
+        for key in ("loss", "grad_norm"):
+            assert [row[key] for row in rows_of(runs[name])] == [row[key] for row in reference], (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+@pytest.mark.timeout(600)
+def test_the_same_layouts_are_close_under_fast(tmp_path: Path, corpus_dir: Path) -> None:
+    changes = {"distribution__reduction": "fast", "training__jit_compile": "false"}
+    runs = {name: train(tmp_path, corpus_dir, name, layout, **changes) for name, layout in LAYOUTS.items()}
+    losses = {name: [row["loss"] for row in rows_of(run)] for name, run in runs.items()}
+    for name in LAYOUTS:
+        np.testing.assert_allclose(losses[name], losses["1 replica, accumulation 4"], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+@pytest.mark.timeout(600)
+def test_a_run_that_moves_between_workers_keeps_its_bits(tmp_path: Path, corpus_dir: Path) -> None:
+    for num_workers, num_steps in ((4, 20), (1, 35), (2, 50)):
+        train(tmp_path, corpus_dir, "moved", (num_workers, 1, 1), training__steps=num_steps)
+    still = train(tmp_path, corpus_dir, "still", (1, 1, 2))
+    for key in DIGESTS:
+        assert summary(tmp_path / "moved")[key] == summary(still)[key], key
+    assert [row["loss"] for row in rows_of(tmp_path / "moved")] == [row["loss"] for row in rows_of(still)]
+
+
+GPT2_LIKE = {"norm": "layer_norm", "use_bias": True, "position": "learned", "tie_embeddings": True, "qk_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "replicas", "microbatch_size"),
+    [
+        ({}, (1, 2, 4), 3),
+        pytest.param({**GPT2_LIKE, "zero_init": False, "num_layers": 2}, (1, 2, 4, 6, 12), 1, marks=pytest.mark.slow),
+    ],
+    ids=["default", "like GPT-2"],
+)
+def test_replicas_of_one_process_are_one_run(
+    tiny_config: Callable[..., Config], changes: dict[str, object], replicas: tuple[int, ...], microbatch_size: int
+) -> None:
+    found = {}
+    allowed = [count for count in replicas if count in (1, 2, 4) or microbatch_size == 1]
+    for count in allowed:
+        config = tiny_config(
+            f"{count}",
+            model={"dropout": 0.2, **changes},
+            training={"steps": 12, "microbatch_size": microbatch_size, "global_batch_size": 12},
+            distribution={"num_replicas": count, "reduction": "canonical"},
+            optimizer={"clip_norm": 0.5},
+        )
+        if 12 // microbatch_size // count in (1, 2, 4) or count == 1:
+            found[count] = causal_lm.train(config)
+        else:
+            with pytest.raises(
+                ConfigError, match=r"^distribution.reduction \(canonical\) needs replicas that own whole"
+            ):
+                causal_lm.train(config)
+    assert len(found) >= 3
+    for key in DIGESTS:
+        assert len({str(result[key]) for result in found.values()}) == 1, key
+
+
+def test_what_canonical_refuses(tiny_config: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"^distribution.reduction \(canonical\) needs training.microbatch_size"):
+        tiny_config("a", distribution={"reduction": "canonical"})
+    config = tiny_config(
+        "b", distribution={"reduction": "canonical", "num_replicas": 2}, training={"microbatch_size": 1}
+    )
+    with pytest.raises(
+        ConfigError, match=r"whole subtrees of the 12 micro-batches.* there are 2: try 1, 3, 6, 12 repl"
+    ):
+        causal_lm.train(config)
