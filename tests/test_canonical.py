@@ -139,7 +139,7 @@ def test_what_canonical_refuses(tiny_config: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"^distribution.reduction \(canonical\) needs training.microbatch_size"):
         tiny_config("a", distribution={"reduction": "canonical"})
     config = tiny_config(
-        "b", distribution={"reduction": "canonical", "num_replicas": 2}, training={"microbatch_size": 1}
+        "b", training={"microbatch_size": 1}, distribution={"reduction": "canonical", "num_replicas": 2}
     )
     with pytest.raises(
         ConfigError, match=r"whole subtrees of the 12 micro-batches.* there are 2: try 1, 3, 6, 12 repl"
