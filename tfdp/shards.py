@@ -5,6 +5,7 @@ A folder of shards holds, for the splits `train` and `validation`:
     manifest.json                what the folder was made from, the counts, and the sha256 of every .bin
     SPLIT-00000.bin ...          token ids, flat, little-endian uint16 or uint32
     SPLIT.documents.npy          index of the first token of each document, int64
+    SPLIT.documents.jsonl        name of each document, a JSON string a line
 
 The ids of a split are one stream: end-of-text, document, end-of-text, document, ..., end-of-text. So every
 byte of every document is predicted once an epoch, the first one from an end-of-text token.
@@ -17,6 +18,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +28,25 @@ from tfdp.corpus import Document, documents
 from tfdp.exits import ConfigError
 from tfdp.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "validation")
 TOKENS_PER_SHARD = 1 << 28
 ABSENT = -1  # stands where a window reaches past the end of its split; no token id is negative
 
 
 class Split:
-    """The tokens of one split, memory-mapped: `num_tokens` ids that encode `num_bytes` bytes of text."""
+    """The tokens of one split, memory-mapped: `num_tokens` ids that encode `num_bytes` bytes of text.
 
-    def __init__(self, shards: Sequence[np.ndarray], num_documents: int, num_bytes: int) -> None:
-        self._shards = shards
+    Args:
+      shards: the token ids, in parts.
+      num_documents, num_bytes: of text.
+      index: the files of the documents' starts and names; None for tokens whose documents nobody asks for.
+    """
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], num_documents: int, num_bytes: int, index: tuple[Path, Path] | None = None
+    ) -> None:
+        self._shards, self._index = shards, index
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
         self.num_tokens = int(self._starts[-1])
         self.num_documents = num_documents
@@ -56,6 +66,24 @@ class Split:
         for row, index in zip(rows, indices, strict=True):
             self._read(int(index) * context_length, row)
         return rows
+
+    def documents_of(self, window: int, context_length: int) -> list[str]:
+        """The names of the documents that have a token in a window, in order; ends of text belong to none.
+
+        Each call reads the index from the disk; nothing of it is kept.
+        """
+        assert self._index is not None, "a split without an index does not know its documents"
+        starts_file, names_file = self._index
+        starts = np.load(starts_file, mmap_mode="r")
+        begin, stop = window * context_length, (window + 1) * context_length + 1
+        first = max(0, int(np.searchsorted(starts, begin, side="right")) - 1)
+        last = int(np.searchsorted(starts, stop, side="left"))
+        next_starts = np.append(starts[first + 1 : last + 1], self.num_tokens)[: last - first]
+        touched = np.maximum(starts[first:last], begin) < next_starts - 1  # the last token before them ends the text
+        with names_file.open(encoding="utf-8") as lines:
+            return [
+                json.loads(line) for line, wanted in zip(islice(lines, first, last), touched, strict=True) if wanted
+            ]
 
     def _read(self, start: int, row: np.ndarray) -> None:
         stop = min(start + len(row), self.num_tokens)
@@ -95,9 +123,9 @@ def open_or_prepare(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -
       ConfigError: the source is wrong or empty.
     """
     corpus_sha256, validation_names = _survey(config)
-    recipe = json.dumps([FORMAT_VERSION, corpus_sha256, tokenizer.fingerprint, sorted(validation_names)])
+    recipe = json.dumps([corpus_sha256, tokenizer.fingerprint, sorted(validation_names)])
     split_sha256 = hashlib.sha256(recipe.encode()).hexdigest()
-    folder = cache_dir / split_sha256[:32]
+    folder = cache_dir / f"{split_sha256[:32]}.{FORMAT_VERSION}"
     if not _is_complete(folder):
         scratch = cache_dir / f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
@@ -120,7 +148,7 @@ def open_shards(folder: Path) -> TokenShards:
     for name in SPLITS:
         entry = manifest["splits"][name]
         shards = [np.memmap(folder / shard["file"], dtype=manifest["dtype"], mode="r") for shard in entry["shards"]]
-        splits[name] = Split(shards, entry["num_documents"], entry["num_bytes"])
+        splits[name] = Split(shards, entry["num_documents"], entry["num_bytes"], _index_files(folder, name))
     return TokenShards(splits["train"], splits["validation"], manifest["corpus_sha256"], manifest["split_sha256"])
 
 
@@ -206,6 +234,7 @@ class _SplitWriter:
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
         self._document_starts: list[int] = []
+        self._document_names: list[str] = []
         self._num_bytes = 0
         self._shards: list[dict[str, object]] = []
         self._num_written = 0
@@ -213,6 +242,7 @@ class _SplitWriter:
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         self._document_starts.append(self._num_written + self._num_pending)
+        self._document_names.append(document.name)
         self._num_bytes += len(document.text.encode())
         self._append(ids.astype(self._dtype))
         self._append(self._end_of_text)
@@ -221,12 +251,16 @@ class _SplitWriter:
         """Writes what is pending and returns the split's part of the manifest."""
         if self._num_pending:
             self._write_shard()
-        np.save(self._folder / f"{self._name}.documents.npy", np.array(self._document_starts, dtype=np.int64))
+        starts, names = _index_files(self._folder, self._name)
+        np.save(starts, np.array(self._document_starts, dtype=np.int64))
+        with names.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(name) + "\n" for name in self._document_names)
         return {
             "num_tokens": self._num_written,
             "num_bytes": self._num_bytes,
             "num_documents": len(self._document_starts),
             "shards": self._shards,
+            "index": [{"file": path.name, "num_bytes": path.stat().st_size} for path in (starts, names)],
         }
 
     def _append(self, ids: np.ndarray) -> None:
@@ -275,12 +309,19 @@ def _publish(scratch: Path, folder: Path) -> None:
             raise
 
 
+def _index_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """The files of the starts and the names of a split's documents."""
+    return folder / f"{name}.documents.npy", folder / f"{name}.documents.jsonl"
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file that it lists has its length."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         width = np.dtype(manifest["dtype"]).itemsize
-        shards = [shard for name in SPLITS for shard in manifest["splits"][name]["shards"]]
-        return all((folder / shard["file"]).stat().st_size == shard["num_tokens"] * width for shard in shards)
+        splits = [manifest["splits"][name] for name in SPLITS]
+        lengths = [(shard["file"], shard["num_tokens"] * width) for split in splits for shard in split["shards"]]
+        lengths += [(part["file"], part["num_bytes"]) for split in splits for part in split["index"]]
+        return all((folder / file).stat().st_size == length for file, length in lengths)
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -5,9 +5,10 @@ key answer in a fraction of a second, without waiting for TensorFlow.
 """
 
 import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tfdp.config import (
     CheckpointConfig,
@@ -22,6 +23,12 @@ from tfdp.config import (
     require,
     to_yaml,
 )
+
+if TYPE_CHECKING:
+    from tfdp.evaluation import Evaluator
+    from tfdp.gpt import GPT
+    from tfdp.optimizer import Optimizer
+    from tfdp.step import RowLosses, TrainStep
 
 
 @dataclass(frozen=True)
@@ -88,19 +95,91 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: Any) -> dict[str, Any]:
-    """Makes the model, its step and its evaluation under a strategy, and runs the loop.
+    """Builds the parts of the run, tells what they are, and runs the loop.
 
     Args:
       process: the fields of `loop.Task` that say where this runs: cluster, watch, stop, started.
     """
-    from tfdp import data, distribution, loop, losses, metrics
+    from tfdp import distribution, loop, metrics
+    from tfdp.runs import RunDirectory
+    from tfdp.sampling import Sampler
+    from tfdp.task import Task
+
+    training, context_length = config.training, config.model.context_length
+    parts = build(config, tokenizer, corpus, strategy)
+    model = parts.model
+    sampler = Sampler(model, tokenizer)
+    sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
+    matrix_peak = metrics.matrix_peak(
+        training.precision, distribution.gpu_names(strategy), process["cluster"].num_workers
+    )
+    run = RunDirectory.named(config.run_dir)
+
+    say = metrics.say if process["cluster"].is_chief else (lambda _line: None)
+    say(f"model      {model.describe()}")
+    say(f"data       {config.data.source}: {corpus.describe()}")
+    say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
+    say(f"precision  {training.precision}, XLA {'on' if parts.jit_compile else 'off'}")
+    say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
+    say(f"run        {run.path}")
+    summary = loop.fit(
+        Task(
+            run=run,
+            training=training,
+            checkpointing=config.checkpoint,
+            identity=identity(config, tokenizer.fingerprint, corpus),
+            weights=model.named_weights(),
+            optimizer_state=parts.optimizer.named_state(),
+            train_step=parts.train_step,
+            batches_from=parts.batches_from,
+            left_out=config.data.left_out,
+            row_losses=parts.row_losses,
+            evaluate=parts.evaluator,
+            sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
+            flops_per_token=model.flops_per_token(),
+            matrix_peak=matrix_peak,
+            bytes_per_token=corpus.train.num_bytes / corpus.train.num_tokens,
+            layout={
+                "num_workers": process["cluster"].num_workers,
+                "num_replicas": int(strategy.num_replicas_in_sync),
+                "microbatch_size": parts.microbatch_size,
+            },
+            facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
+            config_yaml=to_yaml(config),
+            **process,
+        )
+    )
+    if training.sample_tokens and process["cluster"].is_chief:
+        say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
+    say(run.next_steps())
+    return summary
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, wired together under one strategy."""
+
+    model: "GPT"
+    optimizer: "Optimizer"
+    train_step: "TrainStep"
+    row_losses: "RowLosses"
+    evaluator: "Evaluator"
+    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, positions left out) -> batches from it on
+    microbatch_size: int  # sequences of one forward pass on one replica
+    jit_compile: bool
+
+
+def build(config: Config, tokenizer: Any, corpus: Any, strategy: Any) -> Parts:
+    """Makes the model with its initial weights, its step, its evaluation and its batches; runs nothing.
+
+    Raises:
+      ConfigError: the global batch cannot be cut among the replicas of this strategy.
+    """
+    from tfdp import data, distribution, losses
     from tfdp.evaluation import Evaluator
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.runs import RunDirectory
-    from tfdp.sampling import Sampler
     from tfdp.step import RowLosses, StepRules, TrainStep, default_jit_compile
-    from tfdp.task import Task
 
     training, context_length = config.training, config.model.context_length
     reduction = config.distribution.reduction
@@ -109,7 +188,6 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     with strategy.scope():
         model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
-
     train_step = TrainStep(
         strategy,
         losses.next_token_loss(model, dropout_seed=config.seed),
@@ -133,55 +211,12 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     evaluator = Evaluator(
         strategy, losses.next_token_loss(model), corpus.validation, context_length, evaluation_rows, jit_compile
     )
-    sampler = Sampler(model, tokenizer)
-    sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
-    matrix_peak = metrics.matrix_peak(
-        training.precision, distribution.gpu_names(strategy), process["cluster"].num_workers
-    )
-    run = RunDirectory.named(config.run_dir)
 
-    say = metrics.say if process["cluster"].is_chief else (lambda _line: None)
-    say(f"model      {model.describe()}")
-    say(f"data       {config.data.source}: {corpus.describe()}")
-    say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
-    say(f"precision  {training.precision}, XLA {'on' if jit_compile else 'off'}")
-    say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
-    say(f"run        {run.path}")
-    summary = loop.fit(
-        Task(
-            run=run,
-            training=training,
-            checkpointing=config.checkpoint,
-            identity=identity(config, tokenizer.fingerprint, corpus),
-            weights=model.named_weights(),
-            optimizer_state=optimizer.named_state(),
-            train_step=train_step,
-            batches_from=lambda step, left_out: iter(
-                data.train_batches(
-                    strategy, corpus.train, context_length, training.global_batch_size, config.seed, step, left_out
-                )
-            ),
-            left_out=config.data.left_out,
-            row_losses=row_losses,
-            evaluate=evaluator,
-            sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
-            flops_per_token=model.flops_per_token(),
-            matrix_peak=matrix_peak,
-            bytes_per_token=corpus.train.num_bytes / corpus.train.num_tokens,
-            layout={
-                "num_workers": process["cluster"].num_workers,
-                "num_replicas": int(strategy.num_replicas_in_sync),
-                "microbatch_size": microbatch_size,
-            },
-            facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
-            config_yaml=to_yaml(config),
-            **process,
-        )
-    )
-    if training.sample_tokens and process["cluster"].is_chief:
-        say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
-    say(run.next_steps())
-    return summary
+    def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
+        size = training.global_batch_size
+        return iter(data.train_batches(strategy, corpus.train, context_length, size, config.seed, step, left_out))
+
+    return Parts(model, optimizer, train_step, row_losses, evaluator, batches_from, microbatch_size, jit_compile)
 
 
 def shared_facts(config: Config, corpus: Any, strategy: Any) -> dict[str, Any]:

@@ -1,0 +1,377 @@
+"""Runs one past step of a run again, and shows the sequences it was hardest for: `python -m tfdp.replay --step 38`.
+
+The run goes on from the nearest checkpoint before the step, or from its seed, in one process, with the micro-batches,
+the replicas and the positions left out that it had. So the loss and the gradient norm are those of metrics.jsonl to
+the bit: on CPUs, and on the same GPUs where distribution.reduction is canonical (the kernels of a fast one add in any
+order). It follows the newest configuration of the run: a key that was changed on the way, such as
+optimizer.learning_rate, changes what is replayed of the time before. Nothing is written into the run.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfdp.config import find_trainer, import_trainer, load, load_file, require
+from tfdp.exits import ConfigError, TrainingError, run_command
+from tfdp.startup import load_tensorflow
+
+if TYPE_CHECKING:
+    from tfdp.checkpoint import Checkpoint
+    from tfdp.runs import RunDirectory
+    from tfdp.spikes import Spike
+
+_EXCERPT_WIDTH, _EXCERPT_LINES = 100, 4  # of the text of a sequence
+_MOST_NAMES = 3  # of documents, for one sequence
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Where the step is replayed."""
+
+    num_replicas: int | None = None
+    """Replicas, in this one process; null: as many as the run had in total, on GPUs at most those of this machine."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_replicas is None or self.num_replicas >= 1,
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """The replay."""
+
+    run_dir: str = "runs/latest"
+    """Directory of the run."""
+    step: int | None = None
+    """Which update, as metrics.jsonl counts them, from 1; null: the last one that the run has reached."""
+    num_sequences: int = 3
+    """How many sequences of the step's batch to show, those with the highest mean loss first."""
+    distribution: LayoutConfig = LayoutConfig()
+
+    def __post_init__(self) -> None:
+        require(self.step is None or self.step >= 1, "step", self.step, "must be at least 1, the first update: try 1")
+        require(self.num_sequences >= 0, "num_sequences", self.num_sequences, "must not be negative: try 3")
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the run directory tells
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run as its directory tells it, without the tensors."""
+
+    directory: "RunDirectory"
+    recipe: ModuleType
+    config: Any
+    logged: Mapping[int, Mapping[str, Any]]  # the rows of metrics.jsonl with a loss, by step
+    reached: int  # last step that is known of
+    left_out: frozenset[int]  # positions that nothing was learned from in the end, by configuration or after spikes
+    states: Mapping[int, Mapping[str, Any]] = field(repr=False)  # state.json of each checkpoint, by step, ascending
+
+    @classmethod
+    def open(cls, run_dir: str) -> "PastRun":
+        """Reads a run directory. Raises `ConfigError` where there is no run, or none that can be replayed."""
+        from tfdp.runs import RunDirectory
+        from tfdp.spikes import Ledger
+
+        run = RunDirectory.open(run_dir)
+        trainer = find_trainer(["--config", str(run.config_path)])
+        recipe = import_trainer(trainer)
+        require(hasattr(recipe, "build"), "trainer", trainer, "must be a recipe with a build function to be replayed")
+        config = load_file(recipe.Config, run.config_path)
+        rows = _read_rows(run)
+        states = {step: _read_state(run, step) for step in run.checkpoints().steps()}
+        reached = max([0, *states, *(row["step"] for row in rows)])
+        newest = list(states.values())[-1] if states else {}
+        ledger = Ledger.from_state(newest.get("ledger", {}))
+        since = {position for row in rows for position in row.get("spike_positions", [])}  # saved with the next one
+        left_out = frozenset({*config.data.left_out, *ledger.left_out, *since})
+        return cls(run, recipe, config, {row["step"]: row for row in rows if "loss" in row}, reached, left_out, states)
+
+    def check_step(self, step: int) -> None:
+        """Raises `ConfigError` for a step that the run has not come to.
+
+        The run may have come further than it tells, at most to the next step that it would have logged: a step that
+        ended it, or what was lost with the process.
+        """
+        training = self.config.training
+        last = min(training.steps, self.reached - self.reached % training.log_every + training.log_every)
+        why = f"the run has {training.steps}" if last == training.steps else f"the run has reached {self.reached}"
+        require(1 <= step <= last, "step", step, f"must lie in [1, {last}]: {why}")
+
+    def layout_of(self, step: int) -> Mapping[str, int] | None:
+        """Who carried a step: the process that saved the first checkpoint since; without one, that of the newest."""
+        since = [later for later in self.states if later >= step] or list(self.states)[-1:]
+        return self.states[since[0]].get("layout") if since else None
+
+    def checkpoint_before(self, step: int) -> int | None:
+        """The step of the newest checkpoint that the update `step` is still to come for; None: there is none."""
+        return max((saved for saved in self.states if saved < step), default=None)
+
+
+def _read_rows(run: "RunDirectory") -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a torn last line, of a process that was killed, is left out."""
+    rows = []
+    for line in run.metrics_path.read_text(encoding="utf-8").splitlines() if run.metrics_path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def _read_state(run: "RunDirectory", step: int) -> dict[str, Any]:
+    path = run.checkpoints().path(step) / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return state
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"checkpoint {path} cannot be read: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running it again
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence of the batch."""
+
+    loss: float  # nats per token, mean, with the weights before the update
+    position: int  # in the global order
+    documents: list[str]  # names
+    text: str
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a step came to when it was run again."""
+
+    step: int  # the one asked for, or an earlier one at which the replay ended
+    loss: float
+    grad_norm: float
+    refused: "Spike | None"  # why the update was not applied, if it was not
+    worst: list[Sequence]  # the highest loss first
+
+
+class Replayer:
+    """A run made again, that can be brought before any of its steps; traced once.
+
+    Args:
+      run: which.
+      step: whose layout is taken: that of the process that carried it.
+      num_replicas: in this process; None: as in the layout.
+
+    Raises:
+      ConfigError: the text is not that of the run, or the replicas cannot share its micro-batches.
+    """
+
+    def __init__(self, run: PastRun, step: int, num_replicas: int | None = None) -> None:
+        from tfdp import checkpoint, distribution, shards
+        from tfdp.tokenizer import make_tokenizer
+
+        self.run = run
+        self.config = config_of_layout(run, step, num_replicas)
+        data = self.config.data
+        self._tokenizer = make_tokenizer(data.tokenizer)
+        corpus = shards.open_or_prepare(data, self._tokenizer, distribution.cache_dir(data))
+        for state in list(run.states.values())[-1:]:
+            trained_on = state["identity"]["corpus_sha256"]
+            require(
+                corpus.corpus_sha256 == trained_on,
+                "data.source",
+                data.source,
+                f"must be the text that the run was trained on: its sha256 was {trained_on[:12]}..., "
+                f"and is {corpus.corpus_sha256[:12]}... now",
+            )
+        self._split = corpus.train
+        self.strategy = distribution.make_strategy(self.config.distribution)
+        self._parts = run.recipe.build(self.config, self._tokenizer, corpus, self.strategy)
+        self._weights, self._optimizer = self._parts.model.named_weights(), self._parts.optimizer.named_state()
+        self._initial = checkpoint.Checkpoint(
+            checkpoint.snapshot(self._weights), checkpoint.snapshot(self._optimizer), {"step": 0}
+        )
+
+    def __call__(self, step: int, num_sequences: int = 3) -> Replay:
+        """Runs up to a step, looks at its batch, and runs it.
+
+        Raises:
+          ConfigError: the run has not come to this step, or the checkpoint before it is damaged.
+          TrainingError: the replicas of the replay disagree.
+        """
+        self.run.check_step(step)
+        train_step, left_out = self._parts.train_step, self.run.left_out
+        saved = self.run.checkpoint_before(step)
+        done = self._restore(self._initial if saved is None else self.run.directory.checkpoints().load(saved))
+        if done < step - 1:
+            results = train_step(self._parts.batches_from(done, left_out), done, step - 1 - done)
+            _refuse_disagreement(results.disagreement)
+            done += len(results.loss)  # fewer than asked for where a spike ended the call: that is the step to tell
+        worst = self._worst(done, num_sequences)
+        results = train_step(self._parts.batches_from(done, left_out), done, 1)
+        _refuse_disagreement(results.disagreement)
+        if results.spike is not None:
+            return Replay(done + 1, results.spike.loss, results.spike.grad_norm, results.spike, worst)
+        skipped = results.skipped[0] if results.skipped else None
+        return Replay(done + 1, float(results.loss[0]), float(results.grad_norm[0]), skipped, worst)
+
+    def _restore(self, saved: "Checkpoint") -> int:
+        from tfdp import checkpoint, spikes
+
+        checkpoint.restore(self._weights, saved.weights)
+        checkpoint.restore(self._optimizer, saved.optimizer)
+        self._parts.train_step.recent_losses = spikes.recent_from_state(saved.state.get("recent_losses", []))
+        return saved.step
+
+    def _worst(self, done: int, num_sequences: int) -> list[Sequence]:
+        """The sequences of the next batch with the highest mean loss; those that are not finite come first."""
+        sums, counts = self._parts.row_losses(self._parts.batches_from(done, self.run.left_out), done)
+        valid = np.flatnonzero(counts)  # a position that is left out has no valid token
+        means = sums[valid] / counts[valid]
+        order = np.argsort(np.where(np.isfinite(means), -means, -math.inf), kind="stable")[:num_sequences]
+        first = done * self.config.training.global_batch_size
+        return [self._sequence(first + int(valid[row]), float(means[row])) for row in order]
+
+    def _sequence(self, position: int, loss: float) -> Sequence:
+        import tensorflow as tf
+
+        from tfdp.data import window_index
+        from tfdp.shards import ABSENT
+
+        length = self.config.model.context_length
+        num_sequences = self._split.num_sequences(length)
+        window = int(window_index(tf.constant(position, tf.int64), num_sequences, self.config.seed))
+        (tokens,) = self._split.windows(np.array([window]), length)
+        text = self._tokenizer.decode(tokens[tokens != ABSENT])
+        return Sequence(loss, position, self._split.documents_of(window, length), text)
+
+
+def config_of_layout(run: PastRun, step: int, num_replicas: int | None) -> Any:
+    """The configuration of the run, with its micro-batches and replicas in one process."""
+    config = run.config
+    layout = run.layout_of(step)
+    if layout is not None:
+        num_replicas = num_replicas or _that_fit(layout["num_replicas"])
+        num_microbatches = config.training.global_batch_size // layout["microbatch_size"]
+        fitting = [count for count in range(1, num_microbatches + 1) if num_microbatches % count == 0]
+        require(
+            num_replicas in fitting,
+            "distribution.num_replicas",
+            num_replicas,
+            f"must divide the number of micro-batches of a step of this run ({num_microbatches}): try "
+            f"{', '.join(map(str, fitting))}",
+        )
+        config = replace(config, training=replace(config.training, microbatch_size=layout["microbatch_size"]))
+    num_replicas = num_replicas or config.distribution.num_replicas
+    strategy = config.distribution.strategy if num_replicas == 1 else "auto"
+    strategy = "auto" if strategy == "multi_worker_mirrored" else strategy
+    return replace(config, distribution=replace(config.distribution, strategy=strategy, num_replicas=num_replicas))
+
+
+def _that_fit(num_replicas: int) -> int:
+    """As many replicas, or the most that divide them and have a GPU each where there are GPUs."""
+    import tensorflow as tf
+
+    num_gpus = len(tf.config.list_physical_devices("GPU")) or num_replicas
+    return max(count for count in range(1, num_gpus + 1) if num_replicas % count == 0)
+
+
+def _refuse_disagreement(found: Any) -> None:
+    if found is not None:
+        raise TrainingError(f"the weights of the replicas differ in this replay, first in {found.tensor}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Telling it
+# ---------------------------------------------------------------------------------------------------
+
+
+def report(found: Replay, asked: int, run: PastRun) -> str:
+    """What a replay found, beside what the run logged, for people."""
+    lines = []
+    if found.step != asked:
+        lines.append(f"the replay ends at step {found.step}, and does not come to step {asked}")
+    if found.refused is not None:
+        lines.append(f"{found.refused.describe()}: the update is not applied")
+    row = run.logged.get(found.step)
+    if row is None:
+        lines.append(f"loss       {_shown(found.loss)}")
+        lines.append(f"grad norm  {_shown(found.grad_norm)}")
+        lines.append(f"step {found.step} was not logged: there is nothing to compare with")
+    else:
+        lines.append(f"{'':9}  {'replayed':<12}  {'logged':<12}  bits")
+        for name, replayed, logged in (
+            ("loss", found.loss, row["loss"]),
+            ("grad norm", found.grad_norm, row["grad_norm"]),
+        ):
+            lines.append(f"{name:9}  {_shown(replayed):<12}  {_shown(logged):<12}  {compare(replayed, logged)}")
+    if found.worst:
+        lines.append("\nsequences of its batch with the highest loss per token, before the update:")
+    for sequence in found.worst:
+        names = ", ".join(sequence.documents[:_MOST_NAMES])
+        more = len(sequence.documents) - _MOST_NAMES
+        lines.append(
+            f"\n{sequence.loss:.4f} nats per token, position {sequence.position}, from {names or 'no document'}"
+            + (f" and {more} more" if more > 0 else "")
+        )
+        lines += [f"  | {part}" for part in _excerpt(sequence.text)]
+    return "\n".join(lines)
+
+
+def compare(replayed: float, logged: float | None) -> str:
+    """Whether two values are the same float32, bit by bit; else their relative difference."""
+    if logged is None:
+        return "different" if math.isfinite(replayed) else "not finite in both"
+    if np.float32(replayed).tobytes() == np.float32(logged).tobytes():
+        return "equal"
+    return f"different (relative difference {abs(replayed - logged) / max(abs(logged), sys.float_info.min):.1e})"
+
+
+def _shown(value: float | None) -> str:
+    """The shortest digits that name one float32."""
+    return "null" if value is None else str(np.float32(value))
+
+
+def _excerpt(text: str) -> list[str]:
+    """A text in a few lines of one width, its line breaks written as \\n, its middle left out where it is long."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    lines = [shown[start : start + _EXCERPT_WIDTH] for start in range(0, len(shown), _EXCERPT_WIDTH)]
+    if len(lines) <= _EXCERPT_LINES:
+        return lines
+    head = lines[: _EXCERPT_LINES - 1]
+    return [*head, f"... {len(shown) - _EXCERPT_WIDTH * _EXCERPT_LINES} characters ...", shown[-_EXCERPT_WIDTH:]]
+
+
+def main() -> None:
+    description = "Run one past step of a run again; compares it with what was logged and shows its worst sequences."
+    config = load(Config, sys.argv[1:], "python -m tfdp.replay", description)
+    load_tensorflow()
+    from tfdp import distribution
+
+    run = PastRun.open(config.run_dir)
+    step = config.step or max(1, run.reached)
+    run.check_step(step)
+    replayer = Replayer(run, step, config.distribution.num_replicas)
+    saved = run.checkpoint_before(step)
+    start = "the initial weights" if saved is None else f"the checkpoint of step {saved}"
+    print(f"run        {run.directory.path}")
+    print(f"step       {step} of {run.config.training.steps}, from {start}")
+    print(f"devices    {distribution.describe(replayer.strategy)}", flush=True)
+    print(f"\n{report(replayer(step, config.num_sequences), step, run)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
