@@ -1,6 +1,7 @@
 """Replicas that no longer hold the same weights are found and named."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from workers import start, tiny_arguments
 
 from tfdp import distribution
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
@@ -101,6 +103,34 @@ def test_a_flipped_bit_is_found_within_the_interval_by_name(replica: int, bit: i
     assert results.spike is None
 
 
+@pytest.mark.parametrize("which", ["weight", "state"])
+def test_verify_looks_at_once_at_weights_and_state(which: str) -> None:
+    step, optimizer, batches = make_step(3)
+    step(batches, 0, 2)
+    assert step.verify() is None
+    variable = optimizer.weights[1] if which == "weight" else optimizer.state[4]
+    corrupt(variable, 2, 0, 0)
+    assert step.verify() == Disagreement(variable.path, (2,), True)
+
+
+def test_a_corruption_after_the_last_comparison_is_found_before_the_last_save(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = TrainStep.__call__
+
+    def corrupted(self: TrainStep, batches: object, first_step: int, num_steps: int) -> object:
+        if first_step == 13:
+            corrupt(self._optimizer.weights[2], 0, 0, 0)
+        return call(self, batches, first_step, num_steps)
+
+    monkeypatch.setattr(TrainStep, "__call__", corrupted)
+    config = tiny_config("run", training={"steps": 15, "verify_every": 10}, distribution={"num_replicas": 2})
+    with pytest.raises(
+        TrainingError, match=r"^step 15: .* replica 0, replica 1 disagree; .* there is no checkpoint yet"
+    ):
+        causal_lm.train(config)
+
+
 @pytest.mark.parametrize("num_steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_clean_steps_raise_no_alarm(num_steps: int) -> None:
     step, _, batches = make_step(3)
@@ -126,14 +156,56 @@ def test_a_run_ends_and_goes_on_from_before_the_corruption(
     with pytest.raises(TrainingError) as caught:
         causal_lm.train(config)
     message = str(caught.value)
-    assert message.startswith("step 31: the weights of the replicas differ, first in ")
-    assert "replica 1 of worker 0" in message
-    assert "disagrees with the others; they agreed before step 21" in message
+    assert message.startswith("step 24: the replicas no longer hold the same, first in ")  # before it is saved
+    assert ": replica 1 disagrees with the others; they agreed after step 20; the last good checkpoint is " in message
     assert "step_00000020" in message
-    folder = Path(str(config.run_dir), "checkpoints")
-    assert {path.name for path in folder.glob("*.suspect")} == {"step_00000024.suspect", "step_00000028.suspect"}
     monkeypatch.undo()
     found = causal_lm.train(replace(config, checkpoint=replace(config.checkpoint, keep=100)))
     assert found["state_sha256"] == expected["state_sha256"]
     rows = [json.loads(line) for line in Path(str(config.run_dir), "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
+
+
+CORRUPTED_WORKER = """
+import os, runpy, sys
+from tfdp.startup import load_tensorflow
+load_tensorflow()
+import numpy as np
+import tensorflow as tf
+from tfdp.step import TrainStep
+call = TrainStep.__call__
+def corrupted(self, batches, first_step, num_steps):
+    if first_step == 13 and '"index": 1' in os.environ["TF_CONFIG"]:
+        copy = self._strategy.experimental_local_results(self._optimizer.weights[2].value)[0]
+        values = copy.numpy().copy()
+        values.reshape(-1).view(np.uint32)[0] ^= np.uint32(1 << 20)
+        tf.raw_ops.AssignVariableOp(resource=copy.handle, value=values)
+    return call(self, batches, first_step, num_steps)
+TrainStep.__call__ = corrupted
+sys.argv[0] = "tfdp.train"
+runpy.run_module("tfdp.train", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+@pytest.mark.timeout(400)
+def test_all_workers_name_the_replica_and_go_on_together(tmp_path: Path, corpus_dir: Path) -> None:
+    """Two workers of two replicas; the first replica of worker 1, number 2 of all, is corrupted after step 13."""
+    changes = {"training__steps": 30, "training__verify_every": 10, "checkpoint__every_steps": 8}
+    changes["distribution__num_replicas"] = 2
+    arguments = tiny_arguments(corpus_dir, tmp_path / "run", **changes)
+    with start(tmp_path, [arguments] * 2, [sys.executable, "-u", "-c", CORRUPTED_WORKER]) as job:
+        assert job.wait() == [1, 1], [job.output(index) for index in range(2)]
+        for index in range(2):
+            last = job.output(index).splitlines()[-1]
+            assert last.startswith("error: step 16: the replicas no longer hold the same, first in ")
+            assert "replica 2 on worker 1 (127.0.0.1:" in last
+            assert "disagrees with the others; they agreed after step 10" in last
+            assert "step_00000008" in last
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000008"]
+    for name in ("run", "clean"):
+        with start(tmp_path, [tiny_arguments(corpus_dir, tmp_path / name, **changes)] * 2) as job:
+            assert job.wait() == [0, 0], job.output(0)
+    found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "clean"))
+    assert found["state_sha256"] == expected["state_sha256"]

@@ -51,15 +51,32 @@ def test_the_order_matters() -> None:
     np.testing.assert_allclose(in_order, summed(rows), rtol=1e-3, atol=1e-4)
 
 
-def test_a_graph_of_additions_keeps_the_order_that_is_written() -> None:
+@pytest.mark.parametrize("count", [count for count in COUNTS if count >= 4])
+def test_from_left_to_right_gives_other_bits(count: int) -> None:
+    """So that the tests above can fail."""
+    rows = terms(count)
+    assert np.any(sum(rows[1:], start=rows[0]) != reference(rows))
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_additions_around_the_tree_do_not_change_its_order(count: int) -> None:
     """TensorFlow's arithmetic optimizer turns nested additions into an AddN, which adds from left to right."""
-    rows = terms(4)
+    rows, (first, second) = terms(count), terms(2)
+    arguments = [tf.constant(row) for row in (first, second, *rows)]
 
     @tf.function
-    def total(first: tf.Tensor, second: tf.Tensor, third: tf.Tensor, fourth: tf.Tensor) -> tf.Tensor:
-        return sum_in_tree([first, second, third, fourth]) + 0.0
+    def in_a_larger_sum(first: tf.Tensor, second: tf.Tensor, *nodes: tf.Tensor) -> tf.Tensor:
+        return first + (second + sum_in_tree([nodes[0] + nodes[0], *nodes[1:]]))
 
-    np.testing.assert_array_equal(total(*map(tf.constant, rows)).numpy(), reference(rows))
+    @tf.function
+    def without_xla(*nodes: tf.Tensor) -> tf.Tensor:
+        while len(nodes) > 1:
+            nodes = tuple(left + right for left, right in zip(nodes[::2], nodes[1::2], strict=True))
+        return nodes[0]
+
+    expected = first + (second + reference(np.stack([rows[0] + rows[0], *rows[1:]])))
+    np.testing.assert_array_equal(in_a_larger_sum(*arguments).numpy(), expected)
+    assert np.any(without_xla(*arguments[2:]).numpy() != reference(rows)), "XLA is needed no more"
 
 
 @pytest.mark.parametrize("num_terms", [1, 2, 3, 4, 6, 8, 12, 16, 24])

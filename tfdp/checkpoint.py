@@ -140,21 +140,13 @@ class CheckpointFolder:
             )
         return None, []
 
-    def set_aside_after(self, step: int) -> list[str]:
-        """Renames the checkpoints after a step to `NAME.suspect`: no run goes on from them; returns the names."""
-        return [self._rename(later, "suspect") for later in self.steps() if later > step]
-
     def _set_aside(self, step: int, message: str) -> str:
-        name = self._rename(step, "damaged")
-        return f"{message}; moved to {name}, falling back to the checkpoint before it"
-
-    def _rename(self, step: int, why: str) -> str:
-        aside = self.path(step).with_suffix(f".{why}")
+        aside = self.path(step).with_suffix(".damaged")
         number = 1
         while aside.exists():
-            aside, number = aside.with_suffix(f".{why}{number}"), number + 1
+            aside, number = aside.with_suffix(f".damaged{number}"), number + 1
         os.rename(self.path(step), aside)
-        return aside.name
+        return f"{message}; moved to {aside.name}, falling back to the checkpoint before it"
 
     def best_step(self) -> int | None:
         """The step with the lowest validation loss among the checkpoints that carry one."""

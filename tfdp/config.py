@@ -251,7 +251,7 @@ class TrainingConfig:
     sample_tokens: int = 256
     """Length in tokens of the text sampled after each evaluation; 0: none."""
     verify_every: int = 100
-    """Steps between two comparisons of the weights of all replicas and workers, bit by bit; 0: never."""
+    """Steps between two comparisons, bit by bit, of what all replicas hold; each save compares too; 0: never."""
     on_spike: Literal["stop", "skip", "rollback"] = "stop"
     """After a step that is not finite or whose loss leaps: stop, go on without its update, or go back and around it."""
     spike_threshold: float | None = 10.0

@@ -16,8 +16,8 @@ from tfdp.checkpoint import AsyncSaver, CheckpointFolder
 from tfdp.config import changed_keys
 from tfdp.exits import ConfigError, StopRequested
 from tfdp.metrics import MetricsWriter, Throughput, duration, say
-from tfdp.progress import Progress, left_out, load_agreed, restore, save, sequences_seen
-from tfdp.recovery import judge
+from tfdp.progress import Progress, left_out, load_agreed, restore, sequences_seen
+from tfdp.recovery import judge, save_verified
 from tfdp.spikes import Ledger
 from tfdp.step import StepResults
 from tfdp.task import Task
@@ -51,14 +51,14 @@ def fit(task: Task) -> dict[str, Any]:
     with AsyncSaver(folder) as saver:
         stopped = False
         if task.training.on_spike == "rollback" and progress.saved_step < 0:
-            save(task, saver, progress, background=True)  # to roll back to
+            save_verified(task, folder, saver, progress, background=True)  # to roll back to
         while True:
             last = progress.step >= num_steps
             due = _due(progress.step, task.training.evaluate_every) and progress.evaluated_step != progress.step
             if last or (due and not stopped):
                 _evaluate(task, writer, progress)
             if last or stopped or _should_save(task, progress):
-                save(task, saver, progress, background=not (last or stopped))
+                save_verified(task, folder, saver, progress, background=not (last or stopped))
             if last or stopped:
                 break
             results = _advance(task, batches, progress)

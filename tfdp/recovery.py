@@ -38,13 +38,26 @@ def judge(
     for spike in results.skipped:
         _tell(task, writer, progress.ledger.record(spike, "skip"), spike, "its update is left out")
     if results.disagreement is not None:
-        _end(task, saver, _disagreement_message(task, folder, saver, progress, results.disagreement))
+        _end(task, saver, _disagreement_message(task, folder, progress, results.disagreement, progress.step + 1))
     if results.spike is not None and not results.stopped:
         return _after_spike(task, folder, saver, writer, progress, results.spike)
     if len(progress.ledger.spikes) > task.training.max_spikes:
-        save(task, saver, progress, background=False)
+        save_verified(task, folder, saver, progress, background=False)
         _end(task, saver, _too_many_spikes(task, progress))
     return None
+
+
+def save_verified(
+    task: Task, folder: CheckpointFolder, saver: AsyncSaver, progress: Progress, background: bool
+) -> None:
+    """Saves a checkpoint of what all replicas hold; raises `TrainingError` where that is not the same."""
+    if progress.step == progress.saved_step:
+        return
+    found = task.train_step.verify()
+    if found is not None:
+        _end(task, saver, _disagreement_message(task, folder, progress, found, progress.step))
+    progress.verified_step = progress.step
+    save(task, saver, progress, background)
 
 
 def _end(task: Task, saver: AsyncSaver, message: str) -> NoReturn:
@@ -63,7 +76,7 @@ def _after_spike(
     """
     if task.training.on_spike == "stop":
         if spike.tensor is None:
-            save(task, saver, progress, background=False)
+            save_verified(task, folder, saver, progress, background=False)
         _end(task, saver, _stop_message(task, folder, progress, spike))
     if len(progress.ledger.spikes) >= task.training.max_spikes:
         _end(task, saver, _too_many_spikes(task, progress))
@@ -113,24 +126,21 @@ def _too_many_spikes(task: Task, progress: Progress) -> str:
 
 
 def _disagreement_message(
-    task: Task, folder: CheckpointFolder, saver: AsyncSaver, progress: Progress, found: Disagreement
+    task: Task, folder: CheckpointFolder, progress: Progress, found: Disagreement, step: int
 ) -> str:
-    """Names who disagrees, and moves the checkpoints out of the way that were saved since all agreed."""
-    saver.wait()
-    local = task.layout["num_replicas"] // task.layout["num_workers"]
-    names = ", ".join(f"replica {index} of {task.cluster.name(index // local)}" for index in found.replicas)
-    aside = folder.set_aside_after(progress.verified_step) if task.cluster.is_chief else []
-    moved = f"; set aside, for they may be wrong: {', '.join(aside)}" if aside else ""
+    """Names who disagrees. Every checkpoint was compared before it was saved, so the newest one is good."""
+    local, several = task.layout["num_replicas"] // task.layout["num_workers"], task.cluster.num_workers > 1
+    places = [f" on {task.cluster.name(index // local)}" if several else "" for index in found.replicas]
+    names = ", ".join(f"replica {index}{place}" for index, place in zip(found.replicas, places, strict=True))
     who = f"{names} disagrees with the others" if found.has_majority else f"{names} disagree"
-    progress.saved_step = max([step for step in folder.steps() if step <= progress.verified_step], default=0)
     return (
-        f"step {progress.step + 1}: the weights of the replicas differ, first in {found.tensor}: {who}; they agreed "
-        f"before step {progress.verified_step + 1}{moved}; {_last_good(folder, progress)}; a device, its memory or a "
-        f"library is at fault: go on with --run_dir {task.run.path}, on other hardware if it comes back"
+        f"step {step}: the replicas no longer hold the same, first in {found.tensor}: {who}; they agreed after step "
+        f"{progress.verified_step}; {_last_good(folder, progress)}; a device, its memory or a library is at fault: go "
+        f"on with --run_dir {task.run.path}, on other hardware if it comes back"
     )
 
 
 def _last_good(folder: CheckpointFolder, progress: Progress) -> str:
-    if progress.saved_step <= 0:
+    if progress.saved_step < 0:
         return "there is no checkpoint yet"
     return f"the last good checkpoint is {folder.path(progress.saved_step)}"

@@ -1,9 +1,9 @@
-"""The sentinel: do all replicas still hold the same weights?
+"""The sentinel: do all replicas still hold the same weights and optimizer state?
 
 Replicas that apply the same update to the same weights stay equal to the bit. A flipped bit, a failing device
 or a bug breaks that in silence: from then on each replica computes the gradient of another model. So every
-`training.verify_every` steps each replica lays digests of its weights into a slot of the vector that the step sums
-over the replicas anyway; whoever reads the sum sees the digests of all.
+`training.verify_every` steps each replica lays digests of what it holds into a slot of the vector that the step sums
+over the replicas anyway; whoever reads the sum sees the digests of all. They are compared before each save too.
 
 A digest is 32 bits: the sum over the elements of a hash of (bits, index). The hash is a bijection of the bits, so a
 change of one element always changes the digest, and integer sums have no order.
@@ -20,18 +20,22 @@ from tfdp.dropout import mix
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Replicas that hold different weights."""
+    """Replicas that hold different tensors."""
 
     tensor: str  # the first one that differs
     replicas: tuple[int, ...]  # the minority, or all of them where no value has a majority
     has_majority: bool
 
 
-def digests(weights: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Digests of float32 tensors: float32 (len(weights), 2), the low and the high 16 bits of each."""
+def digests(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Digests of tensors: float32 (len(tensors), 2), the low and the high 16 bits of each.
+
+    Tensors of other than 32 bits an element are digested as float32, which state of an optimizer may be.
+    """
     sums = []
-    for weight in weights:
-        bits = tf.bitcast(tf.reshape(weight, [-1]), tf.uint32)
+    for tensor in tensors:
+        words = tensor if tensor.dtype.size == 4 else tf.cast(tensor, tf.float32)
+        bits = tf.bitcast(tf.reshape(words, [-1]), tf.uint32)
         index = mix(tf.cast(tf.range(bits.shape[0]), tf.uint32))
         sums.append(tf.reduce_sum(mix(bits ^ index)))
     found = tf.stack(sums)

@@ -35,7 +35,7 @@ class StepRules:
     Attributes:
       clip_norm: largest global norm of the mean gradient; None: no clipping.
       reduction: fast or canonical, the order of the sums.
-      verify_every: steps between two comparisons of the weights of all replicas; 0: never.
+      verify_every: steps between two comparisons of what all replicas hold; 0: never.
       spike_threshold: robust standard deviations above which a loss is a spike; None: none is.
       skip_spikes: whether to go on after a spike, without its update, instead of ending the call.
     """
@@ -90,9 +90,10 @@ class TrainStep:
     ) -> None:
         self._strategy, self._optimizer, self._schedule = strategy, optimizer, schedule
         self._loss_function, self._rules = loss_function, rules
-        num_replicas, num_weights = int(strategy.num_replicas_in_sync), len(optimizer.weights)
+        num_replicas = int(strategy.num_replicas_in_sync)
+        self._verified = [*optimizer.weights, *optimizer.state]
         self._verifies = rules.verify_every > 0 and num_replicas > 1
-        self._digests_shape = (num_replicas, num_weights, 2) if self._verifies else (0,)
+        self._digests_shape = (num_replicas, len(self._verified), 2) if self._verifies else (0,)
         scalars = [(), (), ()]  # the sum of the losses, the count of valid tokens, the stop requests
         shapes = [*(tuple(weight.shape) for weight in optimizer.weights), *scalars, self._digests_shape]
         self._packing = Packing(shapes)
@@ -101,7 +102,8 @@ class TrainStep:
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         self._microbatch = tf.function(self._microbatch_sums, jit_compile=jit_compile)
         self._apply = tf.function(self._apply_update, jit_compile=jit_compile)
-        self._digests = tf.function(self._weight_digests, jit_compile=True)  # integers: the same bits everywhere
+        self._digests = tf.function(self._own_digests, jit_compile=True)  # integers: the same bits everywhere
+        self._gather_digests = tf.function(lambda: strategy.run(lambda: distribution.replica_gather(self._digests())))
         self._run = tf.function(self._run_steps)
         self.recent_losses = spikes.recent_from_state([])
 
@@ -127,12 +129,21 @@ class TrainStep:
         skipped = [self._spike(rows[index], first_step + index + 1) for index in range(done) if refused[index] >= 0]
         spike = disagreement = None
         if not bool(goes_on) and not bool(sentinel.agree(digests)):
-            names = [weight.path for weight in self._optimizer.weights]
-            disagreement = sentinel.find_disagreement(digests.numpy(), names)
+            disagreement = self._disagreement(digests)
         elif not bool(goes_on):
             spike = self._spike(rows[done], first_step + done + 1)
         tokens = num_tokens.astype(np.int64)
         return StepResults(loss, grad_norm, learning_rate, tokens, skipped, spike, disagreement, float(stop) > 0)
+
+    def verify(self) -> Disagreement | None:
+        """Compares what the replicas hold now, in a small reduction of its own that all workers have to enter."""
+        if not self._verifies:
+            return None
+        digests = distribution.first_replica(self._strategy, self._gather_digests())
+        return None if bool(sentinel.agree(digests)) else self._disagreement(digests)
+
+    def _disagreement(self, digests: tf.Tensor) -> Disagreement:
+        return sentinel.find_disagreement(digests.numpy(), [variable.path for variable in self._verified])
 
     def request_stop(self) -> None:
         """Ends the running call after its current step, on every worker after the same one; from any thread."""
@@ -186,7 +197,7 @@ class TrainStep:
         return self._apply(vector, step, limit)
 
     def _digest_slots(self, step: tf.Tensor) -> tf.Tensor:
-        """The digests of this replica's weights in its slot, at the steps that verify; zeros at the others."""
+        """The digests of what this replica holds in its slot, at the steps that verify; zeros at the others."""
         if not self._verifies:
             return tf.zeros(self._digests_shape)
         return tf.cond(
@@ -195,8 +206,8 @@ class TrainStep:
             lambda: tf.zeros(self._digests_shape),
         )
 
-    def _weight_digests(self) -> tf.Tensor:
-        return sentinel.digests([tf.convert_to_tensor(weight.value) for weight in self._optimizer.weights])
+    def _own_digests(self) -> tf.Tensor:
+        return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._verified])
 
     def _microbatch_sums(self, rows: Batch, step: tf.Tensor) -> tf.Tensor:
         """Gradient of the summed loss, the sum and the count, packed into one float32 vector."""

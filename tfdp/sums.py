@@ -93,6 +93,8 @@ def fixed_sum(values: tf.Tensor, width: int = 256) -> tf.Tensor:
     A full reduction outside XLA gives each thread a block; sums of rows that lie in memory do not.
     """
     flat = tf.reshape(values, [-1])
+    if flat.shape[0] == 0:
+        return tf.zeros([], flat.dtype)
     while flat.shape[0] > 1:
         rows = -(-flat.shape[0] // width)
         padded = tf.pad(flat, [[0, rows * width - flat.shape[0]]])
