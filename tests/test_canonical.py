@@ -65,6 +65,8 @@ def train(tmp_path: Path, corpus: Path, name: str, layout: tuple[int, int, int],
 )
 def test_five_layouts_are_one_run(tmp_path: Path, corpus_dir: Path, precision: str, jit_compile: str) -> None:
     changes = {"training__precision": precision, "training__jit_compile": jit_compile}
+    if jit_compile == "true":
+        changes["model__num_layers"] = 1  # XLA compiles the step once for each replica
     runs = {name: train(tmp_path, corpus_dir, name, layout, **changes) for name, layout in LAYOUTS.items()}
     first, *others = runs
     reference = rows_of(runs[first])
@@ -80,7 +82,8 @@ def test_five_layouts_are_one_run(tmp_path: Path, corpus_dir: Path, precision: s
 @pytest.mark.multiworker
 @pytest.mark.timeout(600)
 def test_the_same_layouts_are_close_under_fast(tmp_path: Path, corpus_dir: Path) -> None:
-    changes = {"distribution__reduction": "fast", "training__jit_compile": "false"}
+    # At three times this rate the rounding of 1e-7 has grown to 6e-5 by step 48: why canonical is there.
+    changes = {"distribution__reduction": "fast", "training__jit_compile": "false", "optimizer__learning_rate": 1e-3}
     runs = {name: train(tmp_path, corpus_dir, name, layout, **changes) for name, layout in LAYOUTS.items()}
     losses = {name: [row["loss"] for row in rows_of(run)] for name, run in runs.items()}
     for name in LAYOUTS:

@@ -72,7 +72,7 @@ def test_the_gradient_of_any_mask_is_the_sum_over_valid_tokens(num_replicas: int
         assert error / norm < 1e-5, name
 
 
-@pytest.mark.parametrize("num_tokens", [97, 500, 1003])
+@pytest.mark.parametrize("num_tokens", [97, 1003])
 def test_the_validation_loss_is_identical_for_any_number_of_replicas(num_tokens: int) -> None:
     tokens = np.random.default_rng(num_tokens).integers(0, VOCABULARY, num_tokens).astype(np.uint16)
     split = Split([tokens], num_documents=1, num_bytes=num_tokens)

@@ -91,7 +91,9 @@ def corrupt(weight: object, replica: int, element: int, bit: int) -> None:
     copy.assign(flip_bit(copy.numpy(), element, bit))
 
 
-@pytest.mark.parametrize(("replica", "bit"), [(1, 0), (0, 31), (2, 23)])
+@pytest.mark.parametrize(
+    ("replica", "bit"), [(1, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 31), (2, 23)))]
+)
 def test_a_flipped_bit_is_found_within_the_interval_by_name(replica: int, bit: int) -> None:
     step, optimizer, batches = make_step(3)
     assert step(batches, 0, 7).disagreement is None
