@@ -33,9 +33,9 @@ def keep_ledger(ledger: str, delay: float) -> None:
         return step
 
     @tf.autograph.experimental.do_not_convert
-    def recorded(self: TrainStep, batch: Any, step: tf.Tensor) -> Any:
+    def recorded(self: TrainStep, batch: Any, step: tf.Tensor, *rest: Any) -> Any:
         step = tf.ensure_shape(tf.numpy_function(write, [step, batch["position"]], tf.int64), [])
-        return replica_step(self, batch, step)
+        return replica_step(self, batch, step, *rest)
 
     TrainStep._replica_step = recorded  # type: ignore[method-assign]
 
