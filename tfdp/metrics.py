@@ -180,7 +180,9 @@ def _measured_matrix_peak(precision: str, size: int = 1024, num_runs: int = 6) -
     matrix = tf.cast(tf.random.stateless_normal([size, size], seed=(0, 0)), tf.as_dtype(precision))
     best = math.inf
     for jit_compile in (False, True):
-        product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)[:1]), jit_compile=jit_compile)
+        product = tf.function(
+            lambda: tf.reduce_sum(tf.matmul(matrix, matrix)[:1]), jit_compile=jit_compile, autograph=False
+        )
         float(product())
         for _ in range(num_runs):
             started = time.perf_counter()

@@ -19,7 +19,7 @@ class Sampler:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._extend = tf.function(self._last_logits, reduce_retracing=True)
+        self._extend = tf.function(self._last_logits, reduce_retracing=True, autograph=False)
 
     def text(self, prompt: str, config: SamplingConfig) -> str:
         """The continuation of a prompt; an empty prompt begins a document."""

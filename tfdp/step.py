@@ -100,11 +100,15 @@ class TrainStep:
         self._microbatch_size = microbatch_size
         self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
-        self._microbatch = tf.function(self._microbatch_sums, jit_compile=jit_compile)
-        self._apply = tf.function(self._apply_update, jit_compile=jit_compile)
-        self._digests = tf.function(self._own_digests, jit_compile=True)  # integers: the same bits everywhere
-        self._gather_digests = tf.function(lambda: strategy.run(lambda: distribution.replica_gather(self._digests())))
-        self._run = tf.function(self._run_steps)
+        # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
+        self._microbatch = tf.function(self._microbatch_sums, jit_compile=jit_compile, autograph=False)
+        self._apply = tf.function(self._apply_update, jit_compile=jit_compile, autograph=False)
+        # integers: XLA gives the same bits everywhere
+        self._digests = tf.function(self._own_digests, jit_compile=True, autograph=False)
+        self._gather_digests = tf.function(
+            lambda: strategy.run(lambda: distribution.replica_gather(self._digests())), autograph=False
+        )
+        self._run = tf.function(self._run_steps, autograph=False)
         self.recent_losses = spikes.recent_from_state([])
 
     def __call__(self, batches: Any, first_step: int, num_steps: int) -> StepResults:
@@ -258,8 +262,8 @@ class EvalStep:
 
     def __init__(self, strategy: tf.distribute.Strategy, loss_function: LossFunction, jit_compile: bool) -> None:
         self._strategy, self._loss_function = strategy, loss_function
-        self._replica = tf.function(self._replica_sums, jit_compile=jit_compile)
-        self._run = tf.function(self._run_batches)
+        self._replica = tf.function(self._replica_sums, jit_compile=jit_compile, autograph=False)
+        self._run = tf.function(self._run_batches, autograph=False)
 
     def __call__(self, batches: Any, num_batches: int) -> tuple[float, int]:
         """Returns the sum of the losses in nats and the number of valid tokens, over all replicas.
@@ -300,8 +304,8 @@ class RowLosses:
         self, strategy: tf.distribute.Strategy, row_losses: LossFunction, microbatch_size: int, jit_compile: bool
     ) -> None:
         self._strategy, self._row_losses, self._microbatch_size = strategy, row_losses, microbatch_size
-        self._microbatch = tf.function(self._microbatch_rows, jit_compile=jit_compile)
-        self._run = tf.function(lambda batch, step: strategy.run(self._gathered, args=(batch, step)))
+        self._microbatch = tf.function(self._microbatch_rows, jit_compile=jit_compile, autograph=False)
+        self._run = tf.function(lambda batch, step: strategy.run(self._gathered, args=(batch, step)), autograph=False)
 
     def __call__(self, batches: Any, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Sums of losses in nats and numbers of valid tokens, (global_batch_size,) each, in the order of positions."""

@@ -39,7 +39,7 @@ def tree_sum(term: Term, count: int) -> tf.Tensor:
     if count == 1:
         return term(0)
     num_levels = count.bit_length()
-    add_nodes = tf.function(tf.add, jit_compile=True)
+    add_nodes = tf.function(tf.add, jit_compile=True, autograph=False)
     completed = tf.constant([_trailing_ones(index) for index in range(count)])
 
     def add(index: tf.Tensor, *nodes: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -73,7 +73,7 @@ def sum_in_tree(values: Sequence[tf.Tensor]) -> tf.Tensor:
             nodes = (*pairs, *nodes[2 * len(pairs) :])
         return nodes[0]
 
-    return tf.function(add_pairs, jit_compile=True)(*values)
+    return tf.function(add_pairs, jit_compile=True, autograph=False)(*values)
 
 
 def owns_nodes(num_terms: int, num_owners: int) -> bool:
