@@ -26,6 +26,8 @@ setup(
         "pyarrow",
         "zstandard",
         "tokenizers",
+        "tiktoken",
+        "sentencepiece",
         "safetensors",
         "jsonargparse[signatures]>=4.49",
         "pyyaml",

@@ -54,7 +54,7 @@ def test_no_argument_gives_the_defaults() -> None:
     assert config == Config()
     assert (config.seed, config.run_dir, config.trainer) == (0, None, "causal_lm")
     assert (config.model.kv_heads, config.model.head_dim, config.model.hidden_dim) == (4, 32, 512)
-    assert (config.data.source, config.data.tokenizer, config.optimizer.decay_rate) == ("python-stdlib", "bytes", 0.01)
+    assert (config.data.source, config.data.tokenizer, config.optimizer.decay_rate) == ("python-stdlib", "auto", 0.01)
 
 
 @pytest.mark.parametrize(

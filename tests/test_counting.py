@@ -6,10 +6,11 @@ import tensorflow as tf
 
 from tfdp import distribution
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
-from tfdp.evaluation import Evaluator
+from tfdp.evaluation import Evaluator, Held
 from tfdp.gpt import GPT
 from tfdp.losses import next_token_loss, next_token_losses
 from tfdp.optimizer import Optimizer, make_schedule
+from tfdp.sequences import PackedSequences
 from tfdp.shards import Split
 from tfdp.step import RowLosses, StepRules, TrainStep
 
@@ -39,7 +40,7 @@ def reference(model: GPT, tokens: np.ndarray) -> tuple[float, list[np.ndarray]]:
         totals = [
             t + tf.convert_to_tensor(g).numpy().astype(np.float64) for t, g in zip(totals, gradients, strict=True)
         ]
-        loss_sum, count = loss_sum + float(row_sum), count + float(row_count)
+        loss_sum, count = loss_sum + float(row_sum[0]), count + float(row_count[0])
     return loss_sum / count, [total / count for total in totals]
 
 
@@ -82,7 +83,8 @@ def test_the_validation_loss_is_identical_for_any_number_of_replicas(num_tokens:
         with strategy.scope():
             model = GPT(MODEL, VOCABULARY)
         rows = 3 * num_replicas
-        evaluate = Evaluator(strategy, next_token_loss(model), split, MODEL.context_length, rows, jit_compile=False)
+        held = [Held("all", PackedSequences(split, MODEL.context_length), num_tokens)]
+        evaluate = Evaluator(strategy, next_token_loss(model), held, rows, jit_compile=False)
         found[num_replicas] = evaluate()
     assert {result.num_tokens for result in found.values()} == {num_tokens - 1}
     assert len({result.loss for result in found.values()}) == 1
@@ -99,4 +101,4 @@ def test_the_losses_of_rows_add_up_to_that_of_the_step(num_replicas: int) -> Non
     for row in range(ROWS):
         batch = {"tokens": tf.constant(tokens[row : row + 1])}
         expected, _ = next_token_loss(model)(batch, tf.constant(0, tf.int64))
-        assert sums[row] == pytest.approx(float(expected), rel=1e-6)
+        assert sums[row] == pytest.approx(float(expected[0]), rel=1e-6)

@@ -1,6 +1,7 @@
 """The global order: a permutation for every epoch, the same whatever carries it."""
 
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -13,7 +14,9 @@ from tfdp import data
 from tfdp.config import DistributionConfig, load
 from tfdp.distribution import make_strategy
 from tfdp.exits import ConfigError
+from tfdp.sequences import PackedSequences
 from tfdp.shards import ABSENT, Split
+from tfdp.sources import check_length
 from trainers.causal_lm import Config
 
 CONTEXT = 4
@@ -33,7 +36,7 @@ def make_split(num_tokens: int) -> Split:
 def order(start: int, count: int, num_sequences: int, seed: int = SEED) -> list[int]:
     """The windows at `count` positions from `start` on."""
     positions = tf.data.Dataset.range(start, start + count)
-    windows = positions.map(lambda position: data.window_index(position, num_sequences, seed))
+    windows = positions.map(lambda position: data.shuffled_index(position, num_sequences, seed))
     return [int(window) for window in windows.as_numpy_iterator()]
 
 
@@ -43,7 +46,13 @@ def parts(strategy: tf.distribute.Strategy, batch: dict[str, Any], key: str) -> 
 
 
 def train_batches(num_replicas: int, split: Split, batch_size: int, start_step: int = 0) -> Iterator[dict[str, Any]]:
-    return iter(data.train_batches(strategy_of(num_replicas), split, CONTEXT, batch_size, SEED, start_step))
+    sequences = [PackedSequences(split, CONTEXT)]
+    whole = data.Order(sequences, [Fraction(1)], "shuffled", SEED, batch_size)
+    return iter(data.train_batches(strategy_of(num_replicas), whole, start_step))
+
+
+def windows(split: Split, indices: list[int] | np.ndarray) -> np.ndarray:
+    return PackedSequences(split, CONTEXT).rows(np.array(indices))
 
 
 # --- The order -------------------------------------------------------------------------------------
@@ -108,8 +117,8 @@ def test_each_replica_holds_its_consecutive_positions(num_replicas: int, start_s
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 4])
 def test_the_rows_hold_the_windows_of_their_positions(num_replicas: int) -> None:
     split, strategy = make_split(102), strategy_of(num_replicas)
-    assert split.num_sequences(CONTEXT) == 26
-    expected = split.windows(np.array(order(0, 48, 26)), CONTEXT)
+    assert PackedSequences(split, CONTEXT).num_sequences == 26
+    expected = windows(split, order(0, 48, 26))
     batches = list(islice(train_batches(num_replicas, split, 12), 4))
     rows = np.concatenate([part for batch in batches for part in parts(strategy, batch, "tokens")])
     assert rows.dtype == np.int32
@@ -129,7 +138,7 @@ def test_a_batch_may_be_larger_than_an_epoch() -> None:
     split = make_split(10)
     (batch,) = islice(train_batches(2, split, 12), 1)
     rows = np.concatenate(parts(strategy_of(2), batch, "tokens"))
-    np.testing.assert_array_equal(rows, split.windows(np.array(order(0, 12, 3)), CONTEXT))
+    np.testing.assert_array_equal(rows, windows(split, order(0, 12, 3)))
 
 
 def test_a_run_may_go_on_at_a_far_step_at_once() -> None:
@@ -146,13 +155,13 @@ def test_a_run_may_go_on_at_a_far_step_at_once() -> None:
 @pytest.mark.parametrize("num_tokens", [5, 47, 49, 97, 102])  # 1, 12, 12, 24 and 26 windows
 def test_validation_holds_every_window_once_whatever_the_size(num_tokens: int, num_replicas: int) -> None:
     split, strategy, batch_size = make_split(num_tokens), strategy_of(num_replicas), 12
-    num_sequences = split.num_sequences(CONTEXT)
-    batches, num_batches = data.validation_batches(strategy, split, CONTEXT, batch_size)
+    num_sequences = PackedSequences(split, CONTEXT).num_sequences
+    batches, num_batches = data.validation_batches(strategy, [PackedSequences(split, CONTEXT)], batch_size)
     assert num_batches == -(-num_sequences // batch_size)
     found = [parts(strategy, batch, "tokens") for batch in islice(batches, num_batches)]
     assert {part.shape for parts_of_batch in found for part in parts_of_batch} == {(12 // num_replicas, CONTEXT + 1)}
     rows = np.concatenate([part for parts_of_batch in found for part in parts_of_batch])
-    np.testing.assert_array_equal(rows[:num_sequences], split.windows(np.arange(num_sequences), CONTEXT))
+    np.testing.assert_array_equal(rows[:num_sequences], windows(split, np.arange(num_sequences)))
     targets = rows[:, 1:]
     assert (targets[num_sequences:] == ABSENT).all(), "a row past the end counts no token"
     assert targets[targets != ABSENT].tolist() == list(range(1, num_tokens))
@@ -162,12 +171,12 @@ def test_validation_holds_every_window_once_whatever_the_size(num_tokens: int, n
 
 
 def test_a_split_of_one_sequence_is_long_enough() -> None:
-    data.check_lengths(make_split(9), "train", 8)
+    check_length(make_split(9), "train", 8)
 
 
 def test_a_split_shorter_than_a_sequence_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        data.check_lengths(make_split(8), "validation", 8)
+        check_length(make_split(8), "validation", 8)
     assert str(caught.value) == (
         "model.context_length (8) must fit into the validation split, which has 8 tokens: try 7 or more text"
     )
@@ -177,4 +186,4 @@ def test_a_split_shorter_than_a_sequence_is_refused() -> None:
 def test_a_split_without_text_is_refused(num_documents: int, num_bytes: int) -> None:
     empty = Split([np.full(1 + num_documents, 255, np.uint16)], num_documents, num_bytes)
     with pytest.raises(ConfigError, match=r"the train split must not be empty: it holds no text"):
-        data.check_lengths(empty, "train", 8)
+        check_length(empty, "train", 8)

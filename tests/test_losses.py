@@ -93,5 +93,5 @@ def test_next_token_loss_scores_each_token_by_what_came_before_it(dropout_seed: 
     rows = {"tokens": tf.constant(tokens), "position": positions}
     loss_sum, count = next_token_loss(model, dropout_seed)(rows, step)
     expected, _ = reference(table[np.maximum(tokens[:, :-1], 0)], tokens[:, 1:])
-    np.testing.assert_allclose(float(loss_sum), expected, rtol=1e-6)
-    assert float(count) == 5
+    np.testing.assert_allclose(float(loss_sum[0]), expected, rtol=1e-6)
+    assert float(count[0]) == 5

@@ -12,7 +12,9 @@ from tfdp import shards
 from tfdp.config import DataConfig
 from tfdp.corpus import documents
 from tfdp.exits import ConfigError
-from tfdp.shards import ABSENT, Split, TokenShards, open_or_prepare, open_shards
+from tfdp.sequences import PackedSequences
+from tfdp.shards import ABSENT, Split, TokenShards, open_shards
+from tfdp.sources import open_corpus
 from tfdp.tokenizer import ByteTokenizer
 
 END = bytes([ByteTokenizer.end_of_text])
@@ -29,12 +31,21 @@ def write_corpus(folder: Path, sizes: list[int]) -> str:
 
 
 def prepare(cache: Path, source: str, **values: object) -> TokenShards:
-    return open_or_prepare(DataConfig(source=source, **values), ByteTokenizer(), cache)  # type: ignore[arg-type]
+    (found,) = open_corpus(DataConfig(source=source, **values), cache).sources  # type: ignore[arg-type]
+    return found.shards
+
+
+def windows(split: Split, indices: list[int] | np.ndarray, context_length: int) -> np.ndarray:
+    return PackedSequences(split, context_length).rows(np.array(indices))
+
+
+def num_windows(split: Split, context_length: int) -> int:
+    return PackedSequences(split, context_length).num_sequences
 
 
 def tokens(split: Split) -> bytes:
     """All ids of a split as bytes, read in one window."""
-    (row,) = split.windows(np.array([0]), split.num_tokens - 1)
+    (row,) = windows(split, [0], split.num_tokens - 1)
     return bytes(row.astype(np.uint8))
 
 
@@ -179,6 +190,9 @@ def test_a_second_opening_writes_nothing(tmp_path: Path, corpus: Callable[..., T
         [
             only_folder(tmp_path / "cache").name,
             "manifest.json",
+            ".lock",
+            "tokenizer",
+            "tokenizer.tfdp.json",
             "train-00000.bin",
             "validation-00000.bin",
             "train.documents.npy",
@@ -234,7 +248,7 @@ def test_a_text_changed_and_changed_back_finds_its_first_shards(
     path.write_text(text)
     corpus()
     after = state_of(tmp_path / "cache")
-    assert len(after) == 2 * len(before) - 7, "two folders, whose files have the same names"
+    assert len(after) == 2 * len(before) - 10, "two folders, whose files have the same names"
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -298,28 +312,28 @@ def test_many_shards_read_as_one(
         one, many = getattr(whole, name), getattr(parts, name)
         assert one.num_tokens == many.num_tokens
         for context_length in (7, 64, 3000):
-            indices = np.random.default_rng(0).permutation(one.num_sequences(context_length))
-            np.testing.assert_array_equal(many.windows(indices, context_length), one.windows(indices, context_length))
+            indices = np.random.default_rng(0).permutation(num_windows(one, context_length))
+            np.testing.assert_array_equal(windows(many, indices, context_length), windows(one, indices, context_length))
 
 
 # --- Windows ---------------------------------------------------------------------------------------
 
 
 def test_neighbouring_windows_share_one_token() -> None:
-    rows = make_split(9).windows(np.array([1, 0]), 4)
+    rows = windows(make_split(9), [1, 0], 4)
     assert rows.tolist() == [[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]
     assert rows.dtype == np.int32
 
 
 def test_the_ragged_end_is_absent() -> None:
     split = make_split(10)
-    assert split.num_sequences(4) == 3
-    assert split.windows(np.array([2, 3, 1000]), 4).tolist() == [[8, 9] + [ABSENT] * 3, [ABSENT] * 5, [ABSENT] * 5]
+    assert num_windows(split, 4) == 3
+    assert windows(split, [2, 3, 1000], 4).tolist() == [[8, 9] + [ABSENT] * 3, [ABSENT] * 5, [ABSENT] * 5]
     assert ABSENT == -1
 
 
 def test_a_window_may_cross_several_shards() -> None:
-    assert make_split(10, 1, 2, 5, 5).windows(np.array([0, 1]), 6).tolist() == [
+    assert windows(make_split(10, 1, 2, 5, 5), [0, 1], 6).tolist() == [
         [0, 1, 2, 3, 4, 5, 6],
         [6, 7, 8, 9] + [ABSENT] * 3,
     ]
@@ -329,8 +343,8 @@ def test_a_window_may_cross_several_shards() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 8, 9, 64, 65, 66, 1000])
 def test_every_token_but_the_first_is_a_target_once(num_tokens: int, context_length: int) -> None:
     split = make_split(num_tokens, num_tokens // 3)
-    num_sequences = split.num_sequences(context_length)
-    rows = split.windows(np.arange(num_sequences), context_length)
+    num_sequences = num_windows(split, context_length)
+    rows = windows(split, np.arange(num_sequences), context_length)
     targets = rows[:, 1:]
     assert targets[targets != ABSENT].tolist() == list(range(1, num_tokens))
     assert num_sequences == -(-(num_tokens - 1) // context_length)
@@ -349,12 +363,14 @@ def test_a_window_names_the_documents_that_it_touches(tmp_path: Path, context_le
     write_corpus(tmp_path / "other", [10])
     split = prepare(tmp_path / "cache", f"text:{folder}/*", validation_source=f"text:{tmp_path}/other/*").train
     names = list(sizes)
-    for window in range(split.num_sequences(context_length) + 2):
-        (row,) = split.windows(np.array([window]), context_length)
+    for window in range(num_windows(split, context_length) + 2):
+        (row,) = windows(split, [window], context_length)
         digits = bytes(row[(row != ABSENT) & (row != END[0])].astype(np.uint8)).decode()
-        assert split.documents_of(window, context_length) == [names[int(digit)] for digit in sorted(set(digits))]
+        assert PackedSequences(split, context_length).documents_of(window) == [
+            names[int(digit)] for digit in sorted(set(digits))
+        ]
 
 
 def test_describe_counts_for_people() -> None:
-    found = TokenShards(make_split(1500), make_split(7), "0", "1")
+    found = TokenShards(make_split(1500), make_split(7), ByteTokenizer(), "0", "1")
     assert found.describe() == "train 1 documents, 1,500 tokens; validation 1 documents, 7 tokens"

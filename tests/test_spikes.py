@@ -13,7 +13,7 @@ from workers import start, tiny_arguments
 
 from tfdp import losses
 from tfdp.config import DataConfig
-from tfdp.data import window_index
+from tfdp.data import shuffled_index
 from tfdp.exits import TrainingError
 from tfdp.spikes import ENOUGH, WINDOW, Ledger, Spike, loss_limit, offending_rows, recent_from_state, recent_to_state
 from trainers import causal_lm
@@ -108,7 +108,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text that is easy to predict, but for the window at POSITION, which is noise."""
     num_sequences = 1000
     text = bytearray(b"abcdefgh" * (num_sequences * CONTEXT // 8 - 1))
-    window = int(window_index(tf.constant(POSITION, tf.int64), num_sequences, seed=3))
+    window = int(shuffled_index(tf.constant(POSITION, tf.int64), num_sequences, seed=3))
     noise = np.random.default_rng(0).integers(33, 127, CONTEXT - 2)
     text[window * CONTEXT + 1 : window * CONTEXT + CONTEXT - 1] = bytes(noise.tolist())
     text += b"abcdef"  # with an end-of-text token on each side: 1000 whole windows

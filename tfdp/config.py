@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from tfdp import mixture
 from tfdp.exits import ConfigError
 
 ConfigType = TypeVar("ConfigType")
@@ -125,25 +126,55 @@ class ModelConfig:
         return 4 * self.model_dim
 
 
+_TOKENIZERS = ("bpe", "gpt2", "sentencepiece")  # kinds that name something after a colon
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The text, and how it becomes tokens."""
 
     source: str = "python-stdlib"
     """Training text: python-stdlib (the source code of Python's standard library), text:GLOB (UTF-8 files),
-    jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN] or tfds:NAME[/CONFIG][:SPLIT][:FIELD]."""
+    jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN], tfds:NAME[/CONFIG][:SPLIT][:FIELD], tokens:FOLDER (of tfdp.prepare), or
+    several with weights: 0.7 * tokens:A + 0.3 * tokens:B."""
     validation_source: str | None = None
-    """Validation text, in the same notation; null: held out from source by validation_fraction."""
+    """Validation text, in the same notation; null: held out from source by validation_fraction, or by tfdp.prepare."""
     validation_fraction: float = 0.02
     """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
-    tokenizer: Literal["bytes"] = "bytes"
-    """bytes: one token per UTF-8 byte, vocabulary 256."""
+    tokenizer: str = "auto"
+    """bytes (one token per UTF-8 byte), bpe:SIZE (trained on the text), bpe:FOLDER, gpt2:FOLDER,
+    sentencepiece:FILE; auto: that of tokens:FOLDER, else bytes."""
+    sequences: Literal["packed", "documents"] = "packed"
+    """packed: documents end to end; documents: each begins a sequence of its own, the rest of which stays empty."""
+    document_attention: bool = False
+    """Whether attention and positions start anew at each document of a packed sequence."""
+    partition: Literal["shuffled", "block", "row"] = "shuffled"
+    """Order: a seeded shuffle of each epoch; a contiguous block of the text for each row of the batch, and so for each
+    replica; or the text in order, dealt to the rows in turn."""
     cache_dir: str | None = None
     """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
     left_out: tuple[int, ...] = ()
     """Positions of the order of training (step * global_batch_size + row, from 0) that nothing is learned from."""
 
     def __post_init__(self) -> None:
+        num_sources = len(mixture.parse(self.source))
+        require(
+            self.partition != "block" or num_sources == 1,
+            "data.partition",
+            self.partition,
+            f"must be shuffled or row with {num_sources} sources, which take turns in each row",
+        )
+        kind, _, address = self.tokenizer.partition(":")
+        kinds = (*_TOKENIZERS, "auto", "bytes")
+        require(
+            self.tokenizer in ("auto", "bytes") or bool(kind in _TOKENIZERS and address),
+            "data.tokenizer",
+            self.tokenizer,
+            "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
+            + "".join(
+                f": did you mean {near}?" for near in difflib.get_close_matches(kind, kinds, n=1) if near != kind
+            ),
+        )
         for position in self.left_out:
             require(position >= 0, "data.left_out", self.left_out, "must hold positions from 0 on: try [448]")
         require(

@@ -51,6 +51,11 @@ def documents(source: str, key: str = "data.source") -> Iterator[Document]:
     return SOURCES[kind](address, key)
 
 
+def licence_of(source: str) -> str | None:
+    """The licence of a source's text as an SPDX identifier, where it is known."""
+    return "PSF-2.0" if source == "python-stdlib" else None
+
+
 def _python_stdlib(address: str, key: str) -> Iterator[Document]:
     """The standard library of the running Python, by module name, its tests left out."""
     require(not address, key, f"python-stdlib:{address}", "must have nothing after python-stdlib")

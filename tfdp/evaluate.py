@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tfdp.config import DistributionConfig, load, require
 from tfdp.exits import run_command
@@ -29,8 +29,7 @@ def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
     load_tensorflow()
-    from tfdp import distribution, losses, shards
-    from tfdp.evaluation import Evaluator
+    from tfdp import distribution, sources
     from tfdp.step import default_jit_compile
     from tfdp.trained import load_trained
 
@@ -38,7 +37,7 @@ def main() -> None:
     with strategy.scope():
         trained = load_trained(config.run_dir, config.checkpoint)
     run_config = trained.config
-    corpus = shards.open_or_prepare(run_config.data, trained.tokenizer, distribution.cache_dir(run_config.data))
+    corpus = sources.open_corpus(run_config.data, distribution.cache_dir(run_config.data))
     require(
         corpus.corpus_sha256 == trained.corpus_sha256,
         "data.source",
@@ -47,20 +46,16 @@ def main() -> None:
         f"and is {corpus.corpus_sha256[:12]}... now",
     )
     training = run_config.training
-    evaluator = Evaluator(
-        strategy,
-        losses.next_token_loss(trained.model),
-        corpus.validation,
-        run_config.model.context_length,
-        (config.rows or training.rows_of_evaluation) * int(strategy.num_replicas_in_sync),
-        default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy)),
-    )
+    rows = (config.rows or training.rows_of_evaluation) * int(strategy.num_replicas_in_sync)
+    jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
+    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, jit_compile)
     result = evaluator()
     found = {
         "step": trained.step,
         "validation_loss": result.loss,
         "validation_bits_per_byte": result.bits_per_byte,
         "num_tokens": result.num_tokens,
+        "sources": {name: asdict(each) for name, each in result.sources.items()},
         "corpus_sha256": corpus.corpus_sha256,
     }
     print(json.dumps(found, indent=1))

@@ -1,13 +1,24 @@
 """A pass over a whole split: each token once, whatever the number of replicas."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 from tfdp import data
-from tfdp.shards import Split
+from tfdp.sequences import Sequences
 from tfdp.step import EvalStep, LossFunction
+
+
+@dataclass(frozen=True)
+class Held:
+    """The validation text of one source."""
+
+    name: str
+    sequences: Sequences
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -17,16 +28,16 @@ class Evaluation:
     loss: float  # nats per token
     bits_per_byte: float
     num_tokens: int
+    sources: dict[str, "Evaluation"]  # each source by its name, where there are several
 
 
 class Evaluator:
-    """Evaluates a split, as often as it is called.
+    """Evaluates validation text, as often as it is called.
 
     Args:
       strategy: that the model was made under.
-      loss_function: sums and counts over rows, without dropout.
-      split: the text.
-      context_length: tokens per sequence.
+      loss_function: sums and counts over rows, by source, without dropout.
+      held: the text.
       rows: sequences per forward pass, over all replicas.
       jit_compile: whether XLA compiles the forward pass.
     """
@@ -35,16 +46,25 @@ class Evaluator:
         self,
         strategy: tf.distribute.Strategy,
         loss_function: LossFunction,
-        split: Split,
-        context_length: int,
+        held: Sequence[Held],
         rows: int,
         jit_compile: bool,
     ) -> None:
-        self._step = EvalStep(strategy, loss_function, jit_compile)
-        self._strategy, self._split = strategy, split
-        self._context_length, self._rows = context_length, rows
+        self._step = EvalStep(strategy, loss_function, jit_compile, len(held))
+        self._strategy, self._held, self._rows = strategy, held, rows
 
     def __call__(self) -> Evaluation:
-        batches, num_batches = data.validation_batches(self._strategy, self._split, self._context_length, self._rows)
-        loss_sum, num_tokens = self._step(iter(batches), num_batches)
-        return Evaluation(loss_sum / num_tokens, loss_sum / math.log(2) / self._split.num_bytes, num_tokens)
+        sequences = [each.sequences for each in self._held]
+        batches, num_batches = data.validation_batches(self._strategy, sequences, self._rows)
+        sums, counts = self._step(iter(batches), num_batches)
+        sizes = np.array([each.num_bytes for each in self._held])
+        parts = zip(self._held, sums, counts, sizes, strict=True)
+        sources = {each.name: _evaluation(*numbers) for each, *numbers in parts} if len(self._held) > 1 else {}
+        return _evaluation(sums.sum(), counts.sum(), sizes.sum(), sources)
+
+
+def _evaluation(
+    loss_sum: float, count: int, num_bytes: int, sources: dict[str, Evaluation] | None = None
+) -> Evaluation:
+    loss_sum = float(loss_sum)
+    return Evaluation(loss_sum / int(count), loss_sum / math.log(2) / int(num_bytes), int(count), sources or {})

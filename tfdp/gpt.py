@@ -94,6 +94,26 @@ def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def within_documents(starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Positions and visibility in rows of several documents, none of which sees another.
+
+    Args:
+      starts: bool (batch, time), true where a document starts.
+
+    Returns:
+      The position of each token in its document (in the row, before the first start), int32 (batch, time); and
+      whether a token (rows) sees another (columns), bool (batch, 1, time, time).
+    """
+    time = starts.shape[1]
+    past = tf.constant(np.tril(np.ones((time, time), dtype=bool)))
+    index = tf.range(time)
+    begins = tf.where(starts, index, 0)[:, tf.newaxis, :]
+    positions = index - tf.reduce_max(tf.where(past, begins, 0), axis=2)
+    document = tf.reduce_sum(tf.cast(past & starts[:, tf.newaxis, :], tf.int32), axis=2)
+    visible = past & (document[:, :, tf.newaxis] == document[:, tf.newaxis, :])
+    return positions, visible[:, tf.newaxis]
+
+
 def rms_normalise(x: tf.Tensor, epsilon: float) -> tf.Tensor:
     """Divides the last axis by its root mean square, in float32 (QK-norm: Henry et al. 2020, Dehghani et al. 2023)."""
     y = tf.cast(x, tf.float32)
@@ -101,7 +121,7 @@ def rms_normalise(x: tf.Tensor, epsilon: float) -> tf.Tensor:
 
 
 def rotate(x: tf.Tensor, cosines: tf.Tensor, sines: tf.Tensor) -> tf.Tensor:
-    """Rotates the two halves of (batch, heads, time, head_dim) by tables of shape (time, head_dim / 2)."""
+    """Rotates the two halves of (batch, heads, time, head_dim) by tables of shape (..., time, head_dim / 2)."""
     cosines, sines = tf.cast(cosines, x.dtype), tf.cast(sines, x.dtype)
     first, second = tf.split(x, 2, axis=-1)
     return tf.concat([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
@@ -126,12 +146,15 @@ class Attention(keras.layers.Layer):
         self.query_key_value.build(input_shape)
         self.output_projection.build((*input_shape[:-1], self.config.model_dim))
 
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Every token attends to itself and what came before it."""
-        time = x.shape[1]
-        queries, keys, values = self._project(x, tf.range(time))
-        visible = np.tril(np.ones((time, time), dtype=bool))
-        return self._attend(queries, keys, values, tf.constant(visible))
+    def call(self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
+        """Every token attends to those that are visible to it.
+
+        Args:
+          x: (batch, time, dim).
+          positions: int32 (time,), or (batch, time) where rows differ.
+          visible: bool (time, time), or (batch, 1, time, time): who (rows) sees whom.
+        """
+        return self._attend(*self._project(x, positions), visible)
 
     def extend(
         self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
@@ -165,11 +188,13 @@ class Attention(keras.layers.Layer):
             queries, keys = rms_normalise(queries, config.norm_epsilon), rms_normalise(keys, config.norm_epsilon)
         if config.position == "rope":
             cosines, sines = tf.gather(self.cosines, positions), tf.gather(self.sines, positions)
+            if positions.shape.rank == 2:  # all heads of a row share its positions
+                cosines, sines = cosines[:, tf.newaxis], sines[:, tf.newaxis]
             queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
         return queries, keys, values
 
     def _attend(self, queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
-        """Softmax attention; `visible` (queries, keys) says who sees whom."""
+        """Softmax attention; `visible` (..., queries, keys) says who sees whom."""
         config = self.config
         if config.kv_heads != config.num_heads:
             keys = tf.repeat(keys, config.num_heads // config.kv_heads, axis=1)
@@ -228,8 +253,11 @@ class Block(keras.layers.Layer):
         for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
             layer.build(input_shape)
 
-    def call(self, x: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x)), dropout_keys)
+    def call(
+        self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor, dropout_keys: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        attended = self.attention(self.attention_norm(x), positions, visible)
+        x = x + self.attention_dropout(attended, dropout_keys)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), dropout_keys)
 
     def extend(
@@ -283,20 +311,30 @@ class GPT(keras.Model):
             block.build((None, input_shape[1], config.model_dim))
         self.output_norm.build((None, input_shape[1], config.model_dim))
 
-    def call(self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
+    def call(
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, starts: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Logits of the next token: int32 (batch, time) -> float32 (batch, time, vocab_size).
 
         Args:
           tokens: ids, time at most context_length.
           dropout_keys: uint32 (batch,) from `dropout.sequence_keys` to train with dropout; None to drop nothing.
+          starts: bool (batch, time), where a document starts: there attention and positions start anew. None: each
+            row is one document.
         """
-        return self.logits(self.features(tokens, dropout_keys))
+        return self.logits(self.features(tokens, dropout_keys, starts))
 
-    def features(self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
+    def features(
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, starts: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """What the output projection sees: (batch, time, dim) in the compute dtype."""
-        x = self.embedding_dropout(self._embed(tokens, tf.range(tokens.shape[1])), dropout_keys)
+        time = tokens.shape[1]
+        positions, visible = tf.range(time), tf.constant(np.tril(np.ones((time, time), dtype=bool)))
+        if starts is not None:
+            positions, visible = within_documents(starts)
+        x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
         for block in self.blocks:
-            x = block(x, dropout_keys)
+            x = block(x, positions, visible, dropout_keys)
         return self.output_norm(x)
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:

@@ -102,6 +102,7 @@ def _begin(task: Task, progress: Progress) -> dict[str, Any]:
             say(f"changed    {line}")
     earlier = json.loads(run.summary_path.read_text(encoding="utf-8")) if run.summary_path.is_file() else {}
     run.begin(task.config_yaml)
+    task.furnish()
     return earlier if earlier.get("step") == progress.step else {}
 
 
@@ -114,6 +115,8 @@ def _advance(task: Task, batches: Iterator[Any], progress: Progress) -> StepResu
     seconds = time.monotonic() - started
     progress.verified_step = _last_multiple(task.training.verify_every, progress, len(results.loss))
     progress.step += len(results.loss)
+    progress.source_losses += results.source_losses.sum(axis=0)
+    progress.source_tokens += results.source_tokens.sum(axis=0)
     finite = results.loss[np.isfinite(results.loss)]
     progress.train_loss = float(finite[-1]) if len(finite) else progress.train_loss
     if progress.warm:
@@ -143,10 +146,24 @@ def _log(task: Task, writer: MetricsWriter, progress: Progress, results: StepRes
         "bits_per_byte": float(results.loss[-1]) / math.log(2) / task.bytes_per_token,
         "num_tokens": int(results.num_tokens[-1]),
         "sequences_seen": sequences_seen(task, progress),
+        **_of_sources(task, progress),
     }
     eta = (task.training.steps - progress.step) * speed.step_seconds
     writer.train(values, task.training.steps, eta)
     progress.since_log = Throughput()
+    progress.source_losses, progress.source_tokens = 0.0, 0
+
+
+def _of_sources(task: Task, progress: Progress) -> dict[str, float | int]:
+    """Loss and tokens of each source since the last line, where there are several."""
+    if len(task.source_names) == 1:
+        return {}
+    losses, tokens = np.atleast_1d(progress.source_losses), np.atleast_1d(progress.source_tokens)
+    found: dict[str, float | int] = {}
+    for name, loss, count in zip(task.source_names, losses, tokens, strict=True):
+        found[f"loss/{name}"] = float(loss) / int(count) if count else math.nan
+        found[f"num_tokens/{name}"] = int(count)
+    return found
 
 
 def _evaluate(task: Task, writer: MetricsWriter, progress: Progress) -> None:
@@ -164,6 +181,9 @@ def _evaluate(task: Task, writer: MetricsWriter, progress: Progress) -> None:
         "validation_bits_per_byte": progress.evaluation.bits_per_byte,
         "evaluation_seconds": time.monotonic() - started,
     }
+    for name, found in progress.evaluation.sources.items():
+        values[f"validation_loss/{name}"] = found.loss
+        values[f"validation_bits_per_byte/{name}"] = found.bits_per_byte
     writer.validation(values, task.training.steps)
     if task.sample is not None:
         writer.text("sample", task.sample() if task.cluster.is_chief else "", progress.step)

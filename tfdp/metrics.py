@@ -63,6 +63,7 @@ class MetricsWriter:
         self._write_row(values)
         step, loss, bits = int(values["step"]), values["validation_loss"], values["validation_bits_per_byte"]
         scalars = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
+        scalars |= {key.removeprefix("validation_"): value for key, value in values.items() if "/" in key}
         self._write_scalars("validation", step, scalars)
         say(
             f"step {step:>5}/{num_steps} | validation loss {loss:.4f} | perplexity {perplexity(loss):.2f} | "

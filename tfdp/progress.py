@@ -4,6 +4,8 @@ import math
 import sys
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tfdp import checkpoint, spikes
 from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, publish, read
@@ -29,6 +31,8 @@ class Progress:
     train_loss: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
     num_rollbacks: int = 0  # of this process
+    source_losses: np.ndarray | float = 0.0  # of each source since the last line, summed over its tokens
+    source_tokens: np.ndarray | int = 0
     since_log: Throughput = field(default_factory=Throughput)
     total: Throughput = field(default_factory=Throughput)
     first: Throughput = field(default_factory=Throughput)  # the first call, with what it traces and compiles

@@ -180,14 +180,13 @@ class Replayer:
     """
 
     def __init__(self, run: PastRun, step: int, num_replicas: int | None = None) -> None:
-        from tfdp import checkpoint, distribution, shards
-        from tfdp.tokenizer import make_tokenizer
+        from tfdp import checkpoint, distribution, sources
 
         self.run = run
         self.config = config_of_layout(run, step, num_replicas)
         data = self.config.data
-        self._tokenizer = make_tokenizer(data.tokenizer)
-        corpus = shards.open_or_prepare(data, self._tokenizer, distribution.cache_dir(data))
+        corpus = sources.open_corpus(data, distribution.cache_dir(data))
+        self._tokenizer = corpus.tokenizer
         for state in list(run.states.values())[-1:]:
             trained_on = state["identity"]["corpus_sha256"]
             require(
@@ -197,9 +196,8 @@ class Replayer:
                 f"must be the text that the run was trained on: its sha256 was {trained_on[:12]}..., "
                 f"and is {corpus.corpus_sha256[:12]}... now",
             )
-        self._split = corpus.train
         self.strategy = distribution.make_strategy(self.config.distribution)
-        self._parts = run.recipe.build(self.config, self._tokenizer, corpus, self.strategy)
+        self._parts = run.recipe.build(self.config, corpus, self.strategy)
         self._weights, self._optimizer = self._parts.model.named_weights(), self._parts.optimizer.named_state()
         self._initial = checkpoint.Checkpoint(
             checkpoint.snapshot(self._weights), checkpoint.snapshot(self._optimizer), {"step": 0}
@@ -248,15 +246,14 @@ class Replayer:
     def _sequence(self, position: int, loss: float) -> Sequence:
         import tensorflow as tf
 
-        from tfdp.data import window_index
         from tfdp.shards import ABSENT
 
-        length = self.config.model.context_length
-        num_sequences = self._split.num_sequences(length)
-        window = int(window_index(tf.constant(position, tf.int64), num_sequences, self.config.seed))
-        (tokens,) = self._split.windows(np.array([window]), length)
+        order = self._parts.order
+        source, index = order.locate(tf.constant(position, tf.int64))
+        sequences = order.sequences[int(source)]
+        (tokens,) = sequences.rows(np.array([int(index)]))
         text = self._tokenizer.decode(tokens[tokens != ABSENT])
-        return Sequence(loss, position, self._split.documents_of(window, length), text)
+        return Sequence(loss, position, sequences.documents_of(int(index)), text)
 
 
 def config_of_layout(run: PastRun, step: int, num_replicas: int | None) -> Any:

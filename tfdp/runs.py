@@ -64,6 +64,10 @@ class RunDirectory:
         return CheckpointFolder(self.path / "checkpoints", keep)
 
     @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
 

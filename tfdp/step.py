@@ -27,6 +27,8 @@ from tfdp.sentinel import Disagreement
 from tfdp.spikes import Spike
 from tfdp.sums import fixed_sum, running_sum, tree_sum
 
+_ROW = 6  # numbers that a step tells, before those of each source
+
 
 @dataclass(frozen=True)
 class StepRules:
@@ -55,6 +57,8 @@ class StepResults:
     grad_norm: np.ndarray  # global norm before clipping
     learning_rate: np.ndarray
     num_tokens: np.ndarray  # valid tokens of the global batch
+    source_losses: np.ndarray  # (steps, sources), sums over the tokens of each source, in nats
+    source_tokens: np.ndarray  # (steps, sources), valid tokens of each
     skipped: list[Spike]  # steps among these whose update was left out
     spike: Spike | None  # the step after these, which ended the call; its update was not applied
     disagreement: Disagreement | None  # found in the step after these; its update was not applied
@@ -72,6 +76,7 @@ class TrainStep:
       global_batch_size, microbatch_size: sequences per step, and per forward pass on one replica.
       rules: how to sum, and what to refuse.
       jit_compile: whether XLA compiles the micro-batch and the update.
+      num_sources: for which the loss function gives sums.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by; part of a checkpoint.
@@ -87,6 +92,7 @@ class TrainStep:
         microbatch_size: int,
         rules: StepRules,
         jit_compile: bool,
+        num_sources: int = 1,
     ) -> None:
         self._strategy, self._optimizer, self._schedule = strategy, optimizer, schedule
         self._loss_function, self._rules = loss_function, rules
@@ -94,8 +100,9 @@ class TrainStep:
         self._verified = [*optimizer.weights, *optimizer.state]
         self._verifies = rules.verify_every > 0 and num_replicas > 1
         self._digests_shape = (num_replicas, len(self._verified), 2) if self._verifies else (0,)
-        scalars = [(), (), ()]  # the sum of the losses, the count of valid tokens, the stop requests
-        shapes = [*(tuple(weight.shape) for weight in optimizer.weights), *scalars, self._digests_shape]
+        sums = [(num_sources,), (num_sources,), ()]  # of the losses, the valid tokens, the stop requests
+        shapes = [*(tuple(weight.shape) for weight in optimizer.weights), *sums, self._digests_shape]
+        self._num_sources = num_sources
         self._packing = Packing(shapes)
         self._microbatch_size = microbatch_size
         self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
@@ -129,15 +136,26 @@ class TrainStep:
         )
         self.recent_losses = np.asarray(recent)
         done, rows = int(count), np.asarray(rows)
-        loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done].T
+        loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done, :_ROW].T
+        source_losses, source_tokens = np.split(rows[:done, _ROW:], 2, axis=1)
         skipped = [self._spike(rows[index], first_step + index + 1) for index in range(done) if refused[index] >= 0]
         spike = disagreement = None
         if not bool(goes_on) and not bool(sentinel.agree(digests)):
             disagreement = self._disagreement(digests)
         elif not bool(goes_on):
             spike = self._spike(rows[done], first_step + done + 1)
-        tokens = num_tokens.astype(np.int64)
-        return StepResults(loss, grad_norm, learning_rate, tokens, skipped, spike, disagreement, float(stop) > 0)
+        return StepResults(
+            loss,
+            grad_norm,
+            learning_rate,
+            num_tokens.astype(np.int64),
+            source_losses,
+            source_tokens.astype(np.int64),
+            skipped,
+            spike,
+            disagreement,
+            stopped=float(stop) > 0,
+        )
 
     def verify(self) -> Disagreement | None:
         """Compares what the replicas hold now, in a small reduction of its own that all workers have to enter."""
@@ -154,7 +172,7 @@ class TrainStep:
         self._stop_requested.assign(1.0)
 
     def _spike(self, row: np.ndarray, step: int) -> Spike:
-        loss, grad_norm, _, _, refused, limit = (float(value) for value in row)
+        loss, grad_norm, _, _, refused, limit = (float(value) for value in row[:_ROW])
         names = [*(weight.path for weight in self._optimizer.weights), "loss", None]
         return Spike(step, loss, grad_norm, limit, names[int(refused)])
 
@@ -186,7 +204,9 @@ class TrainStep:
             recent = tf.where(goes_on & applied, tf.concat([recent[1:], row[:1]], axis=0), recent)
             return count + tf.cast(goes_on, tf.int32), recent, digests, stop, goes_on, rows.write(count, row)
 
-        rows = tf.TensorArray(tf.float32, num_steps, element_shape=[6], clear_after_read=False)
+        rows = tf.TensorArray(
+            tf.float32, num_steps, element_shape=[_ROW + 2 * self._num_sources], clear_after_read=False
+        )
         start = (tf.constant(0), recent, tf.zeros(self._digests_shape), tf.constant(0.0), tf.constant(True), rows)
         count, recent, digests, stop, goes_on, rows = tf.while_loop(continues, one_step, start, parallel_iterations=1)
         return rows.stack(), count, recent, digests, stop, goes_on
@@ -214,13 +234,13 @@ class TrainStep:
         return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._verified])
 
     def _microbatch_sums(self, rows: Batch, step: tf.Tensor) -> tf.Tensor:
-        """Gradient of the summed loss, the sum and the count, packed into one float32 vector."""
+        """Gradient of the summed losses, the sums and the counts, packed into one float32 vector."""
         weights = [weight.value for weight in self._optimizer.weights]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            loss_sum, count = self._loss_function(rows, step)
-        gradients = tape.gradient(loss_sum, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return Packing.pack([*(tf.convert_to_tensor(gradient) for gradient in gradients), loss_sum, count])
+            loss_sums, counts = self._loss_function(rows, step)
+        gradients = tape.gradient(loss_sums, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return Packing.pack([*(tf.convert_to_tensor(gradient) for gradient in gradients), loss_sums, counts])
 
     def _apply_update(
         self, total: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
@@ -230,11 +250,13 @@ class TrainStep:
         Nothing is applied where something is not finite, the loss is above the limit, or the replicas disagree.
 
         Returns:
-          The row (loss, grad_norm, learning_rate, num_tokens, refused, limit), where refused is the index of the first
-          tensor that is not finite (the number of weights stands for the loss, one more for a loss above the
-          limit) or -1; the digests of all replicas; and the number of replicas that were asked to stop.
+          The row (loss, grad_norm, learning_rate, num_tokens, refused, limit, losses and tokens of each source),
+          where refused is the index of the first tensor that is not finite (the number of weights stands for the
+          loss, one more for a loss above the limit) or -1; the digests of all replicas; and the number of replicas
+          that were asked to stop.
         """
-        *gradient_sums, loss_sum, count, stop, digests = self._packing.unpack(total)
+        *gradient_sums, loss_sums, counts, stop, digests = self._packing.unpack(total)
+        loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
         gradients = [gradient / tf.maximum(count, 1.0) for gradient in gradient_sums]
         loss = loss_sum / tf.maximum(count, 1.0)
         squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in gradients])
@@ -254,42 +276,45 @@ class TrainStep:
         for variable, before, after in zip(variables, old, [*weights, *state], strict=True):
             assign_in_replica(variable, tf.where(applied, after, before))
         row = tf.stack([loss, grad_norm, learning_rate, count, tf.cast(refused, tf.float32), limit])
-        return row, digests, stop
+        return tf.concat([row, loss_sums, counts], axis=0), digests, stop
 
 
 class EvalStep:
     """Sums losses and counts over the batches of a split, without touching anything."""
 
-    def __init__(self, strategy: tf.distribute.Strategy, loss_function: LossFunction, jit_compile: bool) -> None:
-        self._strategy, self._loss_function = strategy, loss_function
+    def __init__(
+        self, strategy: tf.distribute.Strategy, loss_function: LossFunction, jit_compile: bool, num_sources: int = 1
+    ) -> None:
+        self._strategy, self._loss_function, self._num_sources = strategy, loss_function, num_sources
         self._replica = tf.function(self._replica_sums, jit_compile=jit_compile, autograph=False)
         self._run = tf.function(self._run_batches, autograph=False)
 
-    def __call__(self, batches: Any, num_batches: int) -> tuple[float, int]:
-        """Returns the sum of the losses in nats and the number of valid tokens, over all replicas.
+    def __call__(self, batches: Any, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sum of the losses in nats and the number of valid tokens of each source, over all replicas.
 
         Each replica's sums are added in float64 one by one, in the order of the sequences: the bits do not depend
         on the number of replicas, as long as each has the same number of rows.
         """
-        loss_sum, count = self._run(batches, tf.constant(num_batches))
-        return float(loss_sum), int(count)
+        loss_sums, counts = self._run(batches, tf.constant(num_batches)).numpy()
+        return loss_sums, counts.astype(np.int64)
 
-    def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tf.Tensor:
         def add(index: tf.Tensor, totals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             per_replica = self._strategy.run(self._gathered, args=(next(batches),))
             for sums in tf.unstack(distribution.first_replica(self._strategy, per_replica)):
                 totals += tf.cast(sums, tf.float64)
             return index + 1, totals
 
-        start = (tf.constant(0), tf.zeros([2], tf.float64))
+        start = (tf.constant(0), tf.zeros([2, self._num_sources], tf.float64))
         _, totals = tf.while_loop(lambda index, _: index < num_batches, add, start, parallel_iterations=1)
-        return totals[0], totals[1]
+        return totals
 
     def _gathered(self, batch: Batch) -> tf.Tensor:
         return distribution.replica_gather(self._replica(batch))
 
     def _replica_sums(self, batch: Batch) -> tf.Tensor:
-        return tf.stack(self._loss_function(batch, tf.constant(0, tf.int64)))
+        sums = self._loss_function(batch, tf.constant(0, tf.int64))
+        return tf.stack([tf.reshape(each, [self._num_sources]) for each in sums])
 
 
 class RowLosses:

@@ -1,7 +1,7 @@
 """What a recipe hands to the loop."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ class Task:
     cluster: Cluster
     watch: Watch
     stop: StopSignal
+    furnish: Callable[[], None]  # puts into the run directory what reads the model back, besides its checkpoints
+    source_names: Sequence[str]  # of the text, in the order of the step's sums
     bytes_per_token: float  # of the training text
     flops_per_token: int
     matrix_peak: float  # FLOP/s of all devices together

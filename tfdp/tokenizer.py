@@ -1,10 +1,29 @@
-"""Text to token ids and back. No TensorFlow here: ids are numpy arrays."""
+"""Text to token ids and back. No TensorFlow here: ids are numpy arrays.
 
+A tokenizer is named by a string:
+
+    bytes                  one token per UTF-8 byte
+    bpe:SIZE               byte-level BPE of that many tokens, trained on the text itself
+    bpe:FOLDER             one that was trained so: vocabulary.json and merges.txt
+    gpt2:FOLDER            GPT-2's own vocabulary and merges, or others of its form
+    sentencepiece:FILE     a SentencePiece model
+"""
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from tfdp import bpe
 from tfdp.exits import ConfigError
+from tfdp.sentence_piece import MODEL_FILE, SentencePieceTokenizer
+
+FORMS = "bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
+_KIND_FILE = "tokenizer.tfdp.json"
 
 
 class Tokenizer(Protocol):
@@ -18,12 +37,17 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int:
-        """The id that stands before, between and after documents."""
+        """The id that stands before, between and after documents, and for nothing else."""
         ...
 
     @property
     def fingerprint(self) -> str:
         """A text that differs between tokenizers which give different ids."""
+        ...
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for; none for the end of text."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -43,6 +67,7 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_text = 0xFF
     fingerprint = "bytes-256-eot-255"
+    token_bytes = [*(bytes([byte]) for byte in range(255)), b""]
 
     def encode(self, text: str) -> np.ndarray:
         """UTF-8 bytes of a text, uint8, shape (num_bytes,). Raises `ConfigError` for what UTF-8 cannot hold."""
@@ -57,8 +82,57 @@ class ByteTokenizer:
         return data.replace(b"\xff", b"\n\n").decode("utf-8", errors="replace")
 
 
-def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`."""
+def make_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
+    """The tokenizer of a name, from its files. Raises `ConfigError`, for bpe:SIZE too, which needs a text first."""
+    kind, _, address = name.partition(":")
     if name == "bytes":
         return ByteTokenizer()
-    raise ConfigError(f"data.tokenizer ({name}) must be one of bytes")
+    if kind in ("bpe", "gpt2") and (Path(address) / _KIND_FILE).is_file():
+        return open_tokenizer(Path(address), key)
+    if kind in ("bpe", "gpt2") and address and size_to_train(name) is None:
+        return bpe.load(Path(address), "keras" if kind == "bpe" else "gpt2", key)
+    if kind == "sentencepiece" and address:
+        return SentencePieceTokenizer.from_file(Path(address), key)
+    raise ConfigError(f"{key} ({name}) must be one of {FORMS}")
+
+
+def size_to_train(name: str) -> int | None:
+    """The number of tokens of bpe:SIZE; None for a tokenizer that exists."""
+    kind, _, address = name.partition(":")
+    return int(address) if kind == "bpe" and address.isdigit() else None
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes what `open_tokenizer` reads; the folder appears whole or not at all, and an existing one stays."""
+    if folder.exists():
+        return
+    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    scratch.mkdir(parents=True)
+    try:
+        kind = {"kind": "bytes"}
+        if isinstance(tokenizer, bpe.BytePairTokenizer):
+            tokenizer.save(scratch)
+            kind = {"kind": "bpe", "pattern": tokenizer.pattern}
+        elif isinstance(tokenizer, SentencePieceTokenizer):
+            tokenizer.save(scratch)
+            kind = {"kind": "sentencepiece"}
+        (scratch / _KIND_FILE).write_text(json.dumps(kind))
+        os.rename(scratch, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def open_tokenizer(folder: Path, key: str = "tokenizer") -> Tokenizer:
+    """Reads what `save_tokenizer` wrote. Raises `ConfigError` for a folder that is not such."""
+    try:
+        kind = json.loads((folder / _KIND_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} ({folder}) must be a tokenizer that tfdp wrote: {error}") from None
+    if kind["kind"] == "bpe":
+        return bpe.load(folder, kind["pattern"], key)
+    if kind["kind"] == "sentencepiece":
+        return SentencePieceTokenizer.from_file(folder / MODEL_FILE, key)
+    return ByteTokenizer()

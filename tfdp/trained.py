@@ -1,6 +1,7 @@
 """A trained GPT, read back from its run directory: what evaluate and generate start from."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from tfdp import checkpoint
@@ -8,13 +9,14 @@ from tfdp.config import find_trainer, import_trainer, load_file
 from tfdp.exits import ConfigError
 from tfdp.gpt import GPT
 from tfdp.runs import RunDirectory
-from tfdp.tokenizer import Tokenizer, make_tokenizer
+from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
 class TrainedGPT:
     """A model with the weights of one checkpoint, and the configuration that it was trained with."""
 
+    recipe: ModuleType
     config: Any
     tokenizer: Tokenizer
     model: GPT
@@ -33,12 +35,14 @@ def load_trained(run_dir: str, which: str) -> TrainedGPT:
       ConfigError: no such run or checkpoint, or a damaged one.
     """
     run = RunDirectory.open(run_dir)
-    config = load_file(import_trainer(find_trainer(["--config", str(run.config_path)])).Config, run.config_path)
+    recipe = import_trainer(find_trainer(["--config", str(run.config_path)]))
+    config = load_file(recipe.Config, run.config_path)
     saved = run.checkpoints().load(_choose_step(run, which))
-    tokenizer = make_tokenizer(config.data.tokenizer)
+    has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
+    tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
     model = GPT(config.model, tokenizer.vocab_size, config.seed, config.training.precision)
     checkpoint.restore(model.named_weights(), saved.weights)
-    return TrainedGPT(config, tokenizer, model, saved.step, saved.state["identity"]["corpus_sha256"])
+    return TrainedGPT(recipe, config, tokenizer, model, saved.step, saved.state["identity"]["corpus_sha256"])
 
 
 def _choose_step(run: RunDirectory, which: str) -> int:

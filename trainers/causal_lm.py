@@ -25,9 +25,11 @@ from tfdp.config import (
 )
 
 if TYPE_CHECKING:
+    from tfdp.data import Order
     from tfdp.evaluation import Evaluator
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer
+    from tfdp.sources import Corpus
     from tfdp.step import RowLosses, TrainStep
 
 
@@ -70,10 +72,9 @@ class Config:
 def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
     started = time.monotonic()
-    from tfdp import data, distribution, shards
+    from tfdp import distribution, sources
     from tfdp.cluster import Watch, require_agreement
     from tfdp.stopping import StopSignal
-    from tfdp.tokenizer import make_tokenizer
 
     cluster = distribution.find_cluster(config.distribution)
     require(
@@ -82,19 +83,17 @@ def train(config: Config) -> dict[str, Any]:
         config.run_dir,
         "must be named where there are several workers: try --run_dir runs/NAME",
     )
-    tokenizer = make_tokenizer(config.data.tokenizer)
-    corpus = shards.open_or_prepare(config.data, tokenizer, distribution.cache_dir(config.data))
-    for name in shards.SPLITS:
-        data.check_lengths(getattr(corpus, name), name, config.model.context_length, config.data.source)
+    corpus = sources.open_corpus(config.data, distribution.cache_dir(config.data))
+    corpus.check_lengths(config.model.context_length)
 
     with Watch(cluster, config.distribution.peer_timeout_seconds).watching() as watch:
         strategy = distribution.make_strategy(config.distribution, cluster)
         with StopSignal() as stop:
             require_agreement(cluster, shared_facts(config, corpus, strategy))
-            return _fit(config, tokenizer, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
+            return _fit(config, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
 
 
-def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: Any) -> dict[str, Any]:
+def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dict[str, Any]:
     """Builds the parts of the run, tells what they are, and runs the loop.
 
     Args:
@@ -104,11 +103,12 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
     from tfdp.runs import RunDirectory
     from tfdp.sampling import Sampler
     from tfdp.task import Task
+    from tfdp.tokenizer import save_tokenizer
 
     training, context_length = config.training, config.model.context_length
-    parts = build(config, tokenizer, corpus, strategy)
+    parts = build(config, corpus, strategy)
     model = parts.model
-    sampler = Sampler(model, tokenizer)
+    sampler = Sampler(model, corpus.tokenizer)
     sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
     matrix_peak = metrics.matrix_peak(
         training.precision, distribution.gpu_names(strategy), process["cluster"].num_workers
@@ -117,7 +117,9 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
 
     say = metrics.say if process["cluster"].is_chief else (lambda _line: None)
     say(f"model      {model.describe()}")
-    say(f"data       {config.data.source}: {corpus.describe()}")
+    for line in corpus.describe():
+        say(f"data       {line}")
+    say(f"order      {parts.order.describe(training.steps, [source.name for source in corpus.sources])}")
     say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
     say(f"precision  {training.precision}, XLA {'on' if parts.jit_compile else 'off'}")
     say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
@@ -127,7 +129,7 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
             run=run,
             training=training,
             checkpointing=config.checkpoint,
-            identity=identity(config, tokenizer.fingerprint, corpus),
+            identity=identity(config, corpus),
             weights=model.named_weights(),
             optimizer_state=parts.optimizer.named_state(),
             train_step=parts.train_step,
@@ -138,7 +140,9 @@ def _fit(config: Config, tokenizer: Any, corpus: Any, strategy: Any, **process: 
             sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
             flops_per_token=model.flops_per_token(),
             matrix_peak=matrix_peak,
-            bytes_per_token=corpus.train.num_bytes / corpus.train.num_tokens,
+            furnish=lambda: save_tokenizer(corpus.tokenizer, run.tokenizer_path),
+            source_names=[source.name for source in corpus.sources],
+            bytes_per_token=corpus.bytes_per_token,
             layout={
                 "num_workers": process["cluster"].num_workers,
                 "num_replicas": int(strategy.num_replicas_in_sync),
@@ -164,33 +168,35 @@ class Parts:
     train_step: "TrainStep"
     row_losses: "RowLosses"
     evaluator: "Evaluator"
+    order: "Order"
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, positions left out) -> batches from it on
     microbatch_size: int  # sequences of one forward pass on one replica
     jit_compile: bool
 
 
-def build(config: Config, tokenizer: Any, corpus: Any, strategy: Any) -> Parts:
+def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     """Makes the model with its initial weights, its step, its evaluation and its batches; runs nothing.
 
     Raises:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
     from tfdp import data, distribution, losses
-    from tfdp.evaluation import Evaluator
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
+    from tfdp.sequences import sequences_of
     from tfdp.step import RowLosses, StepRules, TrainStep, default_jit_compile
 
-    training, context_length = config.training, config.model.context_length
+    training, num_sources = config.training, len(corpus.sources)
+    document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
     reduction = config.distribution.reduction
     microbatch_size = distribution.microbatch_size(strategy, training, reduction)
     jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
     with strategy.scope():
-        model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision)
+        model = GPT(config.model, corpus.tokenizer.vocab_size, config.seed, training.precision)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     train_step = TrainStep(
         strategy,
-        losses.next_token_loss(model, dropout_seed=config.seed),
+        losses.next_token_loss(model, config.seed, document_start, num_sources),
         optimizer,
         make_schedule(config.optimizer, training.steps),
         training.global_batch_size,
@@ -203,23 +209,46 @@ def build(config: Config, tokenizer: Any, corpus: Any, strategy: Any) -> Parts:
             skip_spikes=training.on_spike == "skip",
         ),
         jit_compile,
+        num_sources,
     )
     row_losses = RowLosses(
-        strategy, losses.next_token_losses(model, dropout_seed=config.seed), microbatch_size, jit_compile
+        strategy, losses.next_token_losses(model, config.seed, document_start), microbatch_size, jit_compile
     )
     evaluation_rows = training.rows_of_evaluation * int(strategy.num_replicas_in_sync)
-    evaluator = Evaluator(
-        strategy, losses.next_token_loss(model), corpus.validation, context_length, evaluation_rows, jit_compile
+    evaluator = make_evaluator(config, corpus, strategy, model, evaluation_rows, jit_compile)
+    order = data.Order(
+        [sequences_of(split, config.model.context_length, config.data.sequences) for split in corpus.train],
+        [source.weight for source in corpus.sources],
+        config.data.partition,
+        config.seed,
+        training.global_batch_size,
     )
 
     def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
-        size = training.global_batch_size
-        return iter(data.train_batches(strategy, corpus.train, context_length, size, config.seed, step, left_out))
+        return iter(data.train_batches(strategy, order, step, left_out))
 
-    return Parts(model, optimizer, train_step, row_losses, evaluator, batches_from, microbatch_size, jit_compile)
+    return Parts(model, optimizer, train_step, row_losses, evaluator, order, batches_from, microbatch_size, jit_compile)
 
 
-def shared_facts(config: Config, corpus: Any, strategy: Any) -> dict[str, Any]:
+def make_evaluator(
+    config: Config, corpus: "Corpus", strategy: Any, model: "GPT", rows: int, jit_compile: bool
+) -> "Evaluator":
+    """Evaluates a model on the validation text of all sources, `rows` sequences at a time over all replicas."""
+    from tfdp import losses
+    from tfdp.evaluation import Evaluator, Held
+    from tfdp.sequences import sequences_of
+
+    length, form = config.model.context_length, config.data.sequences
+    held = [
+        Held(source.name, sequences_of(source.shards.validation, length, form), source.shards.validation.num_bytes)
+        for source in corpus.sources
+    ]
+    document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
+    loss = losses.next_token_loss(model, None, document_start, len(held))
+    return Evaluator(strategy, loss, held, rows, jit_compile)
+
+
+def shared_facts(config: Config, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
     """What all workers must have in common: every key but where each keeps its cache, text, code and devices."""
     from tfdp import distribution
 
@@ -233,13 +262,16 @@ def shared_facts(config: Config, corpus: Any, strategy: Any) -> dict[str, Any]:
     }
 
 
-def identity(config: Config, tokenizer_fingerprint: str, corpus: Any) -> dict[str, Any]:
+def identity(config: Config, corpus: "Corpus") -> dict[str, Any]:
     """What two processes must have in common to be one run: the shapes, the data and its order."""
     free = {"dropout", "init_stddev"}  # may change on the way: they shape neither tensors nor data
     model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
     return {
         **model,
-        "data.tokenizer": tokenizer_fingerprint,
+        "data.tokenizer": corpus.tokenizer.fingerprint,
+        "data.sequences": config.data.sequences,
+        "data.document_attention": config.data.document_attention,
+        "data.partition": config.data.partition,
         "corpus_sha256": corpus.corpus_sha256,
         "split_sha256": corpus.split_sha256,
         "optimizer.name": config.optimizer.name,

@@ -1,0 +1,318 @@
+"""`python -m tfdp.prepare`: the same shards however often it is stopped, and nothing is dropped unsaid."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tfdp import parts, preparation
+from tfdp.cleaning import Cleaning
+from tfdp.exits import ConfigError
+from tfdp.preparation import Recipe, prepare
+from tfdp.shards import Split, open_shards, read_manifest
+from tfdp.tokenizer import ByteTokenizer, make_tokenizer
+
+WORDS = ["return", "self.value", "import", "for", "lambda", "été", "漢字", "😀", "0", "+=", "(", "\n", "\n\t", "\r\n"]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def write_jsonl(path: Path, num_bytes: int, seed: int = 0) -> str:
+    """Documents of random words, one a line; returns their source."""
+    generator = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        while num_bytes > 0:
+            text = " ".join(generator.choices(WORDS, k=generator.randint(1, 2000)))
+            num_bytes -= len(text.encode())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return f"jsonl:{path}"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tfdp.prepare", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=200)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all files but the lock."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def texts(split: Split, tokenizer: object) -> list[str]:
+    """The documents of a split."""
+    (row,) = split.read(np.array([0]), np.array([split.num_tokens]), split.num_tokens)
+    end = tokenizer.end_of_text  # type: ignore[attr-defined]
+    stretches = np.split(row, np.flatnonzero(row == end))
+    return [tokenizer.decode(stretch[1:]) for stretch in stretches[1:-1]]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "STRETCH_BYTES", 20_000)
+
+
+def recipe(source: str, tokenizer: str = "bytes", **values: object) -> Recipe:
+    return Recipe(source, None, 0.1, tokenizer, **values)  # type: ignore[arg-type]
+
+
+# --- The same bytes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:600"])
+def test_parts_and_processes_do_not_show(tmp_path: Path, small_parts: None, tokenizer: str) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 300_000)
+    one = prepare(recipe(source, tokenizer), tmp_path / "one", overlap=True)
+    prepare(recipe(source, tokenizer), tmp_path / "two", num_processes=2, overlap=True)
+    parts.STRETCH_BYTES = 1 << 30
+    prepare(recipe(source, tokenizer), tmp_path / "whole", overlap=True)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two") == digests(tmp_path / "whole")
+    written = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    found = texts(one.train, one.tokenizer) + texts(one.validation, one.tokenizer)
+    assert sorted(found) == sorted(written)
+    assert one.train.num_bytes + one.validation.num_bytes == sum(len(text.encode()) for text in written)
+    assert 0 < one.validation.num_bytes <= 0.1 * (one.train.num_bytes + one.validation.num_bytes)
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 35_000_000)
+    arguments = ["--source", source, "--tokenizer", "bpe:1000", "--output"]
+    assert run(*arguments, str(tmp_path / "still")).returncode == 0
+    generator, kills, killed = random.Random(3), 0, tmp_path / "killed"
+    while kills < 5:
+        with subprocess.Popen(command(*arguments, str(killed)), start_new_session=True) as process:
+            time.sleep(generator.uniform(0.5, 4.0))
+            if process.poll() is None:
+                process.kill()  # this process alone: those that encode for it must end by themselves
+                kills += 1
+        if (killed / "manifest.json").is_file():  # it was faster than five kills: once more from the beginning
+            assert digests(killed) == digests(tmp_path / "still")
+            for path in sorted(killed.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+    assert run(*arguments, str(killed)).returncode == 0
+    assert digests(killed) == digests(tmp_path / "still")
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_killed_preparation_end(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 50_000_000)
+    output = tmp_path / "out"
+    with subprocess.Popen(
+        command("--source", source, "--tokenizer", "bpe:500", "--output", str(output), "--num_processes", "2"),
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 100
+        while len(list(output.glob("parts/*.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    for _ in range(100):
+        alive = [path for path in Path("/proc").glob("[0-9]*/stat") if session_of(path) == process.pid]
+        if not alive:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(f"still there after 10 s: {alive}")
+
+
+def session_of(stat: Path) -> int:
+    try:
+        fields = stat.read_text().rpartition(")")[2].split()
+        return int(fields[3]) if fields[0] != "Z" else -1
+    except OSError:
+        return -1
+
+
+def test_two_at_once_make_one(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 3_000_000)
+    arguments = command("--source", source, "--tokenizer", "bpe:700", "--output", str(tmp_path / "out"))
+    both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("training bpe:700" in output for output in outputs) == 1
+    run("--source", source, "--tokenizer", "bpe:700", "--output", str(tmp_path / "alone"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+
+
+# --- What a folder holds ---------------------------------------------------------------------------
+
+
+def test_the_manifest_tells_what_was_read_and_left_out(tmp_path: Path) -> None:
+    lines = [
+        "same text",
+        "same text",
+        "x",
+        "  spaced   out  ",
+        "spaced out",
+        "a longer document" * 20,
+        "\uff46ull width",
+    ]
+    lines += [f"document number {index} of many" for index in range(20)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
+    cleaning = Cleaning(unicode="NFKC", whitespace=True, min_chars=2, max_chars=100, duplicates=True)
+    found = prepare(recipe(f"jsonl:{path}:body", cleaning=cleaning, licence="CC0-1.0"), tmp_path / "out", overlap=True)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["num_documents_read"] == 27
+    assert manifest["left_out"] == {"too short": 1, "too long": 1, "duplicate": 2}
+    assert manifest["licence"] == "CC0-1.0"
+    assert manifest["cleaning"] == {
+        "unicode": "NFKC",
+        "whitespace": True,
+        "min_chars": 2,
+        "max_chars": 100,
+        "duplicates": True,
+    }
+    assert manifest["overlap"]["fraction"] == 0.0
+    kept = texts(found.train, ByteTokenizer()) + texts(found.validation, ByteTokenizer())
+    assert sorted(kept) == sorted({"same text", "spaced out", "full width", *lines[7:]})
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            assert hashlib.sha256((tmp_path / "out" / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+
+
+def test_overlap_counts_what_validation_and_training_share(tmp_path: Path) -> None:
+    half, other = "".join(map(chr, range(200, 500))), "".join(map(chr, range(500, 800)))
+    (tmp_path / "train.txt").write_text(half + "between")
+    (tmp_path / "validation.txt").write_text(other + half)
+    shared = Recipe(f"text:{tmp_path}/train.txt", f"text:{tmp_path}/validation.txt", 0.1, "bytes")
+    prepare(shared, tmp_path / "out", overlap=True)
+    overlap = read_manifest(tmp_path / "out")["overlap"]
+    assert overlap["num_windows"] == 1200 - 49
+    assert overlap["num_found"] == 600 - 49
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokenizer": "bpe:600"}, "tokenizer: bytes-256-eot-255 -> bpe:600"),
+        ({"validation_fraction": 0.2}, "validation_fraction: 0.1 -> 0.2"),
+        ({"cleaning": Cleaning(whitespace=True)}, "cleaning: {} -> {'whitespace': True}"),
+    ],
+)
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 20_000)
+    prepare(recipe(source), tmp_path / "out")
+    before = digests(tmp_path / "out")
+    with pytest.raises(ConfigError) as caught:
+        prepare(Recipe(**{**vars(recipe(source)), **change}), tmp_path / "out")
+    assert told in str(caught.value)
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_source_that_changes_on_the_way_is_noticed(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 100_000)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_joined_index", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe(source), tmp_path / "out")
+    write_jsonl(tmp_path / "a.jsonl", 100_000, seed=1)
+    with pytest.raises(ConfigError, match="the source has changed since"):
+        prepare(recipe(source), tmp_path / "out")
+
+
+def test_a_trained_vocabulary_serves_another_source(tmp_path: Path) -> None:
+    first = prepare(recipe(write_jsonl(tmp_path / "a.jsonl", 50_000), "bpe:400"), tmp_path / "one")
+    other = write_jsonl(tmp_path / "b.jsonl", 50_000, seed=9)
+    second = prepare(recipe(other, f"bpe:{tmp_path}/one/tokenizer"), tmp_path / "two")
+    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint
+    assert open_shards(tmp_path / "two").train.num_tokens == second.train.num_tokens
+
+
+def test_a_sentencepiece_model_prepares_text(tmp_path: Path) -> None:
+    import sentencepiece
+
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(f"the value of line {index} is {index * index}" for index in range(500)))
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(path), model_prefix=str(tmp_path / "m"), vocab_size=400, byte_fallback=True, minloglevel=2
+    )
+    name = f"sentencepiece:{tmp_path}/m.model"
+    found = prepare(recipe(f"text:{path}", name), tmp_path / "out", overlap=True)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    text = "the value of line 7 is 漢\n"
+    assert make_tokenizer(name).encode(text).tolist() == reference.EncodeAsIds(text)
+    assert make_tokenizer(name).decode(reference.EncodeAsIds("the value")) == "the value"
+    assert found.tokenizer.end_of_text == reference.eos_id()
+    assert found.train.num_bytes + found.validation.num_bytes == path.stat().st_size
+
+
+# --- Input as it comes -----------------------------------------------------------------------------
+
+
+def test_broken_input_is_one_line_that_names_file_and_line(tmp_path: Path) -> None:
+    good = json.dumps({"text": "good"}) + "\n"
+    packed = gzip.compress((good * 5000).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "broken.jsonl").write_text(good + '{"text": "no end\n')
+    (tmp_path / "field.jsonl").write_text(good + '{"body": "x"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "folder").mkdir()
+    cases = {
+        f"jsonl:{tmp_path}/cut.jsonl.gz": "cut.jsonl.gz must be whole and readable, but after line ",
+        f"jsonl:{tmp_path}/broken.jsonl": "broken.jsonl, line 2,",
+        f"jsonl:{tmp_path}/field.jsonl": "field.jsonl, line 2, must have the field text: it has body",
+        f"text:{tmp_path}/latin.txt": "latin.txt must be UTF-8: byte 3 is 0xe9",
+        f"text:{tmp_path}/folder": "must match at least one file",
+        f"text:{tmp_path}/none*.txt": "must match at least one file",
+        "words:x": "must begin with one of",
+    }
+    for source, told in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            prepare(recipe(source), tmp_path / "out")
+        assert told in str(caught.value), source
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_on_the_command_line_is_exit_code_2(tmp_path: Path) -> None:
+    for arguments, told in (
+        (["--source", "text:none"], "output (null) must name a folder"),
+        (["--output", str(tmp_path / "a"), "--tokenizer", "words"], "tokenizer (words) must be one of bytes"),
+        (["--output", str(tmp_path / "a"), "--source", f"text:{tmp_path}/none"], "must match at least one file"),
+    ):
+        found = run(*arguments)
+        assert (found.returncode, found.stdout) == (2, "")
+        assert found.stderr.startswith("error: ") and told in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_nul_bytes_empty_documents_and_a_long_one_are_kept(tmp_path: Path) -> None:
+    contents = {"0.txt": "a\0b\0", "1.txt": "", "2.txt": "\n" * 10, "3.txt": "word " * 400_000, "4.txt": "last"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    for tokenizer in ("bytes", "bpe:300"):
+        found = prepare(recipe(f"text:{tmp_path}/*.txt", tokenizer), tmp_path / tokenizer.replace(":", "-"))
+        kept = texts(found.train, found.tokenizer) + texts(found.validation, found.tokenizer)
+        assert sorted(kept) == sorted(contents.values())
+
+
+@pytest.mark.slow
+def test_a_document_of_a_hundred_megabytes_is_kept(tmp_path: Path) -> None:
+    line = "a line of text that is like any other, number %d\n"
+    (tmp_path / "large.txt").write_text("".join(line % index for index in range(2_000_000)))
+    (tmp_path / "small.txt").write_text("small")
+    size = (tmp_path / "large.txt").stat().st_size
+    assert size > 100_000_000
+    found = prepare(recipe(f"text:{tmp_path}/*.txt", "bpe:1000"), tmp_path / "out", num_processes=2)
+    assert found.train.num_bytes + found.validation.num_bytes == size + 5
+    assert found.train.num_documents + found.validation.num_documents == 2

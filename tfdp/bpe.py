@@ -1,0 +1,233 @@
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019, GPT-2).
+
+A vocabulary trained here has end-of-text as id 0, the 256 bytes next, and the merges after them in their order, so it
+encodes any text. It is stored as `vocabulary.json` and `merges.txt`, which keras_nlp's BytePairTokenizer loads.
+
+Text is cut into pieces by a pattern first, and merged inside them only. There are two patterns: `gpt2`, as its
+authors published it, and `keras`, which cuts as the graph path of keras_nlp.tokenizers.BytePairTokenizer does. They
+differ in a few runs of white space: keras_nlp keeps "\\n\\n" before a word whole and cuts the last space off a text.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfdp.exits import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+VOCABULARY_FILE, MERGES_FILE = "vocabulary.json", "merges.txt"
+
+_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _keras_pattern() -> str:
+    """What the two passes of keras_nlp's split come to, as one pattern.
+
+    Its white space is RE2's and four characters more; a vertical tab counts as punctuation, but is cut off its end.
+    """
+    tabs = r"\t\r\f\x{a0}\x{2009}\x{202f}\x{3000}"
+    space, tab, other = rf"[ \n{tabs}]", rf"[{tabs}]", rf"[^ \n{tabs}\p{{L}}\p{{N}}]"
+    no_space = rf"[^ \n{tabs}]"
+    return "|".join(
+        [
+            r"'(?:s|t|re|ve|m|ll|d)",
+            r" ?\p{L}+",
+            r" ?\p{N}+",
+            rf" (?=\x0b(?!{other}))| ?{other}+(?=\x0b(?!{other}))| ?{other}+",
+            rf"{space}+(?= {no_space})",  # all but the space that begins the next word
+            rf"{space}*\n(?!{space})|{space}+\n(?= +\z)",  # up to a line's end
+            rf"{space}+(?={tab}(?:{no_space}| *\z))|{tab}(?={no_space})|(?<={space}){tab}(?= *\z)",
+            rf"{space}+(?={space}\z)|{space}",
+        ]
+    )
+
+
+PATTERNS = {"gpt2": _GPT2, "keras": _keras_pattern()}
+# Between a character that is no white space and one that is, both patterns cut, whatever stands around them.
+_CUT = re.compile(r"[^\s\x0b\x1c-\x1f](?=[ \n])")
+
+
+class BytePairTokenizer:
+    """A byte-level BPE vocabulary.
+
+    Args:
+      vocabulary: token -> id, tokens written as GPT-2 writes bytes.
+      merges: pairs of tokens, "left right", the earliest first.
+      pattern: keras or gpt2.
+
+    Raises:
+      ConfigError: a byte has no token, a merge makes no token, or there is no end of text.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[str], pattern: str) -> None:
+        self.vocabulary, self.merges, self.pattern = vocabulary, merges, pattern
+        self._check()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_of_text = vocabulary[END_OF_TEXT]
+
+    @property
+    def name(self) -> str:
+        return f"bpe, {self.vocab_size:,} tokens"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        told = json.dumps([sorted(self.vocabulary.items()), self.merges, PATTERNS[self.pattern]])
+        return f"bpe-{self.vocab_size}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, uint32, shape (num_tokens,); `<|endoftext|>` in a text is text. Raises `ConfigError`."""
+        try:
+            parts = [self._encode_segment(segment) for segment in segments(text)]
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"text ({text[error.start]!r} at {error.start}) must be valid Unicode") from None
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of ids; ends of text become blank lines, broken UTF-8 the replacement character."""
+        table = self.token_bytes
+        data = b"".join(b"\n\n" if index == self.end_of_text else table[index] for index in np.asarray(ids).tolist())
+        return data.decode("utf-8", errors="replace")
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each id; none for the end of text."""
+        to_byte = {char: byte for byte, char in enumerate(_byte_characters())}
+        table = [b""] * self.vocab_size
+        for token, index in self.vocabulary.items():
+            if token != END_OF_TEXT:
+                table[index] = bytes(to_byte[char] for char in token)
+        return table
+
+    def save(self, folder: Path) -> None:
+        """Writes vocabulary.json and merges.txt, as keras_nlp reads them."""
+        text = json.dumps(self.vocabulary, ensure_ascii=False, indent=0)
+        (folder / VOCABULARY_FILE).write_text(text, encoding="utf-8")
+        (folder / MERGES_FILE).write_text("".join(f"{merge}\n" for merge in self.merges), encoding="utf-8")
+
+    def _encode_segment(self, text: str) -> np.ndarray:
+        if self._ranks_are_merges:
+            # ValueError: its matcher gives up on a million white spaces in a row
+            with contextlib.suppress(ValueError):
+                return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        return np.array(self._reference.encode(text).ids, dtype=np.uint32)
+
+    @cached_property
+    def _ranks_are_merges(self) -> bool:
+        """Whether ids grow in the order of the merges, each with a token of its own: what tiktoken rests on."""
+        made = [self.vocabulary["".join(merge.split(" "))] for merge in self.merges]
+        single = [self.vocabulary[char] for char in _byte_characters()]
+        return all(low < high for low, high in zip([max(single), *made], made, strict=False))
+
+    @cached_property
+    def _tiktoken(self) -> Any:
+        import tiktoken
+
+        ranks = {data: index for index, data in enumerate(self.token_bytes) if data}
+        return tiktoken.Encoding("tfdp", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens={})
+
+    @cached_property
+    def _reference(self) -> Any:
+        """The same vocabulary in `tokenizers`: slower, and indifferent to the order of the ids."""
+        return reference(self.vocabulary, self.merges, self.pattern)
+
+    def _check(self) -> None:
+        if END_OF_TEXT not in self.vocabulary:
+            raise ConfigError(f"data.tokenizer: the vocabulary must have the token {END_OF_TEXT}")
+        missing = [char for char in _byte_characters() if char not in self.vocabulary]
+        if missing:
+            raise ConfigError(f"data.tokenizer: the vocabulary must have all 256 bytes: {missing[0]!r} is not in it")
+        for number, merge in enumerate(self.merges):
+            parts = merge.split(" ")
+            if len(parts) != 2 or any(part not in self.vocabulary for part in (*parts, "".join(parts))):
+                raise ConfigError(f"data.tokenizer: merge {number} ({merge}) must be two tokens that make a third")
+
+
+def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
+    """Learns a vocabulary of at most `vocab_size` tokens (fewer where the text has no more pairs to merge).
+
+    Raises:
+      ConfigError: a size that does not hold the bytes and the end of text.
+    """
+    from tokenizers import trainers
+
+    if vocab_size < 257 or vocab_size > 1 << 20:
+        raise ConfigError(f"tokenizer (bpe:{vocab_size}) must name 257 to 1,048,576 tokens: try bpe:8192")
+    alphabet = _byte_characters()
+    learner = reference({}, [], "keras")
+    learner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    model = json.loads(learner.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return BytePairTokenizer(dict(sorted(model["vocab"].items(), key=lambda item: item[1])), merges, "keras")
+
+
+def load(folder: Path, pattern: str, key: str) -> BytePairTokenizer:
+    """Reads a vocabulary and its merges: vocabulary.json, vocab.json or encoder.json; merges.txt or vocab.bpe.
+
+    Raises:
+      ConfigError: a file is missing or not what it should be.
+    """
+    vocabulary_path = _first_file(folder, (VOCABULARY_FILE, "vocab.json", "encoder.json"), key)
+    merges_path = _first_file(folder, (MERGES_FILE, "vocab.bpe"), key)
+    try:
+        vocabulary = json.loads(vocabulary_path.read_text(encoding="utf-8"))
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {folder} must hold a vocabulary in JSON and merges in UTF-8: {error}") from None
+    if not isinstance(vocabulary, dict) or not all(type(index) is int and index >= 0 for index in vocabulary.values()):
+        raise ConfigError(f"{key}: {vocabulary_path} must map tokens to ids")
+    merges = [line for number, line in enumerate(lines) if line and not (number == 0 and line.startswith("#version"))]
+    return BytePairTokenizer(vocabulary, merges, pattern)
+
+
+def reference(vocabulary: dict[str, int], merges: list[str], pattern: str) -> Any:
+    """The tokenizer of the library `tokenizers` with this vocabulary: what trains it, and what ids are held against."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS[pattern]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def segments(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """Cuts a long text where its pieces end anyway, after about `size` characters, for encoders that hold a part."""
+    start = 0
+    while len(text) - start > 2 * size:
+        cut = _CUT.search(text, start + size)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:] if start else text
+
+
+def _byte_characters() -> list[str]:
+    """The character that GPT-2 writes for each byte: itself where it is printable, else one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _first_file(folder: Path, names: tuple[str, ...], key: str) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"{key} ({folder}) must be a folder with {' or '.join(names)}")

@@ -1,0 +1,141 @@
+"""Turns text into token shards, once: `python -m tfdp.prepare --source S --tokenizer T --output DIR`.
+
+Training then reads them by memory map: `python -m tfdp.train --data.source tokens:DIR`. The command may be stopped and
+started again: it goes on where it stopped, to the same bytes.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfdp.cleaning import Cleaning
+from tfdp.config import load, require
+from tfdp.exits import run_command
+from tfdp.parts import Part
+from tfdp.preparation import Recipe, Watcher, prepare
+from tfdp.shards import SPLITS, read_manifest
+from tfdp.tokenizer import FORMS
+
+
+@dataclass(frozen=True)
+class Config:
+    """The preparation."""
+
+    source: str = "python-stdlib"
+    """Text: python-stdlib, text:GLOB, jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN] or
+    tfds:NAME[/CONFIG][:SPLIT][:FIELD]."""
+    output: str | None = None
+    """Folder for the shards; must be named."""
+    tokenizer: str = "bpe:8192"
+    """bytes, bpe:SIZE (trained on the text first), bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE."""
+    validation_source: str | None = None
+    """Validation text, in the same notation; null: held out from source by validation_fraction."""
+    validation_fraction: float = 0.02
+    """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
+    cleaning: Cleaning = Cleaning()
+    licence: str | None = None
+    """Licence of the text, for the manifest; null: the one that is known of the source, if any."""
+    num_processes: int | None = None
+    """Processes that encode; null: one for each core."""
+    overlap: bool = True
+    """Whether to measure how much of the validation text occurs in the training text too."""
+
+    def __post_init__(self) -> None:
+        require(self.output is not None, "output", self.output, "must name a folder: try --output shards")
+        require(
+            self.num_processes is None or self.num_processes >= 1,
+            "num_processes",
+            self.num_processes,
+            "must be at least 1",
+        )
+        require(
+            self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,
+            "validation_fraction",
+            self.validation_fraction,
+            "must lie between 0 and 1 unless validation_source is given: try 0.05",
+        )
+        kind, _, address = self.tokenizer.partition(":")
+        require(
+            self.tokenizer == "bytes" or (kind in ("bpe", "gpt2", "sentencepiece") and address != ""),
+            "tokenizer",
+            self.tokenizer,
+            f"must be one of {FORMS}",
+        )
+
+
+class Console(Watcher):
+    """Tells on the console how a preparation gets on: a line that moves on a terminal, else one now and then."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+        self._num_documents = self._num_bytes = 0
+        self._moving = sys.stdout.isatty()
+
+    def say(self, line: str) -> None:
+        print(f"\r\033[K{line}" if self._moving else line, flush=True)
+
+    def part(self, part: Part) -> None:
+        self._num_documents += part.num_documents
+        self._num_bytes += part.num_bytes
+        now = time.monotonic()
+        if self._moving or now - self._told > 10:
+            self._told = now
+            print(
+                f"\r\033[K{self.line()}" if self._moving else self.line(), end="" if self._moving else "\n", flush=True
+            )
+
+    def wait(self) -> None:
+        self.say("another process prepares this folder: waiting for it")
+
+    def finish(self) -> None:
+        if self._num_documents:
+            self.say(self.line())
+
+    def line(self) -> str:
+        """What was read so far, and how fast."""
+        seconds = max(1e-9, time.monotonic() - self._started)
+        return (
+            f"{self._num_documents:,} documents | {self._num_bytes / 1e6:,.1f} MB | "
+            f"{self._num_bytes / 1e6 / seconds:,.1f} MB/s | {seconds:,.0f} s"
+        )
+
+
+def main() -> None:
+    description = "Turn text into token shards, once; stopped, it goes on where it was."
+    config = load(Config, sys.argv[1:], "python -m tfdp.prepare", description)
+    console = Console()
+    recipe = Recipe(
+        config.source,
+        config.validation_source,
+        config.validation_fraction,
+        config.tokenizer,
+        config.cleaning,
+        config.licence,
+    )
+    folder = Path(str(config.output))
+    num_processes = config.num_processes or os.cpu_count() or 1
+    prepare(recipe, folder, "output", console, num_processes, config.overlap)
+    console.finish()
+    _tell(console, folder)
+
+
+def _tell(console: Console, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        per_token = split["num_bytes"] / max(1, split["num_tokens"])
+        console.say(
+            f"{name:<10} {split['num_documents']:,} documents, {split['num_bytes'] / 1e6:,.1f} MB, "
+            f"{split['num_tokens']:,} tokens, {per_token:.2f} bytes per token"
+        )
+    for reason, count in manifest["left_out"].items():
+        console.say(f"left out   {count:,} documents: {reason}")
+    if manifest["overlap"] is not None:
+        console.say(f"overlap    {manifest['overlap']['told']}")
+    console.say(f"next       python -m tfdp.train --data.source tokens:{folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,159 @@
+"""What a run reads: the sources of `data.source` as token shards, with their weights, under one tokenizer."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from tfdp import mixture
+from tfdp.config import DataConfig
+from tfdp.exits import ConfigError
+from tfdp.preparation import Recipe, corpus_sha256, prepare
+from tfdp.shards import FORMAT_VERSION, SPLITS, Split, TokenShards, open_shards
+from tfdp.tokenizer import Tokenizer, make_tokenizer, size_to_train
+
+TOKENS = "tokens:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a run."""
+
+    name: str  # as `data.source` names it
+    weight: Fraction  # share of the sequences
+    shards: TokenShards
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All sources of a run."""
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+
+    @property
+    def corpus_sha256(self) -> str:
+        """Of the text of all sources."""
+        return self._digest([source.shards.corpus_sha256 for source in self.sources])
+
+    @property
+    def split_sha256(self) -> str:
+        """Of the token ids of all sources and their weights."""
+        return self._digest([source.shards.split_sha256 for source in self.sources])
+
+    @property
+    def train(self) -> list[Split]:
+        return [source.shards.train for source in self.sources]
+
+    @property
+    def validation(self) -> list[Split]:
+        return [source.shards.validation for source in self.sources]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the text that is trained on, by weight."""
+        return sum(
+            float(source.weight) * source.shards.train.num_bytes / source.shards.train.num_tokens
+            for source in self.sources
+        )
+
+    def describe(self) -> list[str]:
+        """A line for each source, for people."""
+        if len(self.sources) == 1:
+            return [f"{self.sources[0].name}: {self.sources[0].shards.describe()}"]
+        return [
+            f"{float(source.weight):.1%} of the sequences from {source.name}: {source.shards.describe()}"
+            for source in self.sources
+        ]
+
+    def check_lengths(self, context_length: int) -> None:
+        """Raises `ConfigError` for a split without text, or too short to hold one whole sequence."""
+        for source in self.sources:
+            for name in SPLITS:
+                check_length(getattr(source.shards, name), name, context_length, source.name)
+
+    def _digest(self, digests: list[str]) -> str:
+        if len(digests) == 1:
+            return digests[0]
+        weights = [str(source.weight) for source in self.sources]
+        return hashlib.sha256(json.dumps([digests, weights]).encode()).hexdigest()
+
+
+def check_length(split: Split, name: str, context_length: int, source: str = "") -> None:
+    """Raises `ConfigError` for a split without text, or too short to hold one whole sequence."""
+    if split.num_documents == 0 or split.num_bytes == 0:
+        raise ConfigError(f"data.source ({source}): the {name} split must not be empty: it holds no text")
+    if split.num_tokens < context_length + 1:
+        raise ConfigError(
+            f"model.context_length ({context_length}) must fit into the {name} split, which has {split.num_tokens} "
+            f"tokens: try {split.num_tokens - 1} or more text"
+        )
+
+
+def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
+    """Opens the sources of a run; what is text yet becomes token shards in `cache_dir` first.
+
+    There a folder's name is a digest of the text and of what is made of it, so a changed file or key makes other
+    shards, and shards are made once however many processes want them.
+
+    Raises:
+      ConfigError: a source is wrong or empty, or their tokenizers differ.
+    """
+    named = mixture.parse(config.source)
+    opened = {name: _open_tokens(name) for name, _ in named if name.startswith(TOKENS)}
+    _check(config, [name for name, _ in named], opened)
+    recipe_tokenizer = _tokenizer_name(config, list(opened))
+    sources = [
+        Source(name, weight, opened.get(name) or _from_cache(config, name, recipe_tokenizer, cache_dir))
+        for name, weight in named
+    ]
+    first, *others = sources
+    for source in others:
+        if source.shards.tokenizer.fingerprint != first.shards.tokenizer.fingerprint:
+            raise ConfigError(
+                f"data.source: {source.name} must have the tokenizer of {first.name}: prepare it again with "
+                f"--tokenizer bpe:FOLDER, where FOLDER is the folder tokenizer/ of the other one"
+            )
+    return Corpus(sources, first.shards.tokenizer)
+
+
+def _open_tokens(name: str) -> TokenShards:
+    return open_shards(Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}")
+
+
+def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards]) -> None:
+    if config.validation_source is not None and (opened or len(names) > 1):
+        raise ConfigError(
+            f"data.validation_source ({config.validation_source}) must be null where data.source names token shards or "
+            f"several sources, which bring their own: give --validation_source to tfdp.prepare"
+        )
+    if len(names) > 1 and len(opened) < len(names) and not opened and size_to_train(config.tokenizer):
+        raise ConfigError(
+            f"data.tokenizer ({config.tokenizer}) cannot be trained on several sources at once: train it on one with "
+            f"tfdp.prepare --output DIR, and name it bpe:DIR/tokenizer"
+        )
+    if config.tokenizer != "auto":
+        for name, shards in opened.items():
+            wanted = None if size_to_train(config.tokenizer) else make_tokenizer(config.tokenizer)
+            if wanted is None or wanted.fingerprint != shards.tokenizer.fingerprint:
+                raise ConfigError(
+                    f"data.tokenizer ({config.tokenizer}) must be auto or that of {name}, {shards.tokenizer.name}"
+                )
+
+
+def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
+    """The tokenizer for what is text yet: the one that is named, else that of the shards beside it, else bytes."""
+    if config.tokenizer != "auto":
+        return config.tokenizer
+    return f"bpe:{opened[0].removeprefix(TOKENS)}/tokenizer" if opened else "bytes"
+
+
+def _from_cache(config: DataConfig, source: str, tokenizer: str, cache_dir: Path) -> TokenShards:
+    recipe = Recipe(source, config.validation_source, config.validation_fraction, tokenizer)
+    told = [corpus_sha256(recipe), {**recipe.facts(), "source": None, "validation_source": None}]
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    folder = cache_dir / f"{key}.{FORMAT_VERSION}"
+    return prepare(recipe, folder, "data.cache_dir", num_processes=os.cpu_count() or 1)
