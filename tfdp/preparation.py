@@ -53,6 +53,7 @@ class Recipe:
       tokenizer: a name as `tfdp/tokenizer.py` lists them.
       cleaning: of each document.
       licence: of the text, if known.
+      section: of the configuration that these keys come from, with its dot; to name what is wrong.
     """
 
     source: str
@@ -61,6 +62,7 @@ class Recipe:
     tokenizer: str
     cleaning: Cleaning = Cleaning()
     licence: str | None = None
+    section: str = ""
 
     def facts(self) -> dict[str, Any]:
         """What the bytes of the shards follow from, with the content of the files it names."""
@@ -70,7 +72,9 @@ class Recipe:
             "source": self.source,
             "validation_source": self.validation_source,
             "validation_fraction": held_out,
-            "tokenizer": f"bpe:{size}" if size else make_tokenizer(self.tokenizer, "tokenizer").fingerprint,
+            "tokenizer": f"bpe:{size}"
+            if size
+            else make_tokenizer(self.tokenizer, f"{self.section}tokenizer").fingerprint,
             "cleaning": fingerprint(self.cleaning),
         }
 
@@ -237,14 +241,15 @@ def _labelled_documents(recipe: Recipe, digest: "hashlib._Hash") -> Iterator[tup
             digest.update(text)
             yield document
 
+    key, validation_key = f"{recipe.section}source", f"{recipe.section}validation_source"
     if recipe.validation_source is not None:
-        yield from (("train", document) for document in read(recipe.source, "data.source"))
+        yield from (("train", document) for document in read(recipe.source, key))
         digest.update(b"validation")
-        yield from (("validation", document) for document in read(recipe.validation_source, "data.validation_source"))
+        yield from (("validation", document) for document in read(recipe.validation_source, validation_key))
         return
     held: list[Document] = []  # until it is known whether a second one has text
     with_text = 0
-    for document in read(recipe.source, "data.source"):
+    for document in read(recipe.source, key):
         if with_text < 2:
             held.append(document)
             with_text += bool(document.text)
@@ -274,10 +279,10 @@ def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
         return open_tokenizer(home)
     size = size_to_train(recipe.tokenizer)
     if size is None:
-        tokenizer = make_tokenizer(recipe.tokenizer, "tokenizer")
+        tokenizer = make_tokenizer(recipe.tokenizer, f"{recipe.section}tokenizer")
     else:
         watcher.say(f"reading {recipe.source} to train {recipe.tokenizer}")
-        sample = _sample(document for document in documents(recipe.source) if document.text)
+        sample = _sample(document for document in documents(recipe.source, f"{recipe.section}source") if document.text)
         num_bytes = sum(len(text.encode()) for text in sample)
         watcher.say(f"training {recipe.tokenizer} on {len(sample):,} documents, {num_bytes / 1e6:,.1f} MB")
         cleaner = Cleaner(recipe.cleaning)

@@ -152,7 +152,7 @@ def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
 
 
 def _from_cache(config: DataConfig, source: str, tokenizer: str, cache_dir: Path) -> TokenShards:
-    recipe = Recipe(source, config.validation_source, config.validation_fraction, tokenizer)
+    recipe = Recipe(source, config.validation_source, config.validation_fraction, tokenizer, section="data.")
     told = [corpus_sha256(recipe), {**recipe.facts(), "source": None, "validation_source": None}]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     folder = cache_dir / f"{key}.{FORMAT_VERSION}"
