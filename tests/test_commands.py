@@ -83,7 +83,7 @@ def test_a_wrong_configuration_is_refused_in_one_line_before_tensorflow_loads(
 
 def test_no_argument_at_all_starts_the_default_job(tmp_path: Path) -> None:
     result = without_tensorflow(tmp_path, "tfdp.train")
-    assert result.stderr.splitlines()[-1] == "ModuleNotFoundError: import of tensorflow halted; None in sys.modules"
+    assert result.stderr.splitlines()[-1] == "ModuleNotFoundError: import of keras halted; None in sys.modules"
 
 
 def test_print_config_prints_the_resolved_configuration(tmp_path: Path) -> None:

@@ -112,3 +112,20 @@ def test_parquet_mistakes_are_one_line(tables: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tables / "b.parquet")
     assert "b.parquet, row 2, column text must be text, and is null" in message(f"parquet:{tables}/b.parquet")
     assert "must match at least one file" in message(f"parquet:{tables}/*.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_records_of_one_value_alone(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": str(index), "label": index % 3, "word": "ab"[index % 2]} for index in range(7)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert texts(f"{kind}:{path}:text:label=1") == ["1", "4"]
+    assert texts(f"{kind}:{path}:word=b") == ["1", "3", "5"]
+    assert texts(f"{kind}:{path}:word:label=0") == ["a", "b", "a"]
+    assert [document.name for document in documents(f"{kind}:{path}:label=2")] == [f"a.{kind}:3", f"a.{kind}:6"]
+    assert texts(f"{kind}:{path}:label=7") == []
+    with pytest.raises(ConfigError, match=r"must have the (field|column) none"):
+        texts(f"{kind}:{path}:none=1")

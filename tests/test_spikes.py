@@ -180,8 +180,8 @@ def nan_at(position: int) -> Callable[..., losses.LossFunction]:
     """The next-token task, but the loss of one position is not a number."""
     original = losses.next_token_losses
 
-    def next_token_losses(model: object, dropout_seed: int | None = None) -> losses.LossFunction:
-        row_losses = original(model, dropout_seed)  # type: ignore[arg-type]
+    def next_token_losses(*arguments: object) -> losses.LossFunction:
+        row_losses = original(*arguments)  # type: ignore[arg-type]
 
         def poisoned_losses(rows: dict[str, tf.Tensor], step: tf.Tensor) -> losses.Sums:
             sums, counts = row_losses(rows, step)
@@ -213,8 +213,8 @@ def test_a_loss_that_is_not_finite_is_gone_around(
 def test_spikes_without_end_stop_the_run(tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     original = losses.next_token_losses
 
-    def always_nan(model: object, dropout_seed: int | None = None) -> losses.LossFunction:
-        row_losses = original(model, dropout_seed)  # type: ignore[arg-type]
+    def always_nan(*arguments: object) -> losses.LossFunction:
+        row_losses = original(*arguments)  # type: ignore[arg-type]
 
         def poisoned_losses(rows: dict[str, tf.Tensor], step: tf.Tensor) -> losses.Sums:
             sums, counts = row_losses(rows, step)

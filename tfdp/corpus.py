@@ -3,10 +3,11 @@
 A source is named by a string: `python-stdlib`, or `KIND:ADDRESS`:
 
     text:GLOB               UTF-8 files, one document each
-    jsonl:GLOB[:FIELD]      JSON objects, one a line, plain, .gz, .xz or .zst; FIELD is text by default
-    parquet:GLOB[:COLUMN]   Parquet tables; COLUMN is text by default
+    jsonl:GLOB[:FIELD][:KEY=VALUE]      JSON objects, one a line, plain, .gz, .xz or .zst; FIELD is text by default
+    parquet:GLOB[:COLUMN][:KEY=VALUE]   Parquet tables; COLUMN is text by default
     tfds:NAME[/CONFIG][:SPLIT][:FIELD]   a data set of TensorFlow Datasets, or the folder of a prepared one
 
+KEY=VALUE takes the records with that value alone, such as one class: classes are weighed as sources of a mixture are.
 Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.
 """
 
@@ -80,17 +81,17 @@ def _text_files(pattern: str, key: str) -> Iterator[Document]:
 
 def _json_lines(address: str, key: str) -> Iterator[Document]:
     """One field of the JSON objects in the files that match a glob pattern; a document is named FILE:LINE."""
-    pattern, field = _pattern_and_field(address)
+    pattern, field, only = _pattern_and_field(address)
     for name, path in _files(pattern, key, f"jsonl:{address}"):
-        for number, text in json_lines(path, field, key):
+        for number, text in json_lines(path, field, key, only):
             yield Document(f"{name}:{number}", text)
 
 
 def _parquet(address: str, key: str) -> Iterator[Document]:
     """One column of the Parquet files that match a glob pattern; a document is named FILE:ROW."""
-    pattern, column = _pattern_and_field(address)
+    pattern, column, only = _pattern_and_field(address)
     for name, path in _files(pattern, key, f"parquet:{address}"):
-        for number, text in parquet_rows(path, column, key):
+        for number, text in parquet_rows(path, column, key, only):
             yield Document(f"{name}:{number}", text)
 
 
@@ -102,10 +103,14 @@ def _tfds(address: str, key: str) -> Iterator[Document]:
         yield Document(str(number), text)
 
 
-def _pattern_and_field(address: str) -> tuple[str, str]:
-    """Splits GLOB[:FIELD]; what follows the last colon is a field if it could not be part of a path."""
+def _pattern_and_field(address: str) -> tuple[str, str, tuple[str, str] | None]:
+    """Splits GLOB[:FIELD][:KEY=VALUE]; what follows a colon is one of the two if it could not be part of a path."""
+    only = None
+    if condition := re.fullmatch(r"(.+):([\w.-]+)=([^:/]*)", address):
+        address, only = condition[1], (condition[2], condition[3])
     pattern, _, field = address.rpartition(":")
-    return (pattern, field) if pattern and re.fullmatch(r"[\w.-]+", field) else (address, DEFAULT_FIELD)
+    named = bool(pattern and re.fullmatch(r"[\w.-]+", field))
+    return (pattern, field, only) if named else (address, DEFAULT_FIELD, only)
 
 
 def _files(pattern: str, key: str, source: str) -> list[tuple[str, Path]]:

@@ -8,11 +8,12 @@ killed goes on with the parts that it has. For part N its folder holds
     N.json      names of the documents, digest of their text and lengths of the other two files; written last
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,18 +147,19 @@ def encode_all(
     """
     parts: list[Part] = []
     waiting: set[Future[Part]] = set()
-    pool = make_pool(num_processes)
 
     def take(done: Iterable[Future[Part]]) -> None:
         for future in done:
             parts.append(future.result())
             on_part(parts[-1])
 
-    with pool:
+    with contextlib.ExitStack() as stack:
+        pool: ProcessPoolExecutor | None = None
         try:
             for stretch in all_stretches:
                 part = find_part(encoding.folder, stretch)
                 if part is None and stretch.number > 0 and num_processes > 1:
+                    pool = pool or stack.enter_context(make_pool(num_processes))
                     waiting.add(pool.submit(encode, stretch, encoding))
                 else:
                     parts.append(part or encode(stretch, encoding))
@@ -171,7 +173,8 @@ def encode_all(
                 "a process that encodes was killed (out of memory?): run the same command again, it goes on from here"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
     return sorted(parts, key=lambda part: part.number)
 
 

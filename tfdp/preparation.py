@@ -95,10 +95,11 @@ class Watcher:
 def prepare(
     recipe: Recipe,
     folder: Path,
-    key: str = "--output",
+    key: str = "output",
     watcher: Watcher | None = None,
     num_processes: int = 1,
     overlap: bool = False,
+    facts: dict[str, Any] | None = None,
 ) -> TokenShards:
     """Makes the shards of a recipe in a folder, or what is left to make of them, and opens them.
 
@@ -109,12 +110,13 @@ def prepare(
       watcher: is told how it gets on.
       num_processes: that encode.
       overlap: whether to measure how much of the validation text occurs in the training text.
+      facts: what the folder must have been made from; None: the recipe's own, with the names of the sources.
 
     Raises:
       ConfigError: a mistake in the source, or a folder that holds something else or cannot be written.
     """
     watcher = watcher or Watcher()
-    facts = recipe.facts()
+    facts = facts or recipe.facts()
 
     def is_done() -> bool:
         return _is_made(folder, facts) and not (overlap and read_manifest(folder)["overlap"] is None)
@@ -205,7 +207,7 @@ def _make_parts_and_join(
     splits = _split_of_documents(parts, index, recipe.validation_fraction)
     manifest = {
         "version": FORMAT_VERSION,
-        **{key: facts[key] for key in ("source", "validation_source", "validation_fraction", "cleaning")},
+        **{key: value for key, value in recipe.facts().items() if key != "tokenizer"},
         "licence": recipe.licence or licence_of(recipe.source),
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,

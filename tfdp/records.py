@@ -17,13 +17,17 @@ from tfdp.exits import ConfigError
 DEFAULT_FIELD = "text"
 
 
-def json_lines(path: Path, field: str, key: str) -> Iterator[tuple[int, str]]:
+Condition = tuple[str, str] | None  # the field and the value of the records to take; None: all
+
+
+def json_lines(path: Path, field: str, key: str, only: Condition = None) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text of `field`) of a file of JSON objects, one a line; empty lines are passed over.
 
     Args:
       path: plain, or compressed as its suffix says: .gz, .xz, .zst.
       field: whose value is the text; a.b is the field b of the object a.
       key: the configuration key to blame.
+      only: which records to take; a value that is no text is compared as JSON writes it.
 
     Raises:
       ConfigError: what is wrong, with file and line.
@@ -33,19 +37,25 @@ def json_lines(path: Path, field: str, key: str) -> Iterator[tuple[int, str]]:
         for line in _lines(path):
             number += 1
             if line.strip():
-                yield number, _text_of(line, field, f"{key}: {path}, line {number},")
+                where = f"{key}: {path}, line {number},"
+                record = _parse(line, where)
+                if only is None or _shown(_field_of(record, only[0], where)) == only[1]:
+                    yield number, _require_text(_field_of(record, field, where), f"{where} field {field}")
     except (EOFError, OSError, lzma.LZMAError, zlib.error, _zstd_error()) as error:
         message = getattr(error, "strerror", None) or error
         raise ConfigError(f"{key}: {path} must be whole and readable, but after line {number}: {message}") from None
 
 
-def _text_of(line: bytes, field: str, where: str) -> str:
+def _parse(line: bytes, where: str) -> object:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} must be UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} must be one JSON object: {error}") from None
+
+
+def _field_of(value: Any, field: str, where: str) -> Any:
     for part in field.split("."):
         if not isinstance(value, dict):
             raise ConfigError(f"{where} must be a JSON object with the field {field}, and is {type(value).__name__}")
@@ -53,7 +63,11 @@ def _text_of(line: bytes, field: str, where: str) -> str:
             listed = ", ".join(list(value)[:8]) or "none"
             raise ConfigError(f"{where} must have the field {field}: it has {listed}; name one as jsonl:GLOB:FIELD")
         value = value[part]
-    return _require_text(value, f"{where} field {field}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -99,7 +113,7 @@ def _zstd_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
-def parquet_rows(path: Path, column: str, key: str) -> Iterator[tuple[int, str]]:
+def parquet_rows(path: Path, column: str, key: str, only: Condition = None) -> Iterator[tuple[int, str]]:
     """Yields (row number from 1, text of `column`) of a Parquet file; memory holds one batch of rows.
 
     Raises:
@@ -112,15 +126,19 @@ def parquet_rows(path: Path, column: str, key: str) -> Iterator[tuple[int, str]]
     try:
         with contextlib.closing(pyarrow.parquet.ParquetFile(path)) as file:
             names = [name for name in file.schema_arrow.names if isinstance(name, str)]
-            if column not in names:
-                listed = ", ".join(names[:8]) or "none"
-                raise ConfigError(
-                    f"{key}: {path} must have the column {column}: it has {listed}; name one as parquet:GLOB:COLUMN"
-                )
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0):
+            columns = [column, *([only[0]] if only else [])]
+            for wanted in columns:
+                if wanted not in names:
+                    listed = ", ".join(names[:8]) or "none"
+                    raise ConfigError(
+                        f"{key}: {path} must have the column {wanted}: it has {listed}; name one as parquet:GLOB:COLUMN"
+                    )
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in range(len(batch)):
                     number += 1
-                    yield number, _require_text(_from_arrow(value), f"{key}: {path}, row {number}, column {column}")
+                    if only is None or _shown(batch.column(only[0])[row].as_py()) == only[1]:
+                        value = _from_arrow(batch.column(column)[row])
+                        yield number, _require_text(value, f"{key}: {path}, row {number}, column {column}")
     except (pyarrow.ArrowException, OSError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{key}: {path} must be a whole Parquet file, but after row {number}: {message}") from None

@@ -153,7 +153,7 @@ def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
 
 def _from_cache(config: DataConfig, source: str, tokenizer: str, cache_dir: Path) -> TokenShards:
     recipe = Recipe(source, config.validation_source, config.validation_fraction, tokenizer, section="data.")
-    told = [corpus_sha256(recipe), {**recipe.facts(), "source": None, "validation_source": None}]
-    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-    folder = cache_dir / f"{key}.{FORMAT_VERSION}"
-    return prepare(recipe, folder, "data.cache_dir", num_processes=os.cpu_count() or 1)
+    # the text itself, not where it lies
+    facts = {**recipe.facts(), "source": corpus_sha256(recipe), "validation_source": None}
+    name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.{FORMAT_VERSION}"
+    return prepare(recipe, cache_dir / name, "data.cache_dir", num_processes=os.cpu_count() or 1, facts=facts)
