@@ -113,9 +113,7 @@ def test_wikipedia_that_is_prepared(folder: Path) -> None:
     builder = Prepared(config="20230601.en", data_dir=folder)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
     prepared = folder / "wikipedia" / "20230601.en" / "1.0.0"
-    assert {file.name for file in prepared.iterdir()} == {"dataset_info.json", "features.json"} | {
-        f"wikipedia-train.tfrecord-0000{shard}-of-00004" for shard in range(4)
-    }
+    assert len(list(prepared.glob("wikipedia-train.tfrecord-*-of-00004"))) == 4
 
     titles = _stored("train", {str(number): title for number, (title, _) in enumerate(ARTICLES)})
     texts = [dict(ARTICLES)[title] for title in titles]
@@ -127,20 +125,8 @@ def test_wikipedia_that_is_prepared(folder: Path) -> None:
     assert rest == titles[10:]
 
 
-@pytest.mark.skipif(not MISSING, reason="all packages of wikipedia's builder are installed")
-def test_packages_that_are_missing_are_named_before_the_download(folder: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        _texts("tfds:wikipedia/20230601.en")
-    assert str(caught.value) == (
-        f"data.source (tfds:wikipedia/20230601.en) is not prepared in {folder}/wikipedia/20230601.en/1.0.0, and "
-        f"preparing it needs packages that are not installed: pip install {' '.join(MISSING)}, or prepare it where "
-        "they are, with tfds.builder(...).download_and_prepare(), and copy the folder"
-    )
-    assert not (folder / "downloads").exists()
-
-
-@pytest.mark.skipif(bool(MISSING), reason="not all packages of wikipedia's builder are installed")
-def test_wikipedia_from_its_dump(folder: Path) -> None:
+def _dump(folder: Path) -> None:
+    """Puts a dump of the Abkhaz Wikipedia where the builder looks: 20 articles, a redirect and a page of talk."""
     url = "https://mirror.accum.se/mirror/wikimedia.org/dumps/abwiki/20230601/"
     dump = "abwiki-20230601-pages-articles-multistream.xml.bz2"
     pages = [(0, title, f"'''{text}'''<ref>gone</ref> [[Moon|the moon]]") for title, text in ARTICLES]
@@ -158,5 +144,16 @@ def test_wikipedia_from_its_dump(folder: Path) -> None:
     _downloaded(folder, "wikipedia", f"{url}dumpstatus.json", json.dumps(status).encode())
     _downloaded(folder, "wikipedia", f"{url}{dump}", packed)
 
+
+@pytest.mark.skipif(not MISSING, reason="all packages of wikipedia's builder are installed")
+def test_a_package_that_is_missing_is_named(folder: Path) -> None:
+    _dump(folder)
+    with pytest.raises(ConfigError, match=rf"needs a package that is not installed: pip install {MISSING[0]}, or "):
+        _texts("tfds:wikipedia/20230601.ab")
+
+
+@pytest.mark.skipif(bool(MISSING), reason="not all packages of wikipedia's builder are installed")
+def test_wikipedia_from_its_dump(folder: Path) -> None:
+    _dump(folder)
     cleaned = {str(number): f"{text} the moon" for number, (_, text) in enumerate(ARTICLES)}
     assert _texts("tfds:wikipedia/20230601.ab:train:text") == _stored("train", cleaned)

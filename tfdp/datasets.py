@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("TF_CONFIG", None)
     number = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    with (
+        tempfile.TemporaryFile() as printed,  # a pipe that nobody reads would fill, and stop the process
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=printed, env=environment) as process,
+    ):
         try:
             assert process.stdout is not None
             for kind, text in _frames(process.stdout):
@@ -65,8 +69,8 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
                 yield number, text
                 number += 1
             if process.wait() != 0:
-                assert process.stderr is not None
-                last = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+                printed.seek(0)
+                last = printed.read().decode(errors="replace").strip().splitlines()[-1:]
                 raise ConfigError(f"{key} (tfds:{address}) could not be read: {' '.join(last) or process.returncode}")
         finally:
             process.kill()
@@ -116,7 +120,9 @@ def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
     tfds.disable_progress_bar()
     shown = f"{key} (tfds:{address})"
     builder = _builder(tfds, wanted, shown)
-    _prepare(tfds, builder, shown)
+    if not builder.is_prepared():
+        _prepare(builder, shown)
+        builder = _builder(tfds, wanted, shown)  # one made before another process prepared the data knows no split
     field = _field(tfds, builder, wanted.field, shown)
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     try:
@@ -142,10 +148,8 @@ def _builder(tfds: Any, wanted: Address, shown: str) -> Any:
         raise ConfigError(f"{shown} could not be opened: {' '.join(str(error).split())[:300]}") from None
 
 
-def _prepare(tfds: Any, builder: Any, shown: str) -> None:
+def _prepare(builder: Any, shown: str) -> None:
     """Downloads and prepares a data set once, however many processes ask for it; fails at once without a network."""
-    if builder.is_prepared():
-        return
     from tensorflow_datasets.core.download import downloader
 
     downloader.MAX_RETRIES = 0  # else it tries for three minutes
@@ -157,12 +161,26 @@ def _prepare(tfds: Any, builder: Any, shown: str) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not builder.is_prepared():
                 builder.download_and_prepare()
+    except ImportError as error:
+        package = _missing_package(error)
+        raise ConfigError(
+            f"{shown} is not prepared in {folder}, and preparing it needs a package that is not installed: "
+            f"pip install {package}, or prepare it where {package} is, with "
+            "tfds.builder(...).download_and_prepare(), and copy the folder"
+        ) from None
     except Exception as error:  # a data set's own, its downloads', or the disk's
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{shown} is not prepared in {folder}, and could not be downloaded ({type(error).__name__}: {reason}); "
             f"prepare it where there is a network, with tfds.builder(...).download_and_prepare(), and copy the folder"
         ) from None
+
+
+def _missing_package(error: BaseException) -> str:
+    """The package that an import did not find: TensorFlow Datasets wraps the error that knows its name."""
+    while getattr(error, "name", None) is None and (error.__cause__ or error.__context__) is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return getattr(error, "name", None) or " ".join(str(error).split())[:200]
 
 
 def _field(tfds: Any, builder: Any, field: str | None, shown: str) -> str:

@@ -34,7 +34,7 @@ SPLITS = ("train", "validation")
 MANIFEST_FILE, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 TOKENS_PER_SHARD = 1 << 28
 ABSENT = -1  # stands where a window reaches past the end of its split; no token id is negative
-_CHUNK_TOKENS = 1 << 20
+_CHUNK_TOKENS = 1 << 16  # whose bytes and their indices fit into a processor's cache
 
 
 class MappedTokens:
@@ -117,17 +117,17 @@ class Split:
 
         A chunk repeats the last tokens before it, so that no 50 bytes of a document lie in none.
         """
-        sizes = np.array([len(data) for data in token_bytes], dtype=np.int64)
+        sizes = np.array([len(data) for data in token_bytes], dtype=np.int32)
         flat = np.frombuffer(b"".join(token_bytes), dtype=np.uint8)
-        offsets = np.cumsum(sizes) - sizes
+        offsets = np.cumsum(sizes, dtype=np.int32) - sizes
         for start in range(begin, stop, _CHUNK_TOKENS):
             first, end = max(0, start - 64), min(start + _CHUNK_TOKENS, stop)
             (ids,) = self.read(np.array([first]), np.array([end - first]), end - first)
             lengths = sizes[ids]
-            ends = np.cumsum(lengths)
-            positions = np.arange(ends[-1]) + np.repeat(offsets[ids] - (ends - lengths), lengths)
-            boundaries = np.concatenate([[0], ends[lengths == 0]])  # the only token without bytes ends a text
-            yield flat[positions], np.unique(boundaries)
+            ends = np.cumsum(lengths, dtype=np.int32)
+            positions = np.repeat(offsets[ids] - (ends - lengths), lengths)
+            positions += np.arange(len(positions), dtype=np.int32)
+            yield flat[positions], ends[lengths == 0]  # the only token without bytes ends a text
 
     def _copy(self, start: int, row: np.ndarray) -> None:
         stop = min(start + len(row), self.num_tokens)
