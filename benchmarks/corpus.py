@@ -119,7 +119,7 @@ def input_wait(shards: Path, num_rounds: int = 15, num_steps: int = 20) -> None:
     config = Config(
         model=ModelConfig(**MODEL),
         data=DataConfig(source=f"tokens:{shards}"),
-        training=TrainingConfig(steps=10_000, global_batch_size=BATCH),
+        training=TrainingConfig(steps=10_000, global_batch_size=BATCH, spike_threshold=None),
     )
     parts = build(config, open_corpus(config.data, Path("unused")), strategy)
     batches = parts.batches_from(0, ())

@@ -8,11 +8,10 @@ authors published it, and `keras`, which cuts as the graph path of keras_nlp.tok
 differ in a few runs of white space: keras_nlp keeps "\\n\\n" before a word whole and cuts the last space off a text.
 """
 
-import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from tfdp.exits import ConfigError
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_FILE, MERGES_FILE = "vocabulary.json", "merges.txt"
 
-_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WIDE_SPACES = r"\x{a0}\x{2009}\x{202f}\x{3000}"
 
 
 def _keras_pattern() -> str:
@@ -32,14 +32,14 @@ def _keras_pattern() -> str:
 
     Its white space is RE2's and four characters more; a vertical tab counts as punctuation, but is cut off its end.
     """
-    tabs = r"\t\r\f\x{a0}\x{2009}\x{202f}\x{3000}"
+    tabs = rf"\t\r\f{_WIDE_SPACES}"
     space, tab, other = rf"[ \n{tabs}]", rf"[{tabs}]", rf"[^ \n{tabs}\p{{L}}\p{{N}}]"
     no_space = rf"[^ \n{tabs}]"
     return "|".join(
         [
             r"'(?:s|t|re|ve|m|ll|d)",
-            r" ?\p{L}+",
-            r" ?\p{N}+",
+            r" ?[\p{L}]+",
+            r" ?[\p{N}]+",
             rf" (?=\x0b(?!{other}))| ?{other}+(?=\x0b(?!{other}))| ?{other}+",
             rf"{space}+(?= {no_space})",  # all but the space that begins the next word
             rf"{space}*\n(?!{space})|{space}+\n(?= +\z)",  # up to a line's end
@@ -52,6 +52,7 @@ def _keras_pattern() -> str:
 PATTERNS = {"gpt2": _GPT2, "keras": _keras_pattern()}
 # Between a character that is no white space and one that is, both patterns cut, whatever stands around them.
 _CUT = re.compile(r"[^\s\x0b\x1c-\x1f](?=[ \n])")
+_MAX_CACHED = 1 << 17  # pieces, of at most 32 characters: some 20 MB
 
 
 class BytePairTokenizer:
@@ -112,11 +113,32 @@ class BytePairTokenizer:
         (folder / MERGES_FILE).write_text("".join(f"{merge}\n" for merge in self.merges), encoding="utf-8")
 
     def _encode_segment(self, text: str) -> np.ndarray:
-        if self._ranks_are_merges:
-            # ValueError: its matcher gives up on a million white spaces in a row
-            with contextlib.suppress(ValueError):
-                return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        if not self._ranks_are_merges:
+            return self._encode_by_reference(text)
+        return self._encode_ascii(text) if text.isascii() else self._encode_unicode(text)
+
+    def _encode_ascii(self, text: str) -> np.ndarray:
+        """Ids of ASCII text: cut by `re`, which is fast on it, and looked up, because most of its words come again."""
+        return np.frombuffer(b"".join(map(self._cache.__getitem__, self._cut_ascii(text))), dtype=np.uint32)
+
+    def _encode_unicode(self, text: str) -> np.ndarray:
+        try:
+            return self._tiktoken.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # its matcher gives up on a million white spaces in a row
+            return self._encode_by_reference(text)
+
+    def _encode_by_reference(self, text: str) -> np.ndarray:
         return np.array(self._reference.encode(text).ids, dtype=np.uint32)
+
+    @cached_property
+    def _cache(self) -> "_Pieces":
+        return _Pieces(self._make_tiktoken(r"(?s:.+)"))
+
+    @cached_property
+    def _cut_ascii(self) -> Callable[[str], list[str]]:
+        """What the pattern cuts ASCII text into, in the grammar of `re`."""
+        pattern = PATTERNS[self.pattern].replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9")
+        return re.compile(pattern.replace(_WIDE_SPACES, "").replace(r"\z", r"\Z"), re.ASCII).findall
 
     @cached_property
     def _ranks_are_merges(self) -> bool:
@@ -127,10 +149,13 @@ class BytePairTokenizer:
 
     @cached_property
     def _tiktoken(self) -> Any:
+        return self._make_tiktoken(PATTERNS[self.pattern])
+
+    def _make_tiktoken(self, pattern: str) -> Any:
         import tiktoken
 
         ranks = {data: index for index, data in enumerate(self.token_bytes) if data}
-        return tiktoken.Encoding("tfdp", pat_str=PATTERNS[self.pattern], mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding("tfdp", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @cached_property
     def _reference(self) -> Any:
@@ -147,6 +172,19 @@ class BytePairTokenizer:
             parts = merge.split(" ")
             if len(parts) != 2 or any(part not in self.vocabulary for part in (*parts, "".join(parts))):
                 raise ConfigError(f"data.tokenizer: merge {number} ({merge}) must be two tokens that make a third")
+
+
+class _Pieces(dict[str, bytes]):
+    """The ids of the pieces seen so far, as bytes of uint32."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+
+    def __missing__(self, piece: str) -> bytes:
+        ids = self.encoder.encode_to_numpy(piece, disallowed_special=()).tobytes()
+        if len(piece) <= 32 and len(self) < _MAX_CACHED:
+            self[piece] = ids
+        return ids
 
 
 def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
