@@ -1,15 +1,20 @@
 """Text from TensorFlow Datasets, through its real builders on local data."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
 from tfdp.corpus import documents
 from tfdp.datasets import Address, parse
 from tfdp.exits import ConfigError
+from trainers import causal_lm
+from trainers.causal_lm import Config
 
 TEXTS = [f"text {number}, with é, 👩‍👧 and\r\n" for number in range(40)]
 
@@ -99,3 +104,19 @@ def test_without_a_network_it_fails_in_seconds(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"is not prepared in .*, and could not be downloaded .*copy the folder"):
         list(documents("tfds:tiny_shakespeare"))
     assert time.monotonic() - started < 30  # 10 on a machine with nothing else to do
+
+
+def test_a_prepared_data_set_and_a_folder_of_parquet_train_the_same(
+    tiny_config: Callable[..., Config], prepared: Path, tmp_path: Path
+) -> None:
+    texts = [document.text for document in documents(f"tfds:{prepared}:train")]
+    for number in range(4):
+        table = pyarrow.table({"id": range(10), "body": texts[number * 10 : number * 10 + 10]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet")
+    held_out = {"validation_source": f"tfds:{prepared}:test:title"}
+    summaries = [
+        causal_lm.train(tiny_config(name, data={"source": source, **held_out}, training={"steps": 5}))
+        for name, source in (("tfds", f"tfds:{prepared}:train"), ("parquet", f"parquet:{tmp_path}/*.parquet:body"))
+    ]
+    same = ("weights_sha256", "state_sha256", "train_loss", "validation_loss", "validation_bits_per_byte")
+    assert {key: summaries[0][key] for key in same} == {key: summaries[1][key] for key in same}
