@@ -34,6 +34,6 @@ setup(
     ],
     extras_require={
         "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "import-linter", "types-PyYAML"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter", "types-PyYAML"],
     },
 )
