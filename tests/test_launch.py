@@ -135,40 +135,6 @@ def test_each_worker_gets_its_place_in_one_cluster_and_its_share_of_the_cores(ru
     assert settings_0[:3] == [str(max(1, num_cores // 2)), str(max(2, num_cores // 2)), str(max(1, num_cores // 2))]
 
 
-def test_with_fewer_cores_than_workers_nobody_is_pinned() -> None:
-    shares = launch.share_machine(len(os.sched_getaffinity(0)) + 1)
-    assert {(len(share.cores), share.environment["OMP_NUM_THREADS"]) for share in shares} == {(0, "1")}
-
-
-def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert [share.environment["OMP_NUM_THREADS"] for share in launch.share_machine(2)] == ["7", "7"]
-
-
-def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(launch.ConfigError, match=r"num_workers \(3\) must be at most the number of GPUs: try 2, or"):
-        launch.share_machine(3)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert "CUDA_VISIBLE_DEVICES" not in launch.share_machine(3)[0].environment
-
-
-def test_gpus_are_counted_from_what_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: A (UUID: y)'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.available_gpus() == ["0", "1"]
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")
-    assert launch.available_gpus() == []
-
-
-def test_ports_differ_and_avoid_those_of_before() -> None:
-    first = launch.free_ports(50)
-    second = launch.free_ports(50, first)
-    assert len({*first, *second}) == 100
-
-
 # --- Output ----------------------------------------------------------------------------------------
 
 

@@ -7,17 +7,15 @@ It does not reach other machines: there, a cluster's own tool starts the workers
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import IO
 from tfdp import exits
 from tfdp.config import find_trainer, import_trainer, load, require, with_run_config
 from tfdp.exits import ConfigError
+from tfdp.machine import Share, free_ports, preparation, share_machine
 
 DESCRIPTION = (
     "Start the workers of one training job on this machine and wait for them. Arguments after -- are those of "
@@ -61,14 +60,6 @@ class LaunchConfig:
         require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1: try 2")
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative: try 0")
         require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must not be negative: try 15")
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one worker gets of the machine."""
-
-    cores: Collection[int]  # empty: all of them, with fewer cores than workers
-    environment: Mapping[str, str]
 
 
 @dataclass
@@ -210,75 +201,6 @@ def _origin(step: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The machine, shared out
-# ---------------------------------------------------------------------------------------------------
-
-
-def share_machine(num_workers: int) -> list[Share]:
-    """Cuts the cores and GPUs that this process may use into equal parts, one for each worker.
-
-    What the user has set of the variables named here stays as it is.
-
-    Raises:
-      ConfigError: there are GPUs, but fewer than workers.
-    """
-    cores = available_cores()
-    gpus = available_gpus()
-    require(
-        not gpus or num_workers <= len(gpus),
-        "num_workers",
-        num_workers,
-        f"must be at most the number of GPUs: try {len(gpus)}, or CUDA_VISIBLE_DEVICES=-1 to train on the cores",
-    )
-    shares = []
-    for index in range(num_workers):
-        own = cores[index * len(cores) // num_workers : (index + 1) * len(cores) // num_workers]
-        own = own if len(cores) >= num_workers else []
-        environment = {
-            "TF_NUM_INTRAOP_THREADS": str(max(1, len(own))),
-            # With one thread, an operation that waits for a peer could hold up the one that the peer waits for.
-            "TF_NUM_INTEROP_THREADS": str(max(2, len(own))),
-            "OMP_NUM_THREADS": str(max(1, len(own))),
-        }
-        environment = {name: os.environ.get(name, value) for name, value in environment.items()}
-        if gpus:
-            each = len(gpus) // num_workers
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
-        shares.append(Share(own, environment))
-    return shares
-
-
-def available_cores() -> list[int]:
-    """Numbers of the cores that this process may run on; none where the system cannot pin processes to cores."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
-def available_gpus() -> list[str]:
-    """Names of the GPUs for CUDA_VISIBLE_DEVICES: what it holds already, or all that `nvidia-smi -L` lists."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
-        return [name for name in names if name not in ("", "-1")]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(index) for index in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
-
-
-def free_ports(count: int, avoid: Collection[int] = ()) -> list[int]:
-    """That many different free ports of 127.0.0.1, none of them in `avoid`; free until somebody else takes them."""
-    with contextlib.ExitStack() as held:
-        ports: list[int] = []
-        while len(ports) < count:
-            listener = held.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            if port not in avoid:
-                ports.append(port)
-        return ports
-
-
-# ---------------------------------------------------------------------------------------------------
 # Workers
 # ---------------------------------------------------------------------------------------------------
 
@@ -299,7 +221,7 @@ def start_workers(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_prepare(share.cores),
+                preexec_fn=preparation(share.cores),
             )
             workers.append(Worker(index, process))
     except BaseException:
@@ -309,23 +231,6 @@ def start_workers(
     for worker in workers:  # after the last fork: a child of a process with threads may inherit a lock they hold
         worker.readers = console.follow(worker.index, worker.process)
     return workers
-
-
-def _prepare(cores: Collection[int]) -> Callable[[], None]:
-    """What a worker does between fork and exec: it takes its cores, and asks Linux to end it with the launcher."""
-    launcher = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-
-    def prepare() -> None:
-        if cores:
-            os.sched_setaffinity(0, cores)
-        if libc is not None:
-            libc.prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != launcher:
-                os._exit(exits.FAILED)
-
-    return prepare
 
 
 def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequence[int], console: "Console") -> None:
