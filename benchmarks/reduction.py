@@ -26,7 +26,7 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
     from tfdp.gpt import GPT
     from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.step import StepRules, TrainStep, default_jit_compile
+    from tfdp.step import Compilation, StepRules, TrainStep
 
     training, config, rows = TrainingConfig(), OptimizerConfig(), TrainingConfig().global_batch_size
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas, reduction=reduction))  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
         rows,
         microbatch_size,
         StepRules(config.clip_norm, reduction=reduction, verify_every=training.verify_every),
-        default_jit_compile(training.jit_compile, training.precision, on_gpu=False),
+        Compilation.choose(training.jit_compile, training.precision, on_gpu=False),
     )
     tokens = np.random.default_rng(0).integers(0, 256, (rows, ModelConfig().context_length + 1)).astype(np.int32)
     batch = {"tokens": tf.constant(tokens), "position": tf.range(rows, dtype=tf.int64)}

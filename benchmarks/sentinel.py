@@ -21,7 +21,7 @@ def make_step(strategy: Any, verify_every: int) -> Any:
     from tfdp.gpt import GPT
     from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.step import StepRules, TrainStep, default_jit_compile
+    from tfdp.step import Compilation, StepRules, TrainStep
 
     training, config = TrainingConfig(), OptimizerConfig()
     with strategy.scope():
@@ -35,7 +35,7 @@ def make_step(strategy: Any, verify_every: int) -> Any:
         training.global_batch_size,
         training.global_batch_size // int(strategy.num_replicas_in_sync),
         StepRules(config.clip_norm, verify_every=verify_every, spike_threshold=training.spike_threshold),
-        default_jit_compile(training.jit_compile, training.precision, on_gpu=False),
+        Compilation.choose(training.jit_compile, training.precision, on_gpu=False),
     )
 
 

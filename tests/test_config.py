@@ -121,6 +121,7 @@ def test_a_yaml_without_keys_changes_nothing(tmp_path: Path, text: str) -> None:
         (["--model.tie_embeddings", "false"], "model.tie_embeddings", False),
         (["--model.mlp_dim", "48"], "model.mlp_dim", 48),
         (["--run_dir", "123"], "run_dir", "123"),
+        (["--training.profile_steps", "20:25"], "training.profile_steps", "20:25"),
         (["--run_dir", "3e-4"], "run_dir", "3e-4"),
         (["--data.source", "text:a b/[0-9]*.txt"], "data.source", "text:a b/[0-9]*.txt"),
         (["--seed", "1", "--seed", "2"], "seed", 2),
@@ -288,6 +289,24 @@ def test_a_broken_yaml_is_one_line(tmp_path: Path, content: bytes) -> None:
 
 
 RULES: list[tuple[type, dict[str, object], str]] = [
+    (
+        TrainingConfig,
+        {"loss_chunk_size": -1},
+        "training.loss_chunk_size (-1) must not be negative: try 0 for all tokens at once",
+    ),
+    (TrainingConfig, {"profile_steps": "9"}, "training.profile_steps (9) must be A:B with A < B: try 20:25"),
+    (TrainingConfig, {"profile_steps": "9:9"}, "training.profile_steps (9:9) must be A:B with A < B: try 20:25"),
+    (
+        DistributionConfig,
+        {"bytes_per_pack": -1},
+        "distribution.bytes_per_pack (-1) must not be negative: try 4194304",
+    ),
+    (
+        DistributionConfig,
+        {"wire_dtype": "bfloat16", "reduction": "canonical"},
+        "distribution.wire_dtype (bfloat16) must be float32 with distribution.reduction canonical: rounded sums of "
+        "replicas differ by layout",
+    ),
     (ModelConfig, {"num_heads": 3}, "model.num_heads (3) must divide model.model_dim (128): try 2"),
     (ModelConfig, {"num_heads": 0}, "model.num_heads (0) must be at least 1"),
     (ModelConfig, {"num_layers": 0}, "model.num_layers (0) must be at least 1"),

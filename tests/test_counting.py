@@ -58,7 +58,7 @@ def test_the_gradient_of_any_mask_is_the_sum_over_valid_tokens(num_replicas: int
         model = GPT(MODEL, VOCABULARY)
         optimizer = Optimizer(config, model.trainable_variables)
     loss, schedule = next_token_loss(model), make_schedule(config, 10)
-    step = TrainStep(strategy, loss, optimizer, schedule, ROWS, microbatch_size, StepRules(), jit_compile=False)
+    step = TrainStep(strategy, loss, optimizer, schedule, ROWS, microbatch_size, StepRules(), compilation=False)
     for seed, (name, empty_rows) in enumerate(EMPTY_ROWS.items()):
         tokens = masked_tokens(seed, empty_rows)
         expected_loss, expected = reference(model, tokens)
@@ -82,9 +82,8 @@ def test_the_validation_loss_is_identical_for_any_number_of_replicas(num_tokens:
         strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
         with strategy.scope():
             model = GPT(MODEL, VOCABULARY)
-        rows = 3 * num_replicas
         held = [Held("all", PackedSequences(split, MODEL.context_length), num_tokens)]
-        evaluate = Evaluator(strategy, next_token_loss(model), held, rows, jit_compile=False)
+        evaluate = Evaluator(strategy, next_token_loss(model), held, 3, jit_compile=False)
         found[num_replicas] = evaluate()
     assert {result.num_tokens for result in found.values()} == {num_tokens - 1}
     assert len({result.loss for result in found.values()}) == 1

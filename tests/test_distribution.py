@@ -35,7 +35,11 @@ def test_the_global_batch_is_cut_evenly_or_refused() -> None:
     assert distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24)) == 6
     training = TrainingConfig(global_batch_size=24, microbatch_size=2)
     assert distribution.microbatch_size(strategy, training) == 2
-    assert distribution.describe_batch(strategy, training) == "24 sequences = 4 replicas x 3 micro-batches x 2"
+    assert distribution.describe_batch(strategy, training, 2, 1) == "24 sequences = 4 replicas x 3 micro-batches x 2"
+    assert distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24), num_side_by_side=2) == 3
+    assert distribution.describe_batch(strategy, TrainingConfig(global_batch_size=24), 3, 2) == (
+        "24 sequences = 4 replicas x 2 micro-batches x 3, 2 side by side,"
+    )
     with pytest.raises(ConfigError) as caught:
         distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=30))
     assert str(caught.value) == "training.global_batch_size (30) must be a multiple of num_replicas (4): try 32"
@@ -43,6 +47,43 @@ def test_the_global_batch_is_cut_evenly_or_refused() -> None:
         ConfigError, match=r"\(24\) must be a multiple of num_replicas \* training.microbatch_size \(32\)"
     ):
         distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24, microbatch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("cores", "training", "num_local", "num_params", "context_length", "expected"),
+    [
+        (2, {"global_batch_size": 12}, 1, 800_000, 64, 2),
+        (2, {"global_batch_size": 2}, 1, 124_000_000, 256, 1),  # few tokens for many weights
+        (2, {"global_batch_size": 8}, 1, 124_000_000, 256, 2),
+        (2, {"global_batch_size": 3}, 1, 800_000, 64, 1),  # cannot be halved
+        (2, {"global_batch_size": 12}, 2, 800_000, 64, 1),  # each replica has one core
+        (6, {"global_batch_size": 12}, 1, 800_000, 64, 4),
+        (8, {"global_batch_size": 12, "microbatch_size": 2}, 1, 800_000, 64, 2),  # six micro-batches
+        (2, {"global_batch_size": 12, "parallel_microbatches": 1}, 1, 800_000, 64, 1),
+        (1, {"global_batch_size": 12, "parallel_microbatches": 4}, 1, 800_000, 64, 4),
+    ],
+)
+def test_micro_batches_are_computed_side_by_side_where_it_pays(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    training: dict[str, int],
+    num_local: int,
+    num_params: int,
+    context_length: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(distribution, "available_cores", lambda: list(range(cores)))
+    config, sizes = DistributionConfig(num_replicas=num_local), TrainingConfig(**training)  # type: ignore[arg-type]
+    assert distribution.num_side_by_side(config, sizes, 1, num_params, context_length) == expected
+
+
+def test_micro_batches_that_cannot_be_grouped_are_refused() -> None:
+    training = TrainingConfig(global_batch_size=12, microbatch_size=4, parallel_microbatches=2)
+    with pytest.raises(
+        ConfigError,
+        match=r"^training.parallel_microbatches \(2\) must divide the 3 micro-batches of a replica: try 1$",
+    ):
+        distribution.num_side_by_side(DistributionConfig(), training, 1, 1000, 16)
 
 
 def test_without_a_cluster_there_is_one_worker() -> None:

@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 
 from tfdp.config import ModelConfig
-from tfdp.gpt import GPT, rotary_tables, rotate
-from tfdp.losses import cross_entropy
+from tfdp.gpt import GPT, expected_num_params, rotary_tables, rotate
+from tfdp.losses import cross_entropy, next_token_loss
 
 VOCAB_SIZE = 13
 POSITIONS = ["learned", "sinusoidal", "rope"]
@@ -358,3 +358,60 @@ def test_initial_spread_is_that_of_gpt2(num_layers: int) -> None:
         expected = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
         assert abs(value.std() / expected - 1) < 4 / math.sqrt(2 * value.size), name
         assert abs(value.mean()) < 4 * expected / math.sqrt(value.size), name
+
+
+# --- Remat -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "jit_compile"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_remat_gives_the_same_loss_and_gradients(precision: str, jit_compile: bool) -> None:
+    config = ModelConfig(num_layers=3, num_heads=2, model_dim=16, context_length=12, dropout=0.2, zero_init=False)
+    tokens = tf.constant(np.random.default_rng(0).integers(0, 50, (4, 13)), tf.int32)
+    found = []
+    for remat in (False, True):
+        model = GPT(config, 50, seed=1, precision=precision, remat=remat)
+        loss = next_token_loss(model, dropout_seed=2)
+
+        @tf.function(jit_compile=jit_compile)
+        def gradients(model: GPT = model, loss: object = loss) -> list[tf.Tensor]:
+            weights = [variable.value for variable in model.trainable_variables]
+            with tf.GradientTape() as tape:
+                sums, _ = loss({"tokens": tokens, "position": tf.range(4, dtype=tf.int64)}, tf.constant(0, tf.int64))  # type: ignore[operator]
+            return [sums, *map(tf.convert_to_tensor, tape.gradient(sums, weights))]
+
+        found.append([value.numpy() for value in gradients()])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
+# --- Compiled parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "layer_norm", "use_bias": True}, {"activation": "swiglu"}])
+def test_compiled_parts_compute_what_single_operations_do(changes: dict[str, object]) -> None:
+    config = ModelConfig(num_layers=1, num_heads=2, model_dim=16, context_length=12, zero_init=False, **changes)  # type: ignore[arg-type]
+    tokens = tf.constant(np.random.default_rng(0).integers(0, 50, (4, 13)), tf.int32)
+    found = []
+    for fuse in (False, True):
+        model = GPT(config, 50, seed=1, fuse=fuse)
+        loss = next_token_loss(model)
+        weights = [variable.value for variable in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            sums, _ = loss({"tokens": tokens, "position": tf.range(4, dtype=tf.int64)}, tf.constant(0, tf.int64))
+        found.append([sums, *map(tf.convert_to_tensor, tape.gradient(sums, weights))])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "layer_norm", "use_bias": True, "position": "learned", "tie_embeddings": True, "qk_norm": False},
+        {"activation": "swiglu", "num_kv_heads": 1, "norm": "layer_norm"},
+        {"mlp_dim": 40, "position": "sinusoidal", "use_bias": True},
+    ],
+)
+def test_the_number_of_parameters_is_known_before_the_model_is_made(changes: dict[str, object]) -> None:
+    config = ModelConfig(num_layers=2, num_heads=2, model_dim=16, context_length=8, **changes)  # type: ignore[arg-type]
+    assert GPT(config, 33).num_params() == expected_num_params(config, 33)

@@ -62,7 +62,7 @@ def test_every_layout_gives_the_same_losses(
         np.testing.assert_allclose(validation[name], validation["1 replica"], rtol=1e-5, err_msg=name)
 
 
-def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None = 1.0) -> TrainStep:
+def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None = 1.0, **rules: object) -> TrainStep:
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
     config = OptimizerConfig(name="sgd", learning_rate=1.0, warmup_steps=0, schedule="constant")
     with strategy.scope():
@@ -70,7 +70,7 @@ def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None =
         optimizer = Optimizer(config, model.trainable_variables)
     loss = next_token_loss(model)
     schedule = make_schedule(config, 10)
-    step = TrainStep(strategy, loss, optimizer, schedule, 8, microbatch_size, StepRules(clip_norm), jit_compile=False)
+    step = TrainStep(strategy, loss, optimizer, schedule, 8, microbatch_size, StepRules(clip_norm, **rules), False)  # type: ignore[arg-type]
     step.strategy, step.model = strategy, model  # type: ignore[attr-defined]
     return step
 
@@ -90,15 +90,60 @@ def count_reductions(function: object) -> int:
     return sum(node.op in {"AddN", "CollectiveReduceV2", "NcclAllReduce"} for f in outside for node in f.node_def)
 
 
-def test_a_step_makes_one_reduction_whatever_the_accumulation() -> None:
+@pytest.mark.parametrize("rules", [{}, {"bytes_per_pack": 4096}, {"bytes_per_pack": 1 << 20, "wire_dtype": "bfloat16"}])
+def test_a_step_reduces_once_whatever_the_accumulation(rules: dict[str, object]) -> None:
     tokens = np.zeros((8, 9), np.int32)
-    counts = {}
+    counts, told = [], set()
     for microbatch_size in (4, 2, 1):
-        step = make_step(2, microbatch_size)
+        step = make_step(2, microbatch_size, **rules)
         arguments = (batches(step.strategy, tokens), tf.constant(0, tf.int64), tf.constant(1))  # type: ignore[attr-defined]
         traced = step._run.get_concrete_function(*arguments, tf.constant(step.recent_losses))
-        counts[microbatch_size] = count_reductions(traced)
-    assert counts == {4: 1, 2: 1, 1: 1}
+        counts.append(count_reductions(traced))
+        told.add((step.num_reductions, step.reduction_bytes))
+    num_numbers = sum(int(np.prod(v.shape)) for v in step.model.trainable_variables)  # type: ignore[attr-defined]
+    sizes = {None: len(step.model.trainable_variables), 4096: -(-num_numbers // 1024), 1 << 20: 1}  # type: ignore[attr-defined]
+    num_packs = sizes[rules.get("bytes_per_pack")]  # type: ignore[index]
+    num_bytes = num_numbers * (2 if "wire_dtype" in rules else 4)
+    assert counts == [num_packs + 1] * 3  # the packs, and what is told of the step
+    assert told == {(num_packs + 1, num_bytes + 3 * 4)}
+
+
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_packs_of_any_size_give_the_same_bits(num_replicas: int) -> None:
+    tokens, found = np.random.default_rng(0).integers(0, 32, (8, 9)), []
+    for bytes_per_pack in (0, 256, 1 << 20):
+        step = make_step(num_replicas, 2, bytes_per_pack=bytes_per_pack)
+        step(batches(step.strategy, tokens), 0, 2)  # type: ignore[attr-defined]
+        found.append([variable.numpy() for variable in step.model.trainable_variables])  # type: ignore[attr-defined]
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("reduction", "width"), [("fast", 2), ("canonical", 2), ("canonical", 4)])
+def test_micro_batches_side_by_side_are_those_one_after_the_other(
+    tiny_config: Callable[..., Config], reduction: str, width: int
+) -> None:
+    found = []
+    for parallel in (1, width):
+        config = tiny_config(
+            str(parallel),
+            model={"dropout": 0.1},
+            training={"microbatch_size": 3 if reduction == "canonical" else 2, "parallel_microbatches": parallel},
+            distribution={"reduction": reduction},
+        )
+        found.append(causal_lm.train(config))
+    for key in ("weights_sha256", "state_sha256", "train_loss", "validation_loss"):
+        assert found[0][key] == found[1][key], key
+
+
+def test_bfloat16_on_the_wire_rounds_the_sums_of_replicas() -> None:
+    tokens, norms = np.random.default_rng(0).integers(0, 32, (8, 9)), {}
+    for wire_dtype in ("float32", "bfloat16"):
+        step = make_step(2, 4, wire_dtype=wire_dtype)
+        norms[wire_dtype] = step(batches(step.strategy, tokens), 0, 1).grad_norm[0]  # type: ignore[attr-defined]
+    assert norms["bfloat16"] != norms["float32"]
+    assert norms["bfloat16"] == pytest.approx(norms["float32"], rel=4e-3)
 
 
 def test_the_step_traces_once() -> None:

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tfdp.dropout import sequence_keys
-from tfdp.losses import cross_entropy, inputs_and_targets, next_token_loss
+from tfdp.losses import cross_entropy, inputs_and_targets, next_token_loss, projected_cross_entropy
 
 
 def reference(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
@@ -84,14 +84,75 @@ def test_next_token_loss_scores_each_token_by_what_came_before_it(dropout_seed: 
     tokens = np.array([[1, 2, 3, 4], [5, 0, 10, -1]], np.int32)
     positions, step = tf.constant([40, 41], tf.int64), tf.constant(20, tf.int64)
 
-    def model(inputs: tf.Tensor, keys: tf.Tensor | None) -> tf.Tensor:
-        assert (keys is None) == (dropout_seed is None)
-        if keys is not None:
-            np.testing.assert_array_equal(keys, sequence_keys(3, step, positions))
-        return tf.gather(table, inputs)
+    class Bigrams:
+        output_table = tf.transpose(table)
+
+        def features(self, inputs: tf.Tensor, keys: tf.Tensor | None = None, starts: None = None) -> tf.Tensor:
+            assert (keys is None) == (dropout_seed is None)
+            if keys is not None:
+                np.testing.assert_array_equal(keys, sequence_keys(3, step, positions))
+            return tf.one_hot(inputs, 11)
 
     rows = {"tokens": tf.constant(tokens), "position": positions}
-    loss_sum, count = next_token_loss(model, dropout_seed)(rows, step)
+    loss_sum, count = next_token_loss(Bigrams(), dropout_seed)(rows, step)
     expected, _ = reference(table[np.maximum(tokens[:, :-1], 0)], tokens[:, 1:])
     np.testing.assert_allclose(float(loss_sum[0]), expected, rtol=1e-6)
     assert float(count[0]) == 5
+
+
+# --- Projected and scored in chunks ----------------------------------------------------------------
+
+
+def projected_case(seed: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Features (rows, time, dim), a table (vocabulary, dim) and targets."""
+    random = np.random.default_rng(seed)
+    features, table = random.normal(size=(6, 7, 5)), random.normal(size=(11, 5))
+    return tf.constant(features, tf.float32), tf.constant(table, tf.float32), tf.constant(make_case(seed)[1])
+
+
+def loss_and_gradients(function: object, features: tf.Tensor, table: tf.Tensor, jit_compile: bool) -> list[np.ndarray]:
+    @tf.function(jit_compile=jit_compile)
+    def compute() -> tuple[tf.Tensor, ...]:
+        with tf.GradientTape() as tape:
+            tape.watch([features, table])
+            loss = function(features, table)  # type: ignore[operator]
+        return loss, *tape.gradient(loss, [features, table])
+
+    return [value.numpy() for value in compute()]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 0, 1, 4, 13, 41, 42, 100])
+def test_chunks_of_any_size_give_the_loss_and_the_gradients_of_the_whole(chunk_size: int, jit_compile: bool) -> None:
+    features, table, targets = projected_case(3)
+
+    def whole(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        return cross_entropy(tf.einsum("btd,vd->btv", features, table), targets)[0]
+
+    def chunked(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(projected_cross_entropy(features, table, targets, chunk_size))
+
+    expected = loss_and_gradients(whole, features, table, jit_compile=False)
+    found = loss_and_gradients(chunked, features, table, jit_compile)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 4])
+def test_the_gradient_of_another_sum_is_refused_by_nan(chunk_size: int) -> None:
+    features, table, targets = projected_case(4)
+
+    def doubled(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        return 2 * tf.reduce_sum(projected_cross_entropy(features, table, targets, chunk_size))
+
+    def single(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(projected_cross_entropy(features, table, targets, chunk_size))
+
+    def first_row(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(projected_cross_entropy(features, table, targets, chunk_size)[0])
+
+    once, twice = (loss_and_gradients(function, features, table, False) for function in (single, doubled))
+    for one, other in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(other, 2 * one)
+    _, *gradients = loss_and_gradients(first_row, features, table, False)
+    assert all(np.all(np.isnan(gradient)) for gradient in gradients)

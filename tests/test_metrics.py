@@ -2,12 +2,17 @@
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
 
-from tfdp.metrics import MetricsWriter, Throughput, duration, matrix_peak, perplexity, step_line
+from tfdp.metrics import Attribution, MetricsWriter, Throughput, duration, matrix_peak, perplexity, step_line
+from tfdp.step import PARTS
+from trainers import causal_lm
+from trainers.causal_lm import Config
 
 VALUES = {
     "step": 100,
@@ -90,3 +95,45 @@ def test_throughput_is_tokens_by_seconds() -> None:
 def test_the_peak_of_known_gpus_is_the_data_sheets_times_their_number() -> None:
     assert matrix_peak("bfloat16", ["NVIDIA H200"] * 4) == 4 * 989e12
     assert 1e9 < matrix_peak("float32", []) < 1e14
+
+
+# --- Where the time goes ---------------------------------------------------------------------------
+
+
+def test_every_second_of_a_run_belongs_to_a_part(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(training={"evaluate_every": 10}, checkpoint={"every_steps": 10})
+    started = time.monotonic()
+    summary = causal_lm.train(config)
+    elapsed = time.monotonic() - started
+    parts = {key.removeprefix("seconds/"): value for key, value in summary.items() if key.startswith("seconds/")}
+    assert set(parts) == {*PARTS, "compile", "host", "saving", "evaluation"}
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert sum(parts.values()) < elapsed  # which holds what comes before the loop, too
+    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]  # type: ignore[arg-type]
+    steps = [row for row in rows if "loss" in row]
+    for part in (*PARTS, "host"):
+        assert sum(row[f"seconds/{part}"] for row in steps) == pytest.approx(parts[part], rel=0.2, abs=0.05), part
+    assert {(row["reduction_bytes"], row["num_reductions"]) for row in steps} == {(0, 0)}
+
+
+def test_laps_add_up_to_the_wall_time() -> None:
+    attribution, started = Attribution(), time.monotonic()
+    time.sleep(0.03)
+    attribution.lap("host")
+    time.sleep(0.05)
+    assert attribution.lap("host", within={"input": 0.01, "optimizer": 0.02}) >= 0.05
+    attribution.restart()
+    time.sleep(0.02)
+    attribution.lap("saving")
+    elapsed = time.monotonic() - started
+    assert sum(attribution.total.values()) == pytest.approx(elapsed, rel=0.05)
+    assert (attribution.total["input"], attribution.total["optimizer"]) == (0.01, 0.02)
+    assert attribution.seconds == {"saving": attribution.total["saving"]}
+
+
+def test_a_profile_of_chosen_steps_is_written(tiny_config: Callable[..., Config]) -> None:
+    config = tiny_config(training={"steps": 6, "profile_steps": "2:4"})
+    causal_lm.train(config)
+    traces = list(Path(config.run_dir).glob("tensorboard/plugins/profile/*/*.xplane.pb"))  # type: ignore[arg-type]
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 1000

@@ -43,6 +43,15 @@ def test_the_tree_over_terms_that_are_there(count: int) -> None:
     np.testing.assert_array_equal(sum_in_tree([tf.constant(row) for row in rows]).numpy(), reference(rows))
 
 
+@pytest.mark.parametrize("function", [running_sum, tree_sum])
+@pytest.mark.parametrize(("count", "width"), [(2, 2), (4, 2), (4, 4), (6, 2), (8, 2), (8, 8), (12, 4)])
+def test_terms_computed_side_by_side_give_the_same_bits(function: object, count: int, width: int) -> None:
+    values = tf.constant(terms(count))
+    wide = tf.function(lambda: function(lambda index: [values[index]] * 2, count, width))()  # type: ignore[operator]
+    for found in wide:
+        np.testing.assert_array_equal(found, summed(terms(count), function))
+
+
 def test_the_order_matters() -> None:
     rows = terms(8)
     in_order = summed(rows, running_sum)

@@ -268,11 +268,19 @@ class TrainingConfig:
     global_batch_size: int = 16
     """Sequences per optimizer step, over all replicas and micro-batches."""
     microbatch_size: int | None = None
-    """Sequences per forward pass on one replica; null: global_batch_size / num_replicas (no accumulation)."""
+    """Sequences per forward pass on one replica; null: global_batch_size / num_replicas, or its parts that are computed
+    side by side."""
+    parallel_microbatches: int | None = None
+    """Micro-batches that a replica computes side by side, each on cores of its own; a power of two; null: on CPUs one
+    for each core, where that pays, else 1."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always."""
     jit_compile: bool | Literal["auto"] = "auto"
     """XLA for the step; auto: on, except for bfloat16 on CPUs, where oneDNN is faster."""
+    loss_chunk_size: int | None = None
+    """Tokens that are projected to the vocabulary at once; null: as many as take 128 MiB of logits; 0: all."""
+    remat: bool = False
+    """Whether backward computes the activations of each block again instead of keeping them: less memory, more time."""
     log_every: int = 20
     """Steps between two lines of the console and of metrics.jsonl."""
     evaluate_every: int = 250
@@ -281,6 +289,8 @@ class TrainingConfig:
     """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, else at most 16."""
     sample_tokens: int = 256
     """Length in tokens of the text sampled after each evaluation; 0: none."""
+    profile_steps: str | None = None
+    """A:B writes a profile of the steps after A up to B, for TensorBoard's profile page; null: none."""
     verify_every: int = 100
     """Steps between two comparisons, bit by bit, of what all replicas hold; each save compares too; 0: never."""
     on_spike: Literal["stop", "skip", "rollback"] = "stop"
@@ -301,6 +311,22 @@ class TrainingConfig:
             self.evaluation_rows,
             "must be at least 1",
         )
+        require(
+            self.loss_chunk_size is None or self.loss_chunk_size >= 0,
+            "training.loss_chunk_size",
+            self.loss_chunk_size,
+            "must not be negative: try 0 for all tokens at once",
+        )
+        parallel = self.parallel_microbatches
+        require(
+            parallel is None or (parallel >= 1 and parallel & (parallel - 1) == 0),
+            "training.parallel_microbatches",
+            parallel,
+            "must be a power of two: try 2",
+        )
+        if self.profile_steps is not None:
+            right = re.fullmatch(r"\d+:\d+", self.profile_steps) is not None and self.profiled[0] < self.profiled[1]
+            require(right, "training.profile_steps", self.profile_steps, "must be A:B with A < B: try 20:25")
         for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
         if self.microbatch_size is not None:
@@ -313,6 +339,11 @@ class TrainingConfig:
                 f"must be a multiple of training.microbatch_size ({size}): "
                 f"try {-(-self.global_batch_size // size) * size}",
             )
+
+    @property
+    def profiled(self) -> tuple[int, ...]:
+        """The steps between which a profile is taken; () for none."""
+        return tuple(map(int, self.profile_steps.split(":"))) if self.profile_steps is not None else ()
 
     @property
     def rows_of_evaluation(self) -> int:
@@ -329,6 +360,11 @@ class DistributionConfig:
     """Replicas of each worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
     reduction: Literal["fast", "canonical"] = "fast"
     """Order of the sums over micro-batches and replicas: TensorFlow's, or one tree, for the same bits in any layout."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients travel between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
+    bytes_per_pack: int | None = None
+    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: 4 MiB, or 32 MiB between GPUs, or 0
+    between two replicas in one memory."""
     peer_timeout_seconds: float = 60.0
     """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
 
@@ -344,6 +380,18 @@ class DistributionConfig:
             "distribution.num_replicas",
             self.num_replicas,
             "must be 1 with distribution.strategy one_device: try mirrored",
+        )
+        require(
+            self.wire_dtype == "float32" or self.reduction == "fast",
+            "distribution.wire_dtype",
+            self.wire_dtype,
+            "must be float32 with distribution.reduction canonical: rounded sums of replicas differ by layout",
+        )
+        require(
+            self.bytes_per_pack is None or self.bytes_per_pack >= 0,
+            "distribution.bytes_per_pack",
+            self.bytes_per_pack,
+            "must not be negative: try 4194304",
         )
         require(
             self.peer_timeout_seconds >= 1,

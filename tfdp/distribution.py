@@ -4,7 +4,9 @@ The only module whose behaviour hangs on environment variables. A single device 
 above this module has a second path for "without distribution".
 """
 
+import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import tensorflow as tf
 from tfdp.cluster import Cluster, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exits import ConfigError
+from tfdp.machine import available_cores
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
 
+_FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
+_MANY_TOKENS = 1024  # of a micro-batch, whose products cost much against any gradient
 _GATHER_ELEMENTS = 1 << 24  # of one piece of a canonical sum over workers: 64 MiB from each replica
 
 
@@ -59,11 +64,17 @@ def _slurm_cluster() -> Cluster:
     return Cluster(tuple(addresses), resolver._resolve_own_rank())
 
 
-def make_strategy(config: DistributionConfig, cluster: Cluster | None = None) -> tf.distribute.Strategy:
+def make_strategy(
+    config: DistributionConfig, cluster: Cluster | None = None, num_side_by_side: int = 1
+) -> tf.distribute.Strategy:
     """Makes the strategy of this process. Call it before TensorFlow has touched a device.
 
     Where there is no GPU, `num_replicas` logical CPU devices are made, one replica each; they share the
-    machine's cores, so this rehearses a machine with several GPUs and does not make anything faster.
+    machine's cores, so this rehearses a machine with several GPUs.
+
+    Args:
+      config, cluster: who computes.
+      num_side_by_side: micro-batches that each replica will compute at the same time; each gets its share of the cores.
 
     Raises:
       ConfigError: more replicas are asked for than there are GPUs, or the devices are already fixed.
@@ -83,15 +94,18 @@ def make_strategy(config: DistributionConfig, cluster: Cluster | None = None) ->
             tf.config.experimental.enable_op_determinism()  # kernels of GPUs add in any order; those of CPUs do not
     else:
         _make_logical_cpus(num_replicas)
+        _share_cores(num_replicas * num_side_by_side)
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
         return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
-    if config.reduction == "canonical":
+    # Logical CPUs share their memory, so a plain sum on the first one beats a ring of copies. TensorFlow's own, AddN,
+    # starts with whichever term's memory it may overwrite: from three terms on, its bits can change from run to run.
+    if config.reduction == "canonical" or (not gpus and num_replicas > 2):
         reduction = tf.distribute.ReductionToOneDevice(accumulation_fn=sum_in_tree)
-    else:  # logical CPUs share their memory, so a plain sum on the first one beats a ring of copies
+    else:
         reduction = None if gpus else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
 
@@ -143,8 +157,12 @@ def num_local_replicas(strategy: tf.distribute.Strategy) -> int:
     return len(strategy.extended.worker_devices)
 
 
-def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast") -> int:
-    """Sequences of one forward pass on one replica; without `training.microbatch_size`, all of a replica's share.
+def microbatch_size(
+    strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast", num_side_by_side: int = 1
+) -> int:
+    """Sequences of one forward pass on one replica.
+
+    Without `training.microbatch_size`, all of a replica's share, or its parts that are computed side by side.
 
     Raises:
       ConfigError: the global batch cannot be cut evenly among the replicas, or, where the reduction is canonical,
@@ -159,7 +177,7 @@ def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig, 
         training.global_batch_size,
         f"must be a multiple of {within} ({unit}): try {-(-training.global_batch_size // unit) * unit}",
     )
-    size = training.microbatch_size or training.global_batch_size // replicas
+    size = training.microbatch_size or training.global_batch_size // (replicas * num_side_by_side)
     num_microbatches = training.global_batch_size // size
     listed = ", ".join(map(str, possible_owners(num_microbatches)))
     require(
@@ -172,6 +190,38 @@ def microbatch_size(strategy: tf.distribute.Strategy, training: TrainingConfig, 
     return size
 
 
+def num_side_by_side(
+    config: DistributionConfig, training: TrainingConfig, num_workers: int, num_params: int, context_length: int
+) -> int:
+    """Micro-batches that a replica computes at the same time, from `training.parallel_microbatches`.
+
+    On a CPU, one operation after the other on one core wastes less than each operation on all cores. But every
+    micro-batch computes a gradient of its own, which is read and added: few tokens for many weights are not worth it.
+
+    Raises:
+      ConfigError: the micro-batches of a replica cannot be cut into groups of so many.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    num_local = config.num_replicas or max(1, len(gpus))
+    share = training.global_batch_size // (num_workers * num_local)
+    count = share // training.microbatch_size if training.microbatch_size else share
+    chosen = training.parallel_microbatches
+    if chosen is not None:
+        unit = "micro-batches" if training.microbatch_size else "sequences"
+        rule = f"must divide the {count} {unit} of a replica: try 1"
+        require(count % chosen == 0, "training.parallel_microbatches", chosen, rule)
+        return chosen
+    cores = 1 if gpus else max(1, len(available_cores()) // num_local)
+    width = 1 << cores.bit_length() - 1
+    while width > 1:
+        tokens = (training.microbatch_size or share // width) * context_length
+        pays = num_params <= _FEW_PARAMS or tokens >= _MANY_TOKENS
+        if count % width == 0 and pays:
+            return width
+        width //= 2
+    return 1
+
+
 def describe(strategy: tf.distribute.Strategy) -> str:
     """Replicas and workers for people: "4 replicas on CPU, 1 worker"."""
     replicas, workers = int(strategy.num_replicas_in_sync), num_workers(strategy)
@@ -179,14 +229,14 @@ def describe(strategy: tf.distribute.Strategy) -> str:
     return f"{replicas} replica{'s' * (replicas > 1)} on {kind}, {workers} worker{'s' * (workers > 1)}"
 
 
-def describe_batch(strategy: tf.distribute.Strategy, training: TrainingConfig) -> str:
+def describe_batch(strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, num_side_by_side: int) -> str:
     """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
-    replicas, size = int(strategy.num_replicas_in_sync), microbatch_size(strategy, training)
+    replicas = int(strategy.num_replicas_in_sync)
     count = training.global_batch_size // (replicas * size)
     plural = "es" * (count > 1)
     return (
         f"{training.global_batch_size} sequences = {replicas} replica{'s' * (replicas > 1)} x {count} "
-        f"micro-batch{plural} x {size}"
+        f"micro-batch{plural} x {size}{f', {num_side_by_side} side by side,' if num_side_by_side > 1 else ''}"
     )
 
 
@@ -213,8 +263,8 @@ def on_gpu(strategy: tf.distribute.Strategy) -> bool:
     return any("GPU" in device for device in strategy.extended.worker_devices)
 
 
-def replica_sum(values: tf.Tensor, reduction: str = "fast") -> tf.Tensor:
-    """Sums a float32 vector over all replicas: the one reduction of a step. Call it in a replica context.
+def replica_sum(values: tf.Tensor | Sequence[tf.Tensor], reduction: str = "fast") -> Any:
+    """Sums tensors over all replicas: the one reduction of a step. Call it in a replica context.
 
     The order of a `fast` sum is TensorFlow's; that of a `canonical` one is the tree of sums.py over the replicas. In
     one process the strategy adds in the tree already, and two terms have one order. Otherwise every replica gathers
@@ -225,10 +275,28 @@ def replica_sum(values: tf.Tensor, reduction: str = "fast") -> tf.Tensor:
         return values
     if reduction == "fast" or context.num_replicas_in_sync == 2 or num_workers(context.strategy) == 1:
         return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-    length = int(values.shape[0])
-    pieces = tf.split(values, [min(_GATHER_ELEMENTS, length - at) for at in range(0, length, _GATHER_ELEMENTS)])
+    return tf.nest.map_structure(_gathered_sum, values)
+
+
+def _gathered_sum(values: tf.Tensor) -> tf.Tensor:
+    context = tf.distribute.get_replica_context()
+    flat = tf.reshape(values, [-1])
+    length = int(flat.shape[0])
+    pieces = tf.split(flat, [min(_GATHER_ELEMENTS, length - at) for at in range(0, length, _GATHER_ELEMENTS)])
     gathered = [context.all_gather(piece[tf.newaxis], axis=0) for piece in pieces]
-    return tf.concat([sum_in_tree(tf.unstack(terms, context.num_replicas_in_sync)) for terms in gathered], axis=0)
+    total = tf.concat([sum_in_tree(tf.unstack(terms, context.num_replicas_in_sync)) for terms in gathered], axis=0)
+    return tf.reshape(total, values.shape)
+
+
+def default_bytes_per_pack(strategy: tf.distribute.Strategy) -> int:
+    """Bytes of a pack of a reduction: little over gRPC, more over NCCL, whose calls cost more.
+
+    0 where two replicas share one memory: laying out their gradients would cost more than adding them.
+    """
+    if on_gpu(strategy):
+        return 32 << 20
+    in_memory = num_workers(strategy) == 1 and int(strategy.num_replicas_in_sync) <= 2
+    return 0 if in_memory else 4 << 20
 
 
 def replica_slots(values: tf.Tensor) -> tf.Tensor:
@@ -272,3 +340,13 @@ def _make_logical_cpus(count: int) -> None:
         raise ConfigError(
             f"distribution.num_replicas ({count}) must be fixed before TensorFlow starts: this process has {made}"
         ) from None
+
+
+def _share_cores(num_parts: int) -> None:
+    """Gives each part that computes at the same time its share of the threads, unless the user has said how many."""
+    if num_parts == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ:
+        return
+    cores = len(available_cores()) or os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # fixed since TensorFlow started in this process
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // num_parts))
+        tf.config.threading.set_inter_op_parallelism_threads(max(2, num_parts))

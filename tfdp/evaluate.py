@@ -30,7 +30,7 @@ def main() -> None:
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
     load_tensorflow()
     from tfdp import distribution, sources
-    from tfdp.step import default_jit_compile
+    from tfdp.step import Compilation
     from tfdp.trained import load_trained
 
     strategy = distribution.make_strategy(config.distribution)
@@ -46,9 +46,9 @@ def main() -> None:
         f"and is {corpus.corpus_sha256[:12]}... now",
     )
     training = run_config.training
-    rows = (config.rows or training.rows_of_evaluation) * int(strategy.num_replicas_in_sync)
-    jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
-    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, jit_compile)
+    rows = config.rows or training.rows_of_evaluation
+    compilation = Compilation.choose(training.jit_compile, training.precision, distribution.on_gpu(strategy))
+    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, compilation.whole)
     result = evaluator()
     found = {
         "step": trained.step,

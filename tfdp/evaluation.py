@@ -38,8 +38,9 @@ class Evaluator:
       strategy: that the model was made under.
       loss_function: sums and counts over rows, by source, without dropout.
       held: the text.
-      rows: sequences per forward pass, over all replicas.
+      rows: sequences per forward pass on each replica.
       jit_compile: whether XLA compiles the forward pass.
+      num_side_by_side: forward passes that a replica computes at the same time.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Evaluator:
         held: Sequence[Held],
         rows: int,
         jit_compile: bool,
+        num_side_by_side: int = 1,
     ) -> None:
-        self._step = EvalStep(strategy, loss_function, jit_compile, len(held))
-        self._strategy, self._held, self._rows = strategy, held, rows
+        self._step = EvalStep(strategy, loss_function, jit_compile, len(held), rows)
+        self._strategy, self._held = strategy, held
+        self._rows = rows * num_side_by_side * int(strategy.num_replicas_in_sync)
 
     def __call__(self) -> Evaluation:
         sequences = [each.sequences for each in self._held]

@@ -7,6 +7,7 @@ attention (Ainslie et al. 2023). Nothing here knows of strategies, steps or file
 
 import math
 import zlib
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 from tfdp.config import ModelConfig
 from tfdp.dropout import KeyedDropout
+from tfdp.fused import Kernels
 
 Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, context_length, head_dim)
 
@@ -64,11 +66,12 @@ class Linear(keras.layers.Layer):
 class Norm(keras.layers.Layer):
     """Layer norm or RMS norm over the last axis, computed in float32 under every precision."""
 
-    def __init__(self, config: ModelConfig, **kwargs: object) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.epsilon = config.norm_epsilon
         self.center = config.norm == "layer_norm"
         self.use_bias = self.center and config.use_bias
+        self._normalise = kernels.norm(self.center, self.epsilon)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         dim = input_shape[-1]
@@ -77,14 +80,7 @@ class Norm(keras.layers.Layer):
             self.bias = self.add_weight(shape=(dim,), initializer="zeros", name="bias", autocast=False)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        y = tf.cast(x, tf.float32)
-        if self.center:
-            y = y - tf.reduce_mean(y, axis=-1, keepdims=True)
-        y = y * tf.math.rsqrt(tf.reduce_mean(tf.square(y), axis=-1, keepdims=True) + self.epsilon)
-        y = y * self.gain
-        if self.use_bias:
-            y = y + self.bias
-        return tf.cast(y, x.dtype)
+        return self._normalise(x, *[tf.convert_to_tensor(weight) for weight in self.trainable_variables])
 
 
 def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,9 +126,16 @@ def rotate(x: tf.Tensor, cosines: tf.Tensor, sines: tf.Tensor) -> tf.Tensor:
 class Attention(keras.layers.Layer):
     """Causal self-attention with one fused projection to queries, keys and values."""
 
-    def __init__(self, config: ModelConfig, initializers: Initializers, name: str, dtype: keras.DTypePolicy) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        initializers: Initializers,
+        kernels: Kernels,
+        name: str,
+        dtype: keras.DTypePolicy,
+    ) -> None:
         super().__init__(name="attention", dtype=dtype)
-        self.config = config
+        self.config, self._kernels = config, kernels
         width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
         initial = initializers.normal(f"{name}/query_key_value")
         self.query_key_value = Linear(width, config.use_bias, initial, name="query_key_value", dtype=dtype)
@@ -199,10 +202,9 @@ class Attention(keras.layers.Layer):
         if config.kv_heads != config.num_heads:
             keys = tf.repeat(keys, config.num_heads // config.kv_heads, axis=1)
             values = tf.repeat(values, config.num_heads // config.kv_heads, axis=1)
-        scores = tf.matmul(queries, keys, transpose_b=True) * (1 / math.sqrt(config.head_dim))
-        scores = tf.where(visible, tf.cast(scores, tf.float32), -math.inf)
-        weights = tf.cast(tf.nn.softmax(scores), values.dtype)
-        mixed = tf.transpose(tf.matmul(weights, values), [0, 2, 1, 3])
+        scores = tf.matmul(queries, keys, transpose_b=True)
+        weights = self._kernels.masked_softmax(scores, visible, 1 / math.sqrt(config.head_dim))
+        mixed = tf.transpose(tf.matmul(tf.cast(weights, values.dtype), values), [0, 2, 1, 3])
         return self.output_projection(tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.model_dim]))
 
 
@@ -215,9 +217,16 @@ def _write_slots(cache: tf.Tensor, new: tf.Tensor, positions: tf.Tensor) -> tf.T
 class MLP(keras.layers.Layer):
     """The position-wise part of a block: GELU, or SwiGLU with gate and value in one projection."""
 
-    def __init__(self, config: ModelConfig, initializers: Initializers, name: str, dtype: keras.DTypePolicy) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        initializers: Initializers,
+        kernels: Kernels,
+        name: str,
+        dtype: keras.DTypePolicy,
+    ) -> None:
         super().__init__(name="mlp", dtype=dtype)
-        self.config = config
+        self.config, self._kernels = config, kernels
         self.gated = config.activation == "swiglu"
         width = config.hidden_dim * (2 if self.gated else 1)
         self.expand = Linear(width, config.use_bias, initializers.normal(f"{name}/expand"), name="expand", dtype=dtype)
@@ -232,21 +241,28 @@ class MLP(keras.layers.Layer):
         hidden = self.expand(x)
         if self.gated:
             gate, value = tf.split(hidden, 2, axis=-1)
-            return self.contract(gate * tf.sigmoid(gate) * value)
-        return self.contract(tf.nn.gelu(hidden, approximate=True))
+            return self.contract(self._kernels.swiglu(gate, value))
+        return self.contract(self._kernels.gelu(hidden))
 
 
 class Block(keras.layers.Layer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, initializers: Initializers, name: str, dtype: keras.DTypePolicy) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        initializers: Initializers,
+        kernels: Kernels,
+        name: str,
+        dtype: keras.DTypePolicy,
+    ) -> None:
         super().__init__(name=name, dtype=dtype)
         rate, residual = config.dropout, (f"{name}/attention", f"{name}/mlp")
-        self.attention_norm = Norm(config, name="attention_norm", dtype=dtype)
-        self.attention = Attention(config, initializers, residual[0], dtype)
+        self.attention_norm = Norm(config, kernels, name="attention_norm", dtype=dtype)
+        self.attention = Attention(config, initializers, kernels, residual[0], dtype)
         self.attention_dropout = KeyedDropout(rate, residual[0], name="attention_dropout", dtype=dtype)
-        self.mlp_norm = Norm(config, name="mlp_norm", dtype=dtype)
-        self.mlp = MLP(config, initializers, residual[1], dtype)
+        self.mlp_norm = Norm(config, kernels, name="mlp_norm", dtype=dtype)
+        self.mlp = MLP(config, initializers, kernels, residual[1], dtype)
         self.mlp_dropout = KeyedDropout(rate, residual[1], name="mlp_dropout", dtype=dtype)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -268,6 +284,35 @@ class Block(keras.layers.Layer):
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
 
+def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | None) -> tf.Tensor:
+    """block(x, *arguments), which keeps x alone for the backward pass and computes the rest again (Chen et al. 2016).
+
+    `tf.recompute_grad` would take the gradient of all variables that it meets through the strategy.
+    """
+    variables = block.trainable_variables
+
+    def run_with(x: tf.Tensor, values: Sequence[tf.Tensor]) -> tf.Tensor:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return block(x, *arguments)
+
+    @tf.custom_gradient
+    def keep_input(x: tf.Tensor, *values: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], list[tf.Tensor]]]:
+        def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+            # Never true, but no compiler knows: so the second computation waits for the gradient that arrives, and is
+            # not recognised as the first one.
+            one = tf.reshape(upstream, [-1])[0]
+            never = tf.math.is_nan(one) & tf.math.is_finite(one)
+            inputs = [tf.where(never, tf.zeros_like(x), x), *values]
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                y = run_with(inputs[0], inputs[1:])
+            return tape.gradient(y, inputs, output_gradients=upstream)
+
+        return run_with(x, values), gradient
+
+    return keep_input(x, *[tf.convert_to_tensor(variable.value) for variable in variables])
+
+
 # ---------------------------------------------------------------------------------------------------
 # The whole
 # ---------------------------------------------------------------------------------------------------
@@ -281,17 +326,30 @@ class GPT(keras.Model):
       vocab_size: number of token ids.
       seed: of the initial weights.
       precision: "float32" or "bfloat16" (then weights stay float32 and products are bfloat16).
+      remat: whether backward computes each block's activations again instead of keeping them.
+      fuse: whether XLA compiles what lies between the matrix products, where it does not compile the whole.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        seed: int = 0,
+        precision: str = "float32",
+        remat: bool = False,
+        fuse: bool = False,
+    ) -> None:
         policy = keras.DTypePolicy("mixed_bfloat16" if precision == "bfloat16" else "float32")
         super().__init__(name="gpt", dtype=policy)
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.remat = config, vocab_size, remat
         initializers = Initializers(config, seed)
         self._initializers = initializers
         self.embedding_dropout = KeyedDropout(config.dropout, "embedding", name="embedding_dropout", dtype=policy)
-        self.blocks = [Block(config, initializers, f"block_{index}", policy) for index in range(config.num_layers)]
-        self.output_norm = Norm(config, name="output_norm", dtype=policy)
+        kernels = Kernels(fuse)
+        self.blocks = [
+            Block(config, initializers, kernels, f"block_{index}", policy) for index in range(config.num_layers)
+        ]
+        self.output_norm = Norm(config, kernels, name="output_norm", dtype=policy)
         self.build((None, config.context_length))
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -334,7 +392,10 @@ class GPT(keras.Model):
             positions, visible = within_documents(starts)
         x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
         for block in self.blocks:
-            x = block(x, positions, visible, dropout_keys)
+            if self.remat:
+                x = rematerialised(block, x, positions, visible, dropout_keys)
+            else:
+                x = block(x, positions, visible, dropout_keys)
         return self.output_norm(x)
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:
@@ -404,3 +465,18 @@ class GPT(keras.Model):
             table = np.concatenate([sines, cosines], axis=-1) * self.config.init_stddev
             x = x + tf.cast(tf.gather(table, positions), x.dtype)
         return tf.cast(x, self.compute_dtype)
+
+
+def expected_num_params(config: ModelConfig, vocab_size: int) -> int:
+    """What `GPT.num_params` will be, from the shape alone."""
+    dim, hidden = config.model_dim, config.hidden_dim
+    fused_width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
+    wide = hidden * (2 if config.activation == "swiglu" else 1)
+    has_norm_bias = config.norm == "layer_norm" and config.use_bias
+    norm = dim * (2 if has_norm_bias else 1)
+    block = dim * fused_width + dim * dim + dim * wide + hidden * dim + 2 * norm
+    if config.use_bias:
+        block += fused_width + dim + wide + dim
+    tables = vocab_size * dim * (1 if config.tie_embeddings else 2)
+    positions = config.context_length * dim if config.position == "learned" else 0
+    return config.num_layers * block + norm + tables + positions

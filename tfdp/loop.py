@@ -15,11 +15,11 @@ from tfdp import checkpoint
 from tfdp.checkpoint import AsyncSaver, CheckpointFolder
 from tfdp.config import changed_keys
 from tfdp.exits import ConfigError, StopRequested
-from tfdp.metrics import MetricsWriter, Throughput, duration, say
+from tfdp.metrics import MetricsWriter, Throughput, Trace, duration, say
 from tfdp.progress import Progress, left_out, load_agreed, restore, sequences_seen
 from tfdp.recovery import judge, save_verified
 from tfdp.spikes import Ledger
-from tfdp.step import StepResults
+from tfdp.step import PARTS, StepResults
 from tfdp.task import Task
 
 
@@ -45,6 +45,7 @@ def fit(task: Task) -> dict[str, Any]:
         )
     earlier = _begin(task, progress)
     writer = MetricsWriter(task.run.path, progress.step, task.cluster.is_chief)
+    trace = Trace(task.training.profiled, task.run.path / "tensorboard", task.cluster.is_chief)
     writer.text("config", task.config_yaml, progress.step)
     batches = task.batches_from(progress.step, left_out(task, progress))
     task.stop.attach(task.train_step)
@@ -55,10 +56,14 @@ def fit(task: Task) -> dict[str, Any]:
         while True:
             last = progress.step >= num_steps
             due = _due(progress.step, task.training.evaluate_every) and progress.evaluated_step != progress.step
+            progress.time.lap("host")
             if last or (due and not stopped):
                 _evaluate(task, writer, progress)
+                progress.time.lap("evaluation")
             if last or stopped or _should_save(task, progress):
                 save_verified(task, folder, saver, progress, background=not (last or stopped))
+                progress.time.lap("saving")
+            trace.follow(progress.step, ends=last or stopped)
             if last or stopped:
                 break
             results = _advance(task, batches, progress)
@@ -108,11 +113,13 @@ def _begin(task: Task, progress: Progress) -> dict[str, Any]:
 
 def _advance(task: Task, batches: Iterator[Any], progress: Progress) -> StepResults:
     """Runs the steps up to the next event, in one call."""
-    started = time.monotonic()
     events = (task.training.log_every, task.training.evaluate_every, task.checkpointing.every_steps)
     target = min([task.training.steps, *(progress.step - progress.step % n + n for n in events if n)])
+    target = min([target, *(step for step in task.training.profiled if step > progress.step)])
+    progress.time.lap("host")
     results = task.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
-    seconds = time.monotonic() - started
+    parts = dict(zip(PARTS, results.seconds.tolist(), strict=True))
+    seconds = progress.time.lap("host" if progress.warm else "compile", within=parts)
     progress.verified_step = _last_multiple(task.training.verify_every, progress, len(results.loss))
     progress.step += len(results.loss)
     progress.source_losses += results.source_losses.sum(axis=0)
@@ -146,8 +153,12 @@ def _log(task: Task, writer: MetricsWriter, progress: Progress, results: StepRes
         "bits_per_byte": float(results.loss[-1]) / math.log(2) / task.bytes_per_token,
         "num_tokens": int(results.num_tokens[-1]),
         "sequences_seen": sequences_seen(task, progress),
+        "reduction_bytes": task.train_step.reduction_bytes,
+        "num_reductions": task.train_step.num_reductions,
+        **{f"seconds/{part}": seconds for part, seconds in progress.time.seconds.items()},
         **_of_sources(task, progress),
     }
+    progress.time.restart()
     eta = (task.training.steps - progress.step) * speed.step_seconds
     writer.train(values, task.training.steps, eta)
     progress.since_log = Throughput()
@@ -211,6 +222,7 @@ def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[
         "num_replicas": task.layout["num_replicas"],
         "num_workers": task.layout["num_workers"],
         "sequences_seen": sequences_seen(task, progress),
+        **{f"seconds/{part}": seconds for part, seconds in progress.time.total.items()},
         **task.facts,
         **checkpoint.digests_of(weights, optimizer),
     }

@@ -1,6 +1,8 @@
 """Losses as (sum, count) over valid tokens: sums add up over any split of the rows, means do not."""
 
+import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -9,6 +11,18 @@ from tfdp.sums import fixed_sum
 
 Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of valid tokens
 LossFunction = Callable[[dict[str, tf.Tensor], tf.Tensor], Sums]  # (rows of one micro-batch, step) -> sums
+
+LOGITS_BYTES = 128 << 20  # of float32 logits that stand in memory at once, unless the number of tokens is named
+
+
+class LanguageModel(Protocol):
+    """What is scored: `gpt.GPT`, or whatever else ends in one projection to a vocabulary."""
+
+    output_table: Any  # (vocab_size, dim)
+
+    def features(self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, starts: Any = None) -> tf.Tensor:
+        """(batch, time, dim), which the rows of the table are multiplied with."""
+        ...
 
 
 def inputs_and_targets(tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -41,34 +55,125 @@ def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> Sums:
     return tf.cast(fixed_sum(loss_sums), tf.float32), tf.reduce_sum(counts)
 
 
+def projected_cross_entropy(
+    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int | None = None
+) -> tf.Tensor:
+    """The cross-entropy of `features @ table.T`, projected and scored a chunk of tokens at a time.
+
+    The logits never stand in memory whole, and are computed once: the gradient of a chunk is taken while its logits
+    are there (as in Liger's fused linear cross-entropy, Hsu et al. 2024). So only the gradient of the plain sum over
+    all tokens exists; that of anything else is NaN instead of wrong.
+
+    Args:
+      features: (rows, time, dim) in the dtype of the products.
+      table: float32 (vocab_size, dim).
+      targets: int32 (rows, time); negative where there is nothing to predict.
+      chunk_size: tokens whose logits stand in memory at once; None: as many as fit into 128 MiB; 0: all.
+
+    Returns:
+      float32 (rows, time), in nats; 0 where there is nothing to predict.
+    """
+    num_tokens = targets.shape[0] * targets.shape[1]
+    chunk_size = min(num_tokens, default_chunk_size(table.shape[0]) if chunk_size is None else chunk_size or num_tokens)
+
+    @tf.custom_gradient
+    def score(features: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
+        flat, flat_targets = tf.reshape(features, [num_tokens, -1]), tf.reshape(targets, [num_tokens])
+        projection = tf.cast(table, features.dtype)
+        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, chunk_size)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            first = tf.reshape(upstream, [-1])[0]
+            scale = tf.where(tf.reduce_all(upstream == first), first, math.nan)
+            d_features = tf.reshape(d_flat, features.shape)
+            return d_features * tf.cast(scale, d_features.dtype), tf.cast(d_table, tf.float32) * scale
+
+        return tf.reshape(losses, targets.shape), gradient
+
+    return score(features, tf.convert_to_tensor(table))
+
+
+def default_chunk_size(vocab_size: int) -> int:
+    """Tokens whose float32 logits fit into `LOGITS_BYTES`, a power of two."""
+    return 1 << max(0, (LOGITS_BYTES // (4 * vocab_size)).bit_length() - 1)
+
+
+def _score_chunks(
+    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Losses (tokens,), and the gradients of their sum by features and by table."""
+    num_tokens, dim = features.shape
+    if chunk_size == num_tokens:
+        return _score(features, table, targets)
+    num_chunks = -(-num_tokens // chunk_size)
+    missing = num_chunks * chunk_size - num_tokens
+    features = tf.reshape(tf.pad(features, [[0, missing], [0, 0]]), [num_chunks, chunk_size, dim])
+    targets = tf.reshape(tf.pad(targets, [[0, missing]], constant_values=-1), [num_chunks, chunk_size])
+
+    def add(index: tf.Tensor, losses: Any, d_features: Any, d_table: tf.Tensor) -> tuple[Any, ...]:
+        loss, d_chunk, d_part = _score(features[index], table, targets[index])
+        written = losses.write(index, loss), d_features.write(index, d_chunk)
+        return index + 1, *written, d_table + tf.cast(d_part, tf.float32)
+
+    start = (
+        tf.constant(0),
+        tf.TensorArray(tf.float32, num_chunks, element_shape=[chunk_size]),
+        tf.TensorArray(features.dtype, num_chunks, element_shape=[chunk_size, dim]),
+        tf.zeros(table.shape),
+    )
+    _, losses, d_features, d_table = tf.while_loop(
+        lambda index, *_: index < num_chunks, add, start, parallel_iterations=1
+    )
+    d_features = tf.reshape(d_features.stack(), [num_chunks * chunk_size, dim])
+    return tf.reshape(losses.stack(), [-1])[:num_tokens], d_features[:num_tokens], d_table
+
+
+def _score(features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    valid = targets >= 0
+    logits = tf.cast(tf.matmul(features, table, transpose_b=True), tf.float32)
+    losses, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=tf.maximum(targets, 0))
+    d_logits = tf.cast(d_logits, features.dtype)
+    d_features = tf.where(valid[:, tf.newaxis], tf.matmul(d_logits, table), 0)
+    d_table = tf.matmul(d_logits, tf.where(valid[:, tf.newaxis], features, 0), transpose_a=True)
+    return tf.where(valid, losses, 0.0), d_features, d_table
+
+
 def next_token_losses(
-    model: Callable[..., tf.Tensor], dropout_seed: int | None = None, document_start: int | None = None
+    model: LanguageModel,
+    dropout_seed: int | None = None,
+    document_start: int | None = None,
+    chunk_size: int | None = None,
 ) -> LossFunction:
     """The task of a causal language model: the losses and counts of each row, as a function of (rows, step).
 
     Args:
-      model: (token ids, dropout keys or None[, starts of documents]) -> logits.
+      model: to features of tokens.
       dropout_seed: of the masks; None drops nothing, for evaluation.
       document_start: the token id at which attention starts anew; None: nowhere in a row.
+      chunk_size: as in `projected_cross_entropy`.
     """
 
     def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
         inputs, targets = inputs_and_targets(rows["tokens"])
         keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
-        starts = () if document_start is None else (rows["tokens"][:, :-1] == document_start,)
-        return row_cross_entropy(model(inputs, keys, *starts), targets)
+        starts = None if document_start is None else rows["tokens"][:, :-1] == document_start
+        features = model.features(inputs, keys, starts)
+        losses = projected_cross_entropy(features, model.output_table, targets, chunk_size)
+        valid = tf.cast(targets >= 0, tf.float32)
+        return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
 
     return loss_function
 
 
 def next_token_loss(
-    model: Callable[..., tf.Tensor],
+    model: LanguageModel,
     dropout_seed: int | None = None,
     document_start: int | None = None,
     num_sources: int = 1,
+    chunk_size: int | None = None,
 ) -> LossFunction:
     """The same, summed over the rows of each source, (num_sources,): what a step and an evaluation add up."""
-    row_losses = next_token_losses(model, dropout_seed, document_start)
+    row_losses = next_token_losses(model, dropout_seed, document_start, chunk_size)
 
     def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
         loss_sums, counts = row_losses(rows, step)

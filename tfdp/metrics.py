@@ -8,7 +8,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,57 @@ class Throughput:
         return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
 
 
+class Attribution:
+    """Where the time of a process went: every second since it was made belongs to one part.
+
+    Attributes:
+      seconds: of each part since `restart`; total: since the beginning.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.total: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, part: str, within: Mapping[str, float] | None = None) -> float:
+        """Gives the seconds since the last lap to `part`, but for those that are known to be of others; returns all."""
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        parts = dict(within or {})
+        parts[part] = parts.get(part, 0.0) + elapsed - sum(parts.values())
+        for name, seconds in parts.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.total[name] = self.total.get(name, 0.0) + seconds
+        return elapsed
+
+    def restart(self) -> None:
+        self.seconds = {}
+
+
+class Trace:
+    """A profile of the steps first + 1 .. last, for TensorBoard's profile page, by the chief.
+
+    Args:
+      steps: (first, last), or () for none.
+      folder: of the TensorBoard data.
+    """
+
+    def __init__(self, steps: tuple[int, ...], folder: Path, is_chief: bool) -> None:
+        self._steps, self._folder, self._running = steps if is_chief else (), folder, False
+
+    def follow(self, step: int, ends: bool) -> None:
+        """To be called between steps: starts and stops the profiler where it is time."""
+        if not self._steps:
+            return
+        if self._running and (step >= self._steps[1] or ends):
+            tf.profiler.experimental.stop()
+            self._running = False
+            say(f"profile    of steps {self._steps[0] + 1} to {step} in {self._folder}")
+        elif not self._running and self._steps[0] <= step < self._steps[1] and not ends:
+            tf.profiler.experimental.start(str(self._folder))
+            self._running = True
+
+
 def say(line: str) -> None:
     """Prints a line to the console at once."""
     print(line, flush=True)
@@ -167,29 +219,54 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1) -> float:
+def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_side_by_side: int = 1) -> float:
     """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured on this worker and
-    taken for each (each GPU, or the cores of each worker)."""
+    taken for each: each GPU, or the cores of each worker, where `num_side_by_side` products run at the same time."""
     for name, peaks in _GPU_PEAKS.items():
         if gpu_names and name in re.split(r"[\s-]", gpu_names[0]):
             return peaks[precision] * len(gpu_names)
-    return _measured_matrix_peak(precision) * (len(gpu_names) or num_workers)
+    return _measured_matrix_peak(precision, num_side_by_side) * (len(gpu_names) or num_workers)
 
 
-def _measured_matrix_peak(precision: str, size: int = 1024, num_runs: int = 6) -> float:
+def _measured_matrix_peak(precision: str, num_side_by_side: int, size: int = 1024, num_runs: int = 6) -> float:
     """Best of several square products on the first device, plain and under XLA; a few tenths of a second."""
-    matrix = tf.cast(tf.random.stateless_normal([size, size], seed=(0, 0)), tf.as_dtype(precision))
-    best = math.inf
+    products = square_products(precision, size, num_side_by_side)
+    return num_side_by_side * 2 * size**3 / min(_seconds(product) for product in products for _ in range(num_runs))
+
+
+def square_products(precision: str, size: int, num_side_by_side: int = 1) -> list[Callable[[], object]]:
+    """Functions that multiply (size, size) matrices and wait for it: plain, and under XLA; both are traced."""
+    normal = [tf.random.stateless_normal([size, size], seed=(0, index)) for index in range(num_side_by_side)]
+    matrices = [tf.cast(each, tf.as_dtype(precision)) for each in normal]
+    products: list[Callable[[], object]] = []
     for jit_compile in (False, True):
         product = tf.function(
-            lambda: tf.reduce_sum(tf.matmul(matrix, matrix)[:1]), jit_compile=jit_compile, autograph=False
+            lambda matrix: tf.reduce_sum(tf.matmul(matrix, matrix)[:1]), jit_compile=jit_compile, autograph=False
         )
-        float(product())
-        for _ in range(num_runs):
-            started = time.perf_counter()
-            float(product())
-            best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        product = tf.function(partial(_sum_over, product, matrices), autograph=False)
+        products.append(partial(_value, product))
+        products[-1]()
+    return products
+
+
+def peak_gpu_memory() -> int:
+    """Most bytes that this process has held at once, over its GPUs."""
+    gpus = tf.config.list_logical_devices("GPU")
+    return sum(tf.config.experimental.get_memory_info(gpu.name.removeprefix("/device:"))["peak"] for gpu in gpus)
+
+
+def _sum_over(product: Callable[[tf.Tensor], tf.Tensor], matrices: list[tf.Tensor]) -> tf.Tensor:
+    return tf.add_n([product(matrix) for matrix in matrices])
+
+
+def _value(product: Callable[[], tf.Tensor]) -> float:
+    return float(product())
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

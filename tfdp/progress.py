@@ -11,7 +11,7 @@ from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, publish, read
 from tfdp.evaluation import Evaluation
 from tfdp.exits import ConfigError
-from tfdp.metrics import Throughput
+from tfdp.metrics import Attribution, Throughput
 from tfdp.spikes import Ledger
 from tfdp.task import Task
 
@@ -36,6 +36,7 @@ class Progress:
     since_log: Throughput = field(default_factory=Throughput)
     total: Throughput = field(default_factory=Throughput)
     first: Throughput = field(default_factory=Throughput)  # the first call, with what it traces and compiles
+    time: Attribution = field(default_factory=Attribution)
     warm: bool = False  # whether the first call, which traces and compiles, is over
 
 

@@ -271,7 +271,16 @@ def config_of_layout(run: PastRun, step: int, num_replicas: int | None) -> Any:
             f"must divide the number of micro-batches of a step of this run ({num_microbatches}): try "
             f"{', '.join(map(str, fitting))}",
         )
-        config = replace(config, training=replace(config.training, microbatch_size=layout["microbatch_size"]))
+        parallel = layout.get("parallel_microbatches", 1)
+        share = num_microbatches // num_replicas
+        config = replace(
+            config,
+            training=replace(
+                config.training,
+                microbatch_size=layout["microbatch_size"],
+                parallel_microbatches=parallel if share % parallel == 0 else 1,
+            ),
+        )
     num_replicas = num_replicas or config.distribution.num_replicas
     strategy = config.distribution.strategy if num_replicas == 1 else "auto"
     strategy = "auto" if strategy == "multi_worker_mirrored" else strategy

@@ -1,10 +1,9 @@
 """One optimizer step: accumulate -> reduce -> divide -> clip -> apply.
 
 A replica sums, over its micro-batches, the gradient of the summed token losses, that sum, and the number of
-valid tokens. All of it travels in one vector, which is summed over the replicas in one collective per
-step, whatever the accumulation. Only then is anything divided (by the global token count), measured (the
-global norm), clipped and applied, by every replica to its own copy of the weights: the same arithmetic on
-the same numbers, so the copies stay equal.
+valid tokens. All of it is summed over the replicas in one reduction per step, whatever the accumulation. Only then is
+anything divided (by the global token count), measured (the global norm), clipped and applied, by every replica to its
+own copy of the weights: the same arithmetic on the same numbers, so the copies stay equal.
 
 Keras and `tf.distribute` would do otherwise: a mean per replica, a clip per replica, a second sum inside the
 optimizer. Nothing here knows of files, models or metrics; a task enters as a function from rows to sums.
@@ -13,6 +12,7 @@ optimizer. Nothing here knows of files, models or metrics; a task enters as a fu
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp import distribution, sentinel, spikes
+from tfdp.buckets import Buckets
 from tfdp.data import Batch
 from tfdp.losses import LossFunction
 from tfdp.optimizer import Optimizer, Schedule
@@ -28,6 +29,7 @@ from tfdp.spikes import Spike
 from tfdp.sums import fixed_sum, running_sum, tree_sum
 
 _ROW = 6  # numbers that a step tells, before those of each source
+PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class StepRules:
       verify_every: steps between two comparisons of what all replicas hold; 0: never.
       spike_threshold: robust standard deviations above which a loss is a spike; None: none is.
       skip_spikes: whether to go on after a spike, without its update, instead of ending the call.
+      wire_dtype: float32 or bfloat16, in which gradients travel; what is told of a step always travels in float32.
+      bytes_per_pack: of a reduction; None: what suits the devices.
     """
 
     clip_norm: float | None = None
@@ -47,6 +51,37 @@ class StepRules:
     verify_every: int = 0
     spike_threshold: float | None = None
     skip_spikes: bool = False
+    wire_dtype: str = "float32"
+    bytes_per_pack: int | None = None
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What XLA compiles.
+
+    Attributes:
+      whole: the whole micro-batch.
+      parts: what lies between its matrix products, each part by itself.
+      update: the update of the weights.
+    """
+
+    whole: bool
+    parts: bool
+    update: bool
+
+    @classmethod
+    def choose(cls, choice: bool | str, precision: str, on_gpu: bool) -> "Compilation":
+        """Resolves `training.jit_compile`: auto is the whole, but the parts for bfloat16 on CPUs.
+
+        XLA's CPU backend computes bfloat16 products in float32; oneDNN, which TensorFlow calls, has real ones.
+        """
+        if choice != "auto":
+            return cls(whole=bool(choice), parts=False, update=bool(choice))
+        whole = on_gpu or precision == "float32"
+        return cls(whole=whole, parts=not whole, update=True)
+
+    def __str__(self) -> str:
+        return "XLA" if self.whole else "XLA between the products" if self.parts else "no XLA"
 
 
 @dataclass(frozen=True)
@@ -63,6 +98,7 @@ class StepResults:
     spike: Spike | None  # the step after these, which ended the call; its update was not applied
     disagreement: Disagreement | None  # found in the step after these; its update was not applied
     stopped: bool  # whether a stop was requested, on any worker
+    seconds: np.ndarray  # of `PARTS`, over all steps that were begun; waiting for other replicas is reduction
 
 
 class TrainStep:
@@ -75,11 +111,14 @@ class TrainStep:
       schedule: the learning rate by step.
       global_batch_size, microbatch_size: sequences per step, and per forward pass on one replica.
       rules: how to sum, and what to refuse.
-      jit_compile: whether XLA compiles the micro-batch and the update.
+      compilation: what XLA compiles; or whether it compiles micro-batch and update.
       num_sources: for which the loss function gives sums.
+      num_side_by_side: micro-batches that a replica computes at the same time, each on cores of its own.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by; part of a checkpoint.
+      reduction_bytes: that each replica hands to the reduction of a step.
+      num_reductions: packs of that reduction.
     """
 
     def __init__(
@@ -91,8 +130,9 @@ class TrainStep:
         global_batch_size: int,
         microbatch_size: int,
         rules: StepRules,
-        jit_compile: bool,
+        compilation: Compilation | bool,
         num_sources: int = 1,
+        num_side_by_side: int = 1,
     ) -> None:
         self._strategy, self._optimizer, self._schedule = strategy, optimizer, schedule
         self._loss_function, self._rules = loss_function, rules
@@ -100,16 +140,27 @@ class TrainStep:
         self._verified = [*optimizer.weights, *optimizer.state]
         self._verifies = rules.verify_every > 0 and num_replicas > 1
         self._digests_shape = (num_replicas, len(self._verified), 2) if self._verifies else (0,)
-        sums = [(num_sources,), (num_sources,), ()]  # of the losses, the valid tokens, the stop requests
-        shapes = [*(tuple(weight.shape) for weight in optimizer.weights), *sums, self._digests_shape]
         self._num_sources = num_sources
-        self._packing = Packing(shapes)
+        packs_bytes = rules.bytes_per_pack
+        if packs_bytes is None:
+            packs_bytes = distribution.default_bytes_per_pack(strategy)
+        shapes = [tuple(weight.shape) for weight in optimizer.weights]
+        self._buckets = Buckets(shapes, packs_bytes)
+        self._told = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
+        self._reduces = num_replicas > 1
+        self._wire_dtype = tf.as_dtype(rules.wire_dtype)
+        num_numbers = sum(math.prod(shape) for shape in shapes)
+        self.reduction_bytes = (num_numbers * self._wire_dtype.size + 4 * self._told.size) * self._reduces
+        self.num_reductions = (self._buckets.num_packs + 1) * self._reduces
         self._microbatch_size = microbatch_size
         self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
+        self._num_side_by_side = num_side_by_side
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
-        self._microbatch = tf.function(self._microbatch_sums, jit_compile=jit_compile, autograph=False)
-        self._apply = tf.function(self._apply_update, jit_compile=jit_compile, autograph=False)
+        if isinstance(compilation, bool):
+            compilation = Compilation.choose(compilation, "", on_gpu=False)
+        self._microbatch = tf.function(self._microbatch_sums, jit_compile=compilation.whole, autograph=False)
+        self._apply = tf.function(self._apply_update, jit_compile=compilation.update, autograph=False)
         # integers: XLA gives the same bits everywhere
         self._digests = tf.function(self._own_digests, jit_compile=True, autograph=False)
         self._gather_digests = tf.function(
@@ -128,7 +179,7 @@ class TrainStep:
           first_step: number of optimizer steps done before.
           num_steps: how many to run.
         """
-        rows, count, recent, digests, stop, goes_on = self._run(
+        rows, count, recent, digests, stop, goes_on, seconds = self._run(
             batches,
             tf.constant(first_step, tf.int64),
             tf.constant(num_steps, tf.int32),
@@ -155,6 +206,7 @@ class TrainStep:
             spike,
             disagreement,
             stopped=float(stop) > 0,
+            seconds=np.asarray(seconds),
         )
 
     def verify(self) -> Disagreement | None:
@@ -183,42 +235,71 @@ class TrainStep:
 
         Returns:
           A row of `_apply_update` for each step, one more if the last was refused; the number of steps done; the
-          window of recent losses; the digests of the last step; the number of stop requests; and whether the last
-          step was done.
+          window of recent losses; the digests of the last step; the number of stop requests; whether the last step
+          was done; and the seconds of `PARTS`.
         """
 
         def continues(
-            count: tf.Tensor, _r: tf.Tensor, _d: tf.Tensor, stop: tf.Tensor, goes_on: tf.Tensor, _: Any
+            count: tf.Tensor, _r: tf.Tensor, _d: tf.Tensor, stop: tf.Tensor, goes_on: tf.Tensor, *_: Any
         ) -> Any:
             return (count < num_steps) & (stop <= 0) & goes_on
 
         def one_step(
-            count: tf.Tensor, recent: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, _g: tf.Tensor, rows: tf.TensorArray
+            count: tf.Tensor,
+            recent: tf.Tensor,
+            _d: tf.Tensor,
+            _s: tf.Tensor,
+            _g: tf.Tensor,
+            seconds: tf.Tensor,
+            rows: tf.TensorArray,
         ) -> tuple[tf.Tensor, ...]:
             step = first_step + tf.cast(count, tf.int64)
             limit = spikes.loss_limit(recent, self._rules.spike_threshold)
-            per_replica = self._strategy.run(self._replica_step, args=(next(batches), step, limit))
-            row, digests, stop = distribution.first_replica(self._strategy, per_replica)
+            per_replica = self._strategy.run(self._replica_step, args=(next(batches), step, limit, _clock(count)))
+            row, digests, stop, parts = distribution.first_replica(self._strategy, per_replica)
             applied = row[4] < 0
             goes_on = sentinel.agree(digests) & (applied | self._rules.skip_spikes)
             recent = tf.where(goes_on & applied, tf.concat([recent[1:], row[:1]], axis=0), recent)
-            return count + tf.cast(goes_on, tf.int32), recent, digests, stop, goes_on, rows.write(count, row)
+            done = count + tf.cast(goes_on, tf.int32)
+            return done, recent, digests, stop, goes_on, seconds + parts, rows.write(count, row)
 
         rows = tf.TensorArray(
             tf.float32, num_steps, element_shape=[_ROW + 2 * self._num_sources], clear_after_read=False
         )
-        start = (tf.constant(0), recent, tf.zeros(self._digests_shape), tf.constant(0.0), tf.constant(True), rows)
-        count, recent, digests, stop, goes_on, rows = tf.while_loop(continues, one_step, start, parallel_iterations=1)
-        return rows.stack(), count, recent, digests, stop, goes_on
+        start = (
+            tf.constant(0),
+            recent,
+            tf.zeros(self._digests_shape),
+            tf.constant(0.0),
+            tf.constant(True),
+            tf.zeros([len(PARTS)], tf.float64),
+            rows,
+        )
+        count, recent, digests, stop, goes_on, seconds, rows = tf.while_loop(
+            continues, one_step, start, parallel_iterations=1
+        )
+        return rows.stack(), count, recent, digests, stop, goes_on, seconds
 
-    def _replica_step(self, batch: Batch, step: tf.Tensor, limit: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _replica_step(
+        self, batch: Batch, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        arrived = _clock(batch["tokens"])
+        batch = {key: _after(arrived, value) for key, value in batch.items()}
         summed = tree_sum if self._rules.reduction == "canonical" else running_sum
         rows = _rows_of(batch, self._microbatch_size)
-        total = summed(lambda index: self._microbatch(rows(index), step), self._num_local_microbatches)
-        stop = tf.reshape(self._stop_requested.read_value(), [1])
-        digests = tf.reshape(self._digest_slots(step), [-1])
-        vector = distribution.replica_sum(tf.concat([total, stop, digests], axis=0), self._rules.reduction)
-        return self._apply(vector, step, limit)
+        gradients, sums = summed(
+            lambda index: self._microbatch(rows(index), step), self._num_local_microbatches, self._num_side_by_side
+        )
+        computed = _clock(sums, *gradients)
+        sums = _after(computed, sums)
+        told = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
+        if self._reduces:
+            packs = [tf.cast(pack, self._wire_dtype) for pack in self._buckets.pack(gradients)]
+            told, *gradients = distribution.replica_sum([told, *packs], self._rules.reduction)
+        reduced = _clock(told, *gradients)
+        row, digests, stop = self._apply(gradients, _after(reduced, told), step, limit)
+        times = [begun, arrived, computed, reduced, _clock(row)]
+        return row, digests, stop, tf.stack([after - before for before, after in pairwise(times)])
 
     def _digest_slots(self, step: tf.Tensor) -> tf.Tensor:
         """The digests of what this replica holds in its slot, at the steps that verify; zeros at the others."""
@@ -233,19 +314,22 @@ class TrainStep:
     def _own_digests(self) -> tf.Tensor:
         return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._verified])
 
-    def _microbatch_sums(self, rows: Batch, step: tf.Tensor) -> tf.Tensor:
-        """Gradient of the summed losses, the sums and the counts, packed into one float32 vector."""
+    def _microbatch_sums(self, rows: Batch, step: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Gradients of the summed losses; and the sums and the counts of each source, (2, num_sources)."""
         weights = [weight.value for weight in self._optimizer.weights]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             loss_sums, counts = self._loss_function(rows, step)
-        gradients = tape.gradient(loss_sums, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return Packing.pack([*(tf.convert_to_tensor(gradient) for gradient in gradients), loss_sums, counts])
+        found = tape.gradient(loss_sums, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        gradients = [tf.convert_to_tensor(gradient) for gradient in found]
+        if self._num_local_microbatches == 1:  # nothing is added to them here: half the bytes where they are bfloat16
+            gradients = [_before_cast(gradient) for gradient in gradients]
+        return gradients, tf.stack([loss_sums, counts])
 
     def _apply_update(
-        self, total: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
+        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Divides, clips and applies the global sums to this replica's weights.
+        """Divides, clips and applies the global sums (gradients in packs, if they were reduced) to this replica.
 
         Nothing is applied where something is not finite, the loss is above the limit, or the replicas disagree.
 
@@ -255,9 +339,10 @@ class TrainStep:
           loss, one more for a loss above the limit) or -1; the digests of all replicas; and the number of replicas
           that were asked to stop.
         """
-        *gradient_sums, loss_sums, counts, stop, digests = self._packing.unpack(total)
+        loss_sums, counts, stop, digests = self._told.unpack(told)
         loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
-        gradients = [gradient / tf.maximum(count, 1.0) for gradient in gradient_sums]
+        gradient_sums = self._buckets.unpack(packs) if self._reduces else packs
+        gradients = [tf.cast(gradient, tf.float32) / tf.maximum(count, 1.0) for gradient in gradient_sums]
         loss = loss_sum / tf.maximum(count, 1.0)
         squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in gradients])
         grad_norm = tf.sqrt(fixed_sum(squares))
@@ -280,20 +365,32 @@ class TrainStep:
 
 
 class EvalStep:
-    """Sums losses and counts over the batches of a split, without touching anything."""
+    """Sums losses and counts over the batches of a split, without touching anything.
+
+    Args:
+      strategy, loss_function: as those of the train step.
+      jit_compile: whether XLA compiles a forward pass.
+      num_sources: for which the loss function gives sums.
+      rows: sequences of one forward pass; a replica computes those of its rows side by side. None: all in one.
+    """
 
     def __init__(
-        self, strategy: tf.distribute.Strategy, loss_function: LossFunction, jit_compile: bool, num_sources: int = 1
+        self,
+        strategy: tf.distribute.Strategy,
+        loss_function: LossFunction,
+        jit_compile: bool,
+        num_sources: int = 1,
+        rows: int | None = None,
     ) -> None:
-        self._strategy, self._loss_function, self._num_sources = strategy, loss_function, num_sources
+        self._strategy, self._loss_function, self._num_sources, self._rows = strategy, loss_function, num_sources, rows
         self._replica = tf.function(self._replica_sums, jit_compile=jit_compile, autograph=False)
         self._run = tf.function(self._run_batches, autograph=False)
 
     def __call__(self, batches: Any, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the sum of the losses in nats and the number of valid tokens of each source, over all replicas.
 
-        Each replica's sums are added in float64 one by one, in the order of the sequences: the bits do not depend
-        on the number of replicas, as long as each has the same number of rows.
+        The sums of each forward pass are added in float64 one by one, in the order of the sequences: the bits do not
+        depend on the number of replicas, as long as each pass has the same number of rows.
         """
         loss_sums, counts = self._run(batches, tf.constant(num_batches)).numpy()
         return loss_sums, counts.astype(np.int64)
@@ -301,7 +398,8 @@ class EvalStep:
     def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tf.Tensor:
         def add(index: tf.Tensor, totals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             per_replica = self._strategy.run(self._gathered, args=(next(batches),))
-            for sums in tf.unstack(distribution.first_replica(self._strategy, per_replica)):
+            passes = tf.reshape(distribution.first_replica(self._strategy, per_replica), [-1, 2, self._num_sources])
+            for sums in tf.unstack(passes):
                 totals += tf.cast(sums, tf.float64)
             return index + 1, totals
 
@@ -310,7 +408,10 @@ class EvalStep:
         return totals
 
     def _gathered(self, batch: Batch) -> tf.Tensor:
-        return distribution.replica_gather(self._replica(batch))
+        size = batch["tokens"].shape[0]
+        rows = _rows_of(batch, self._rows or size)
+        passes = [self._replica(rows(index)) for index in range(size // (self._rows or size))]
+        return distribution.replica_gather(tf.stack(passes))
 
     def _replica_sums(self, batch: Batch) -> tf.Tensor:
         sums = self._loss_function(batch, tf.constant(0, tf.int64))
@@ -360,20 +461,45 @@ def _rows_of(batch: Batch, size: int) -> Callable[[int | tf.Tensor], Batch]:
     return rows
 
 
-class Packing:
-    """Lays tensors of known shapes end to end in one vector."""
+class Packed:
+    """Lays small float32 tensors of known shapes end to end in one vector."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        self.shapes = list(shapes)
-        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self._shapes = list(shapes)
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        self.size = sum(self._sizes)
 
     @staticmethod
     def pack(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
 
     def unpack(self, vector: tf.Tensor) -> list[tf.Tensor]:
-        parts = tf.split(vector, self.sizes)
-        return [tf.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = tf.split(vector, self._sizes)
+        return [tf.reshape(part, shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def _clock(*tensors: tf.Tensor) -> tf.Tensor:
+    """The time in seconds since the epoch, float64, at which the tensors are there; inside a graph.
+
+    One number of each is added up, because TensorFlow lets go of a mere dependency when it inlines a function; and on a
+    GPU, which runs behind the host, fetching the sum waits for the work.
+    """
+    one_of_each = [tf.cast(tf.reshape(tensor, [-1])[0], tf.float32) for tensor in tensors]
+    with tf.device("CPU:0"), tf.control_dependencies([tf.reduce_sum(tf.stack(one_of_each))]):
+        return tf.timestamp()
+
+
+def _after(clock: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    """The value, once the clock has been read: what comes next does not overtake it."""
+    with tf.control_dependencies([clock]):
+        return tf.identity(value)
+
+
+def _before_cast(gradient: tf.Tensor) -> tf.Tensor:
+    """The gradient as the backward pass computed it, where that was widened to float32 last: the same numbers."""
+    if gradient.op.type == "Cast" and gradient.op.inputs[0].dtype in (tf.bfloat16, tf.float16):
+        return gradient.op.inputs[0]
+    return gradient
 
 
 def assign_in_replica(variable: keras.Variable, value: tf.Tensor) -> None:
@@ -383,11 +509,3 @@ def assign_in_replica(variable: keras.Variable, value: tf.Tensor) -> None:
     computes the same value, so there is nothing to aggregate. `handle` is the copy's in a replica context.
     """
     tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=tf.cast(value, variable.dtype))
-
-
-def default_jit_compile(choice: bool | str, precision: str, on_gpu: bool) -> bool:
-    """Resolves `training.jit_compile`: auto is XLA, but oneDNN for bfloat16 on CPUs.
-
-    XLA's CPU backend computes bfloat16 products in float32; oneDNN has real ones.
-    """
-    return on_gpu or precision == "float32" if choice == "auto" else bool(choice)

@@ -40,7 +40,7 @@ class Task:
     bytes_per_token: float  # of the training text
     flops_per_token: int
     matrix_peak: float  # FLOP/s of all devices together
-    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size
+    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size, ...
     facts: Mapping[str, Any]  # goes into summary.json as it is
     config_yaml: str
     started: float = field(default_factory=time.monotonic)  # when the command began to work

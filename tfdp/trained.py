@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import tensorflow as tf
+
 from tfdp import checkpoint
 from tfdp.config import find_trainer, import_trainer, load_file
 from tfdp.exits import ConfigError
 from tfdp.gpt import GPT
 from tfdp.runs import RunDirectory
+from tfdp.step import Compilation
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 
@@ -40,7 +43,9 @@ def load_trained(run_dir: str, which: str) -> TrainedGPT:
     saved = run.checkpoints().load(_choose_step(run, which))
     has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
     tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
-    model = GPT(config.model, tokenizer.vocab_size, config.seed, config.training.precision)
+    training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
+    fuse = Compilation.choose(training.jit_compile, training.precision, on_gpu).parts  # as in training: the same bits
+    model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision, fuse=fuse)
     checkpoint.restore(model.named_weights(), saved.weights)
     return TrainedGPT(recipe, config, tokenizer, model, saved.step, saved.state["identity"]["corpus_sha256"])
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer
     from tfdp.sources import Corpus
-    from tfdp.step import RowLosses, TrainStep
+    from tfdp.step import Compilation, RowLosses, TrainStep
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def train(config: Config) -> dict[str, Any]:
     corpus.check_lengths(config.model.context_length)
 
     with Watch(cluster, config.distribution.peer_timeout_seconds).watching() as watch:
-        strategy = distribution.make_strategy(config.distribution, cluster)
+        side_by_side = num_side_by_side(config, corpus, cluster.num_workers)
+        strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
         with StopSignal() as stop:
             require_agreement(cluster, shared_facts(config, corpus, strategy))
             return _fit(config, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
@@ -111,7 +112,10 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
     sampler = Sampler(model, corpus.tokenizer)
     sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
     matrix_peak = metrics.matrix_peak(
-        training.precision, distribution.gpu_names(strategy), process["cluster"].num_workers
+        training.precision,
+        distribution.gpu_names(strategy),
+        process["cluster"].num_workers,
+        distribution.num_local_replicas(strategy) * parts.num_side_by_side,
     )
     run = RunDirectory.named(config.run_dir)
 
@@ -121,8 +125,11 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
         say(f"data       {line}")
     say(f"order      {parts.order.describe(training.steps, [source.name for source in corpus.sources])}")
     say(f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s")
-    say(f"precision  {training.precision}, XLA {'on' if parts.jit_compile else 'off'}")
-    say(f"step       {distribution.describe_batch(strategy, training)} of {context_length} tokens")
+    say(f"precision  {training.precision}, {parts.compilation}")
+    cut = distribution.describe_batch(strategy, training, parts.microbatch_size, parts.num_side_by_side)
+    say(f"step       {cut} of {context_length} tokens")
+    if parts.train_step.num_reductions:
+        say(f"reduction  {parts.train_step.reduction_bytes / 1e6:,.1f} MB in {parts.train_step.num_reductions} packs")
     say(f"run        {run.path}")
     summary = loop.fit(
         Task(
@@ -147,6 +154,7 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
                 "num_workers": process["cluster"].num_workers,
                 "num_replicas": int(strategy.num_replicas_in_sync),
                 "microbatch_size": parts.microbatch_size,
+                "parallel_microbatches": parts.num_side_by_side,
             },
             facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
             config_yaml=to_yaml(config),
@@ -171,7 +179,18 @@ class Parts:
     order: "Order"
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, positions left out) -> batches from it on
     microbatch_size: int  # sequences of one forward pass on one replica
-    jit_compile: bool
+    num_side_by_side: int  # micro-batches that a replica computes at the same time
+    compilation: "Compilation"
+
+
+def num_side_by_side(config: Config, corpus: "Corpus", num_workers: int) -> int:
+    """Micro-batches that each replica computes at the same time."""
+    from tfdp import distribution
+    from tfdp.gpt import expected_num_params
+
+    num_params = expected_num_params(config.model, corpus.tokenizer.vocab_size)
+    context_length = config.model.context_length
+    return distribution.num_side_by_side(config.distribution, config.training, num_workers, num_params, context_length)
 
 
 def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
@@ -184,19 +203,27 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.sequences import sequences_of
-    from tfdp.step import RowLosses, StepRules, TrainStep, default_jit_compile
+    from tfdp.step import Compilation, RowLosses, StepRules, TrainStep
 
     training, num_sources = config.training, len(corpus.sources)
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
     reduction = config.distribution.reduction
-    microbatch_size = distribution.microbatch_size(strategy, training, reduction)
-    jit_compile = default_jit_compile(training.jit_compile, training.precision, distribution.on_gpu(strategy))
+    side_by_side = num_side_by_side(config, corpus, distribution.num_workers(strategy))
+    microbatch_size = distribution.microbatch_size(strategy, training, reduction, side_by_side)
+    compilation = Compilation.choose(training.jit_compile, training.precision, distribution.on_gpu(strategy))
     with strategy.scope():
-        model = GPT(config.model, corpus.tokenizer.vocab_size, config.seed, training.precision)
+        model = GPT(
+            config.model,
+            corpus.tokenizer.vocab_size,
+            config.seed,
+            training.precision,
+            training.remat,
+            compilation.parts,
+        )
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     train_step = TrainStep(
         strategy,
-        losses.next_token_loss(model, config.seed, document_start, num_sources),
+        losses.next_token_loss(model, config.seed, document_start, num_sources, training.loss_chunk_size),
         optimizer,
         make_schedule(config.optimizer, training.steps),
         training.global_batch_size,
@@ -207,15 +234,17 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
             verify_every=training.verify_every,
             spike_threshold=training.spike_threshold,
             skip_spikes=training.on_spike == "skip",
+            wire_dtype=config.distribution.wire_dtype,
+            bytes_per_pack=config.distribution.bytes_per_pack,
         ),
-        jit_compile,
+        compilation,
         num_sources,
+        side_by_side,
     )
-    row_losses = RowLosses(
-        strategy, losses.next_token_losses(model, config.seed, document_start), microbatch_size, jit_compile
-    )
-    evaluation_rows = training.rows_of_evaluation * int(strategy.num_replicas_in_sync)
-    evaluator = make_evaluator(config, corpus, strategy, model, evaluation_rows, jit_compile)
+    rows_loss = losses.next_token_losses(model, config.seed, document_start, training.loss_chunk_size)
+    row_losses = RowLosses(strategy, rows_loss, microbatch_size, compilation.whole)
+    rows = training.rows_of_evaluation
+    evaluator = make_evaluator(config, corpus, strategy, model, rows, compilation.whole, side_by_side)
     order = data.Order(
         [sequences_of(split, config.model.context_length, config.data.sequences) for split in corpus.train],
         [source.weight for source in corpus.sources],
@@ -227,13 +256,30 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
         return iter(data.train_batches(strategy, order, step, left_out))
 
-    return Parts(model, optimizer, train_step, row_losses, evaluator, order, batches_from, microbatch_size, jit_compile)
+    return Parts(
+        model,
+        optimizer,
+        train_step,
+        row_losses,
+        evaluator,
+        order,
+        batches_from,
+        microbatch_size,
+        side_by_side,
+        compilation,
+    )
 
 
 def make_evaluator(
-    config: Config, corpus: "Corpus", strategy: Any, model: "GPT", rows: int, jit_compile: bool
+    config: Config,
+    corpus: "Corpus",
+    strategy: Any,
+    model: "GPT",
+    rows: int,
+    jit_compile: bool,
+    num_side_by_side: int = 1,
 ) -> "Evaluator":
-    """Evaluates a model on the validation text of all sources, `rows` sequences at a time over all replicas."""
+    """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
     from tfdp import losses
     from tfdp.evaluation import Evaluator, Held
     from tfdp.sequences import sequences_of
@@ -244,8 +290,8 @@ def make_evaluator(
         for source in corpus.sources
     ]
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
-    loss = losses.next_token_loss(model, None, document_start, len(held))
-    return Evaluator(strategy, loss, held, rows, jit_compile)
+    loss = losses.next_token_loss(model, None, document_start, len(held), config.training.loss_chunk_size)
+    return Evaluator(strategy, loss, held, rows, jit_compile, num_side_by_side)
 
 
 def shared_facts(config: Config, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
