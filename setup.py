@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
+        "peers": ["torch>=2.13", "transformers>=5"],  # what `tfdp.benchmark` measures besides KerasNLP
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter", "types-PyYAML"],
     },
 )

@@ -1,0 +1,83 @@
+"""This trainer: the recipe's own step, pipeline, optimizer and clipping, as `tfdp.train` runs them."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig, import_trainer
+from tfdp.shards import Split
+from tfdp.startup import load_tensorflow
+from tfdp.systems.pace import Pace
+from tfdp.systems.shapes import Shape, token_ids
+
+_STEPS_OF_CALL = TrainingConfig().log_every  # a run goes back to Python at each line that it logs
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The part of a tokenizer that training looks at."""
+
+    vocab_size: int
+    end_of_text: int = 0
+
+
+@dataclass(frozen=True)
+class _Shards:
+    train: Split
+    validation: Split
+
+
+def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
+    """Trains steps as they are asked for; never returns."""
+    load_tensorflow()
+    from tfdp import distribution, metrics
+    from tfdp.sources import Corpus, Source
+
+    config = _config(shape, precision, num_replicas)
+    ids = token_ids(shape)
+    split = Split([ids], num_documents=1, num_bytes=len(ids))
+    shards: Any = _Shards(split, split)
+    tokenizer: Any = _Ids(shape.vocab_size)
+    corpus = Corpus([Source("ids", Fraction(1), shards)], tokenizer)
+    recipe, cluster = import_trainer(config.trainer), distribution.find_cluster(config.distribution)
+    side_by_side = recipe.num_side_by_side(config, corpus, cluster.num_workers)
+    strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
+    parts = recipe.build(config, corpus, strategy)
+    if distribution.on_gpu(strategy):
+        pace.device_memory = metrics.peak_gpu_memory
+    batches, step = parts.batches_from(0, ()), 0
+    while True:
+        count = min(pace.wanted, _STEPS_OF_CALL)
+        done = len(parts.train_step(batches, step, count).loss)
+        if done < count:
+            raise RuntimeError(f"step {step + done + 1} was refused")
+        step += done
+        pace.done(done)
+
+
+def model_config(shape: Shape) -> ModelConfig:
+    """GPT-2's architecture."""
+    return ModelConfig(
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        model_dim=shape.model_dim,
+        context_length=shape.context_length,
+        position="learned",
+        norm="layer_norm",
+        activation="gelu",
+        use_bias=True,
+        qk_norm=False,
+        zero_init=False,
+        tie_embeddings=True,
+    )
+
+
+def _config(shape: Shape, precision: Any, num_replicas: int) -> Any:
+    return import_trainer("causal_lm").Config(
+        model=model_config(shape),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, schedule="constant", warmup_steps=0),
+        training=TrainingConfig(
+            steps=1_000_000, global_batch_size=shape.num_rows, precision=precision, sample_tokens=0
+        ),
+        distribution=DistributionConfig(num_replicas=num_replicas),
+    )
