@@ -81,12 +81,13 @@ def test_five_layouts_are_one_run(tmp_path: Path, corpus_dir: Path, precision: s
 @pytest.mark.slow
 @pytest.mark.multiworker
 @pytest.mark.timeout(600)
-def test_the_same_layouts_are_close_under_fast(tmp_path: Path, corpus_dir: Path) -> None:
+def test_layouts_are_close_under_fast(tmp_path: Path, corpus_dir: Path) -> None:
     # At three times this rate the rounding of 1e-7 has grown to 6e-5 by step 48: why canonical is there.
     changes = {"distribution__reduction": "fast", "training__jit_compile": "false", "optimizer__learning_rate": 1e-3}
-    runs = {name: train(tmp_path, corpus_dir, name, layout, **changes) for name, layout in LAYOUTS.items()}
+    chosen = ("1 replica, accumulation 4", "4 replicas", "2 workers, 2 replicas")
+    runs = {name: train(tmp_path, corpus_dir, name, LAYOUTS[name], **changes) for name in chosen}
     losses = {name: [row["loss"] for row in rows_of(run)] for name, run in runs.items()}
-    for name in LAYOUTS:
+    for name in chosen:
         np.testing.assert_allclose(losses[name], losses["1 replica, accumulation 4"], rtol=1e-5, err_msg=name)
 
 

@@ -34,7 +34,7 @@ class Config:
     """The benchmark."""
 
     shapes: str = "tiny,baby,gpt2"
-    """Models to train, of tiny, baby and gpt2."""
+    """Models to train, of tiny, baby, gpt2 and vocabulary (a small model whose logits would take 824 MB)."""
     systems: str | None = None
     """Of tfdp, keras_nlp, pytorch, pytorch_ddp and matrix_peak; null: all whose packages are installed."""
     layouts: str = "1x1"

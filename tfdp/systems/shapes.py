@@ -40,6 +40,7 @@ SHAPES = {
         Shape("tiny", 4, 4, 128, 64, 12, 65),
         Shape("baby", 6, 6, 384, 256, 8, 65),
         Shape("gpt2", 12, 12, 768, 256, 2, 50304),
+        Shape("vocabulary", 4, 4, 128, 512, 8, 50304),  # whose logits would take 824 MB
     )
 }
 
