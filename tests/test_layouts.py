@@ -137,6 +137,19 @@ def test_micro_batches_side_by_side_are_those_one_after_the_other(
         assert found[0][key] == found[1][key], key
 
 
+def test_packs_of_bfloat16_gradients_are_those_of_single_tensors(tiny_config: Callable[..., Config]) -> None:
+    """A bfloat16 model has gradients of both kinds: of its matrices, and of its gains."""
+    found = []
+    for bytes_per_pack in (0, 512):
+        config = tiny_config(
+            str(bytes_per_pack),
+            training={"precision": "bfloat16", "steps": 3, "jit_compile": "auto"},
+            distribution={"num_replicas": 2, "bytes_per_pack": bytes_per_pack},
+        )
+        found.append(causal_lm.train(config)["state_sha256"])
+    assert found[0] == found[1]
+
+
 def test_bfloat16_on_the_wire_rounds_the_sums_of_replicas() -> None:
     tokens, norms = np.random.default_rng(0).integers(0, 32, (8, 9)), {}
     for wire_dtype in ("float32", "bfloat16"):

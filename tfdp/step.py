@@ -294,7 +294,7 @@ class TrainStep:
         sums = _after(computed, sums)
         told = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
         if self._reduces:
-            packs = [tf.cast(pack, self._wire_dtype) for pack in self._buckets.pack(gradients)]
+            packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
             told, *gradients = distribution.replica_sum([told, *packs], self._rules.reduction)
         reduced = _clock(told, *gradients)
         row, digests, stop = self._apply(gradients, _after(reduced, told), step, limit)
