@@ -86,7 +86,8 @@ def batches(strategy: tf.distribute.Strategy, tokens: np.ndarray) -> object:
 def count_reductions(function: object) -> int:
     """Sums over replicas in a traced step and what it calls, the arithmetic inside one replica left out."""
     inner = function.graph.as_graph_def().library.function  # type: ignore[attr-defined]
-    outside = [f for f in inner if not any(part in f.signature.name for part in ("microbatch_sums", "apply_update"))]
+    inside = ("microbatch_sums", "measure_sums", "apply_group", "cond_")
+    outside = [f for f in inner if not any(part in f.signature.name for part in inside)]
     return sum(node.op in {"AddN", "CollectiveReduceV2", "NcclAllReduce"} for f in outside for node in f.node_def)
 
 

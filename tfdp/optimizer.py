@@ -79,6 +79,12 @@ class Optimizer:
         given = (self._keras.iterations, self._keras._learning_rate)  # arguments of `update`, not state
         self.state = [variable for variable in self._keras.variables if all(variable is not v for v in given)]
 
+    def owner(self, variable: keras.Variable) -> int | None:
+        """The index of the weight that a variable of the state belongs to, which Keras puts into its name."""
+        prefixes = [weight.path.replace("/", "_") + "_" for weight in self.weights]
+        fitting = [index for index, prefix in enumerate(prefixes) if variable.name.startswith(prefix)]
+        return max(fitting, key=lambda index: len(prefixes[index]), default=None)
+
     def named_state(self) -> dict[str, keras.Variable]:
         """The state by name; the number in front keeps names apart and in order."""
         return {f"{index:05d}/{variable.path}": variable for index, variable in enumerate(self.state)}

@@ -10,12 +10,11 @@ optimizer. Nothing here knows of files, models or metrics; a task enters as a fu
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -26,9 +25,9 @@ from tfdp.losses import LossFunction
 from tfdp.optimizer import Optimizer, Schedule
 from tfdp.sentinel import Disagreement
 from tfdp.spikes import Spike
-from tfdp.sums import fixed_sum, running_sum, tree_sum
+from tfdp.sums import running_sum, tree_sum
+from tfdp.update import NUM_TOLD, Packed, Update
 
-_ROW = 6  # numbers that a step tells, before those of each source
 PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
@@ -134,7 +133,7 @@ class TrainStep:
         num_sources: int = 1,
         num_side_by_side: int = 1,
     ) -> None:
-        self._strategy, self._optimizer, self._schedule = strategy, optimizer, schedule
+        self._strategy, self._optimizer = strategy, optimizer
         self._loss_function, self._rules = loss_function, rules
         num_replicas = int(strategy.num_replicas_in_sync)
         self._verified = [*optimizer.weights, *optimizer.state]
@@ -160,7 +159,10 @@ class TrainStep:
         if isinstance(compilation, bool):
             compilation = Compilation.choose(compilation, "", on_gpu=False)
         self._microbatch = tf.function(self._microbatch_sums, jit_compile=compilation.whole, autograph=False)
-        self._apply = tf.function(self._apply_update, jit_compile=compilation.update, autograph=False)
+        buckets = self._buckets if self._reduces else None
+        self._update = Update(
+            optimizer, schedule, rules.clip_norm, self._told, buckets, compilation.update, num_side_by_side
+        )
         # integers: XLA gives the same bits everywhere
         self._digests = tf.function(self._own_digests, jit_compile=True, autograph=False)
         self._gather_digests = tf.function(
@@ -187,8 +189,8 @@ class TrainStep:
         )
         self.recent_losses = np.asarray(recent)
         done, rows = int(count), np.asarray(rows)
-        loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done, :_ROW].T
-        source_losses, source_tokens = np.split(rows[:done, _ROW:], 2, axis=1)
+        loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done, :NUM_TOLD].T
+        source_losses, source_tokens = np.split(rows[:done, NUM_TOLD:], 2, axis=1)
         skipped = [self._spike(rows[index], first_step + index + 1) for index in range(done) if refused[index] >= 0]
         spike = disagreement = None
         if not bool(goes_on) and not bool(sentinel.agree(digests)):
@@ -224,7 +226,7 @@ class TrainStep:
         self._stop_requested.assign(1.0)
 
     def _spike(self, row: np.ndarray, step: int) -> Spike:
-        loss, grad_norm, _, _, refused, limit = (float(value) for value in row[:_ROW])
+        loss, grad_norm, _, _, refused, limit = (float(value) for value in row[:NUM_TOLD])
         names = [*(weight.path for weight in self._optimizer.weights), "loss", None]
         return Spike(step, loss, grad_norm, limit, names[int(refused)])
 
@@ -264,7 +266,7 @@ class TrainStep:
             return done, recent, digests, stop, goes_on, seconds + parts, rows.write(count, row)
 
         rows = tf.TensorArray(
-            tf.float32, num_steps, element_shape=[_ROW + 2 * self._num_sources], clear_after_read=False
+            tf.float32, num_steps, element_shape=[NUM_TOLD + 2 * self._num_sources], clear_after_read=False
         )
         start = (
             tf.constant(0),
@@ -297,8 +299,8 @@ class TrainStep:
             packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
             told, *gradients = distribution.replica_sum([told, *packs], self._rules.reduction)
         reduced = _clock(told, *gradients)
-        row, digests, stop = self._apply(gradients, _after(reduced, told), step, limit)
-        times = [begun, arrived, computed, reduced, _clock(row)]
+        row, digests, stop, written = self._update(gradients, _after(reduced, told), step, limit)
+        times = [begun, arrived, computed, reduced, _clock(row, written)]
         return row, digests, stop, tf.stack([after - before for before, after in pairwise(times)])
 
     def _digest_slots(self, step: tf.Tensor) -> tf.Tensor:
@@ -325,43 +327,6 @@ class TrainStep:
         if self._num_local_microbatches == 1:  # nothing is added to them here: half the bytes where they are bfloat16
             gradients = [_before_cast(gradient) for gradient in gradients]
         return gradients, tf.stack([loss_sums, counts])
-
-    def _apply_update(
-        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Divides, clips and applies the global sums (gradients in packs, if they were reduced) to this replica.
-
-        Nothing is applied where something is not finite, the loss is above the limit, or the replicas disagree.
-
-        Returns:
-          The row (loss, grad_norm, learning_rate, num_tokens, refused, limit, losses and tokens of each source),
-          where refused is the index of the first tensor that is not finite (the number of weights stands for the
-          loss, one more for a loss above the limit) or -1; the digests of all replicas; and the number of replicas
-          that were asked to stop.
-        """
-        loss_sums, counts, stop, digests = self._told.unpack(told)
-        loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
-        gradient_sums = self._buckets.unpack(packs) if self._reduces else packs
-        gradients = [tf.cast(gradient, tf.float32) / tf.maximum(count, 1.0) for gradient in gradient_sums]
-        loss = loss_sum / tf.maximum(count, 1.0)
-        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in gradients])
-        grad_norm = tf.sqrt(fixed_sum(squares))
-        good = tf.concat([tf.math.is_finite(tf.concat([squares, [loss]], axis=0)), [loss <= limit]], axis=0)
-        all_good = tf.reduce_all(good)
-        refused = tf.where(all_good, -1, tf.argmin(tf.cast(good, tf.int32), output_type=tf.int32))
-        if self._rules.clip_norm is not None:
-            scale = tf.minimum(1.0, self._rules.clip_norm / tf.maximum(grad_norm, 1e-12))
-            gradients = [gradient * scale for gradient in gradients]
-        learning_rate = self._schedule(step)
-        variables = [*self._optimizer.weights, *self._optimizer.state]
-        old = [tf.convert_to_tensor(variable.value) for variable in variables]
-        split = len(self._optimizer.weights)
-        weights, state = self._optimizer.update(old[:split], old[split:], gradients, learning_rate, step)
-        applied = all_good & sentinel.agree(digests)
-        for variable, before, after in zip(variables, old, [*weights, *state], strict=True):
-            assign_in_replica(variable, tf.where(applied, after, before))
-        row = tf.stack([loss, grad_norm, learning_rate, count, tf.cast(refused, tf.float32), limit])
-        return tf.concat([row, loss_sums, counts], axis=0), digests, stop
 
 
 class EvalStep:
@@ -461,23 +426,6 @@ def _rows_of(batch: Batch, size: int) -> Callable[[int | tf.Tensor], Batch]:
     return rows
 
 
-class Packed:
-    """Lays small float32 tensors of known shapes end to end in one vector."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        self._shapes = list(shapes)
-        self._sizes = [math.prod(shape) for shape in self._shapes]
-        self.size = sum(self._sizes)
-
-    @staticmethod
-    def pack(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
-
-    def unpack(self, vector: tf.Tensor) -> list[tf.Tensor]:
-        parts = tf.split(vector, self._sizes)
-        return [tf.reshape(part, shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-
 def _clock(*tensors: tf.Tensor) -> tf.Tensor:
     """The time in seconds since the epoch, float64, at which the tensors are there; inside a graph.
 
@@ -500,12 +448,3 @@ def _before_cast(gradient: tf.Tensor) -> tf.Tensor:
     if gradient.op.type == "Cast" and gradient.op.inputs[0].dtype in (tf.bfloat16, tf.float16):
         return gradient.op.inputs[0]
     return gradient
-
-
-def assign_in_replica(variable: keras.Variable, value: tf.Tensor) -> None:
-    """Assigns to this replica's own copy of a mirrored variable, and to no other.
-
-    `variable.assign` in a replica context would ask for an aggregation over the replicas; here every replica
-    computes the same value, so there is nothing to aggregate. `handle` is the copy's in a replica context.
-    """
-    tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=tf.cast(value, variable.dtype))
