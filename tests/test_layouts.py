@@ -98,7 +98,7 @@ def test_a_step_reduces_once_whatever_the_accumulation(rules: dict[str, object])
     for microbatch_size in (4, 2, 1):
         step = make_step(2, microbatch_size, **rules)
         arguments = (batches(step.strategy, tokens), tf.constant(0, tf.int64), tf.constant(1))  # type: ignore[attr-defined]
-        traced = step._run.get_concrete_function(*arguments, tf.constant(step.recent_losses))
+        traced = step._run.get_concrete_function(*arguments, tf.constant(step.recent_losses), tf.constant(step.scaling))
         counts.append(count_reductions(traced))
         told.add((step.num_reductions, step.reduction_bytes))
     num_numbers = sum(int(np.prod(v.shape)) for v in step.model.trainable_variables)  # type: ignore[attr-defined]

@@ -273,8 +273,9 @@ class TrainingConfig:
     parallel_microbatches: int | None = None
     """Micro-batches that a replica computes side by side, each on cores of its own; a power of two; null: on CPUs one
     for each core, where that pays, else 1."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always. float16 scales
+    the loss, and repeats a step at half the scale where its gradient overflows."""
     jit_compile: bool | Literal["auto"] = "auto"
     """XLA for the step; auto: on, except for bfloat16 on CPUs, where oneDNN is faster."""
     loss_chunk_size: int | None = None

@@ -325,7 +325,7 @@ class GPT(keras.Model):
       config: the shape.
       vocab_size: number of token ids.
       seed: of the initial weights.
-      precision: "float32" or "bfloat16" (then weights stay float32 and products are bfloat16).
+      precision: of the products: float32, bfloat16 or float16; weights are float32 always.
       remat: whether backward computes each block's activations again instead of keeping them.
       fuse: whether XLA compiles what lies between the matrix products, where it does not compile the whole.
     """
@@ -339,7 +339,7 @@ class GPT(keras.Model):
         remat: bool = False,
         fuse: bool = False,
     ) -> None:
-        policy = keras.DTypePolicy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+        policy = keras.DTypePolicy("float32" if precision == "float32" else f"mixed_{precision}")
         super().__init__(name="gpt", dtype=policy)
         self.config, self.vocab_size, self.remat = config, vocab_size, remat
         initializers = Initializers(config, seed)

@@ -155,6 +155,7 @@ def _log(task: Task, writer: MetricsWriter, progress: Progress, results: StepRes
         "sequences_seen": sequences_seen(task, progress),
         "reduction_bytes": task.train_step.reduction_bytes,
         "num_reductions": task.train_step.num_reductions,
+        **_of_scaling(task),
         **{f"seconds/{part}": seconds for part, seconds in progress.time.seconds.items()},
         **_of_sources(task, progress),
     }
@@ -163,6 +164,14 @@ def _log(task: Task, writer: MetricsWriter, progress: Progress, results: StepRes
     writer.train(values, task.training.steps, eta)
     progress.since_log = Throughput()
     progress.source_losses, progress.source_tokens = 0.0, 0
+
+
+def _of_scaling(task: Task) -> dict[str, float | int]:
+    """The scale of the loss and the overflows of the run so far, where it is scaled."""
+    if task.training.precision != "float16":
+        return {}
+    scale, _, num_overflows = task.train_step.scaling.tolist()
+    return {"loss_scale": scale, "num_overflows": int(num_overflows)}
 
 
 def _of_sources(task: Task, progress: Progress) -> dict[str, float | int]:

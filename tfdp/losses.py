@@ -13,6 +13,7 @@ Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of v
 LossFunction = Callable[[dict[str, tf.Tensor], tf.Tensor], Sums]  # (rows of one micro-batch, step) -> sums
 
 LOGITS_BYTES = 128 << 20  # of float32 logits that stand in memory at once, unless the number of tokens is named
+_ROOM = 64  # a power of two, by which sums in float16 may be larger than float16 can hold
 
 
 class LanguageModel(Protocol):
@@ -85,12 +86,19 @@ def projected_cross_entropy(
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             first = tf.reshape(upstream, [-1])[0]
             scale = tf.where(tf.reduce_all(upstream == first), first, math.nan)
-            d_features = tf.reshape(d_flat, features.shape)
-            return d_features * tf.cast(scale, d_features.dtype), tf.cast(d_table, tf.float32) * scale
+            d_features = _scaled(tf.reshape(d_flat, features.shape), scale)
+            return d_features, tf.cast(d_table, tf.float32) * scale
 
         return tf.reshape(losses, targets.shape), gradient
 
     return score(features, tf.convert_to_tensor(table))
+
+
+def _scaled(values: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """A loss scale need not fit into float16: what it multiplies may."""
+    if values.dtype == tf.float16:
+        return tf.cast(tf.cast(values, tf.float32) * scale, values.dtype)
+    return values * tf.cast(scale, values.dtype)
 
 
 def default_chunk_size(vocab_size: int) -> int:
@@ -134,7 +142,11 @@ def _score(features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor) -> tuple[t
     losses, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=tf.maximum(targets, 0))
     d_logits = tf.cast(d_logits, features.dtype)
     d_features = tf.where(valid[:, tf.newaxis], tf.matmul(d_logits, table), 0)
-    d_table = tf.matmul(d_logits, tf.where(valid[:, tf.newaxis], features, 0), transpose_a=True)
+    features = tf.where(valid[:, tf.newaxis], features, 0)
+    if features.dtype == tf.float16:  # a sum over many tokens, which no loss scale has made smaller yet
+        d_table = tf.cast(tf.matmul(d_logits, features / _ROOM, transpose_a=True), tf.float32) * _ROOM
+    else:
+        d_table = tf.matmul(d_logits, features, transpose_a=True)
     return tf.where(valid, losses, 0.0), d_features, d_table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Dense matrix peaks in FLOP/s from NVIDIA's data sheets, without sparsity: bfloat16, and float32 as TF32.
+# Dense matrix peaks in FLOP/s from NVIDIA's data sheets, without sparsity: bfloat16, which is float16's too, and float32 as TF32.
 _GPU_PEAKS = {
     "B200": {"bfloat16": 2250e12, "float32": 1125e12},
     "H200": {"bfloat16": 989e12, "float32": 494e12},
@@ -224,7 +224,7 @@ def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_
     taken for each: each GPU, or the cores of each worker, where `num_side_by_side` products run at the same time."""
     for name, peaks in _GPU_PEAKS.items():
         if gpu_names and name in re.split(r"[\s-]", gpu_names[0]):
-            return peaks[precision] * len(gpu_names)
+            return peaks["float32" if precision == "float32" else "bfloat16"] * len(gpu_names)
     return _measured_matrix_peak(precision, num_side_by_side) * (len(gpu_names) or num_workers)
 
 

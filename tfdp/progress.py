@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tfdp import checkpoint, spikes
+from tfdp import checkpoint
 from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, publish, read
 from tfdp.evaluation import Evaluation
@@ -74,7 +74,7 @@ def restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
     checkpoint.restore(task.weights, saved.weights)
     checkpoint.restore(task.optimizer_state, saved.optimizer)
     state = saved.state
-    task.train_step.recent_losses = spikes.recent_from_state(state.get("recent_losses", []))
+    task.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
     progress.evaluated_step = -1 if state["validation_loss"] is None else saved.step
     progress.best_loss, progress.train_loss = state["best_validation_loss"], state["train_loss"]
@@ -94,7 +94,7 @@ def save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) ->
         "train_loss": progress.train_loss,
         "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
         "best_validation_loss": progress.best_loss,
-        "recent_losses": spikes.recent_to_state(task.train_step.recent_losses),
+        **task.train_step.to_state(),
         "ledger": progress.ledger.to_state(),
         "layout": dict(task.layout),
     }

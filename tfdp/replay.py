@@ -227,11 +227,11 @@ class Replayer:
         return Replay(done + 1, float(results.loss[0]), float(results.grad_norm[0]), skipped, worst)
 
     def _restore(self, saved: "Checkpoint") -> int:
-        from tfdp import checkpoint, spikes
+        from tfdp import checkpoint
 
         checkpoint.restore(self._weights, saved.weights)
         checkpoint.restore(self._optimizer, saved.optimizer)
-        self._parts.train_step.recent_losses = spikes.recent_from_state(saved.state.get("recent_losses", []))
+        self._parts.train_step.load_state(saved.state)
         return saved.step
 
     def _worst(self, done: int, num_sequences: int) -> list[Sequence]:

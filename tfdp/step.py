@@ -10,7 +10,7 @@ optimizer. Nothing here knows of files, models or metrics; a task enters as a fu
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdp import distribution, sentinel, spikes
+from tfdp import distribution, loss_scale, sentinel, spikes
 from tfdp.buckets import Buckets
 from tfdp.data import Batch
 from tfdp.losses import LossFunction
@@ -43,6 +43,7 @@ class StepRules:
       skip_spikes: whether to go on after a spike, without its update, instead of ending the call.
       wire_dtype: float32 or bfloat16, in which gradients travel; what is told of a step always travels in float32.
       bytes_per_pack: of a reduction; None: what suits the devices.
+      scales_loss: whether gradients are those of a scaled loss, as float16 needs; see `loss_scale`.
     """
 
     clip_norm: float | None = None
@@ -52,6 +53,7 @@ class StepRules:
     skip_spikes: bool = False
     wire_dtype: str = "float32"
     bytes_per_pack: int | None = None
+    scales_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class TrainStep:
       num_side_by_side: micro-batches that a replica computes at the same time, each on cores of its own.
 
     Attributes:
-      recent_losses: of the last steps, the window that spikes are judged by; part of a checkpoint.
+      recent_losses: of the last steps, the window that spikes are judged by.
+      scaling: of the loss, see `loss_scale`.
       reduction_bytes: that each replica hands to the reduction of a step.
       num_reductions: packs of that reduction.
     """
@@ -139,7 +142,7 @@ class TrainStep:
         self._verified = [*optimizer.weights, *optimizer.state]
         self._verifies = rules.verify_every > 0 and num_replicas > 1
         self._digests_shape = (num_replicas, len(self._verified), 2) if self._verifies else (0,)
-        self._num_sources = num_sources
+        self._num_sources, self._row_shape = num_sources, (NUM_TOLD + 2 * num_sources,)
         packs_bytes = rules.bytes_per_pack
         if packs_bytes is None:
             packs_bytes = distribution.default_bytes_per_pack(strategy)
@@ -169,7 +172,19 @@ class TrainStep:
             lambda: strategy.run(lambda: distribution.replica_gather(self._digests())), autograph=False
         )
         self._run = tf.function(self._run_steps, autograph=False)
-        self.recent_losses = spikes.recent_from_state([])
+        self.load_state({})
+
+    def to_state(self) -> dict[str, Any]:
+        """What a step knows of those before it, for a checkpoint."""
+        state: dict[str, Any] = {"recent_losses": spikes.recent_to_state(self.recent_losses)}
+        if self._rules.scales_loss:
+            state["loss_scale"] = self.scaling.tolist()
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes that back from a checkpoint; what is missing there starts anew."""
+        self.recent_losses = spikes.recent_from_state(state.get("recent_losses", []))
+        self.scaling = loss_scale.from_state(state.get("loss_scale"), self._rules.scales_loss)
 
     def __call__(self, batches: Any, first_step: int, num_steps: int) -> StepResults:
         """Runs up to `num_steps` steps on the next batches.
@@ -181,13 +196,14 @@ class TrainStep:
           first_step: number of optimizer steps done before.
           num_steps: how many to run.
         """
-        rows, count, recent, digests, stop, goes_on, seconds = self._run(
+        rows, count, recent, digests, stop, goes_on, seconds, scaling = self._run(
             batches,
             tf.constant(first_step, tf.int64),
             tf.constant(num_steps, tf.int32),
             tf.constant(self.recent_losses),
+            tf.constant(self.scaling),
         )
-        self.recent_losses = np.asarray(recent)
+        self.recent_losses, self.scaling = np.asarray(recent), np.asarray(scaling)
         done, rows = int(count), np.asarray(rows)
         loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done, :NUM_TOLD].T
         source_losses, source_tokens = np.split(rows[:done, NUM_TOLD:], 2, axis=1)
@@ -231,14 +247,14 @@ class TrainStep:
         return Spike(step, loss, grad_norm, limit, names[int(refused)])
 
     def _run_steps(
-        self, batches: Any, first_step: tf.Tensor, num_steps: tf.Tensor, recent: tf.Tensor
+        self, batches: Any, first_step: tf.Tensor, num_steps: tf.Tensor, recent: tf.Tensor, scaling: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         """Several steps in one graph, so that a short step does not wait for Python.
 
         Returns:
-          A row of `_apply_update` for each step, one more if the last was refused; the number of steps done; the
-          window of recent losses; the digests of the last step; the number of stop requests; whether the last step
-          was done; and the seconds of `PARTS`.
+          A row of `Update` for each step, one more if the last was refused; the number of steps done; the window of
+          recent losses; the digests of the last step; the number of stop requests; whether the last step was done;
+          the seconds of `PARTS`; and the scaling of the loss.
         """
 
         def continues(
@@ -253,21 +269,19 @@ class TrainStep:
             _s: tf.Tensor,
             _g: tf.Tensor,
             seconds: tf.Tensor,
+            scaling: tf.Tensor,
             rows: tf.TensorArray,
         ) -> tuple[tf.Tensor, ...]:
             step = first_step + tf.cast(count, tf.int64)
             limit = spikes.loss_limit(recent, self._rules.spike_threshold)
-            per_replica = self._strategy.run(self._replica_step, args=(next(batches), step, limit, _clock(count)))
-            row, digests, stop, parts = distribution.first_replica(self._strategy, per_replica)
+            row, digests, stop, parts, scaling = self._one_step(next(batches), step, limit, _clock(count), scaling)
             applied = row[4] < 0
             goes_on = sentinel.agree(digests) & (applied | self._rules.skip_spikes)
             recent = tf.where(goes_on & applied, tf.concat([recent[1:], row[:1]], axis=0), recent)
             done = count + tf.cast(goes_on, tf.int32)
-            return done, recent, digests, stop, goes_on, seconds + parts, rows.write(count, row)
+            return done, recent, digests, stop, goes_on, seconds + parts, scaling, rows.write(count, row)
 
-        rows = tf.TensorArray(
-            tf.float32, num_steps, element_shape=[NUM_TOLD + 2 * self._num_sources], clear_after_read=False
-        )
+        rows = tf.TensorArray(tf.float32, num_steps, element_shape=self._row_shape, clear_after_read=False)
         start = (
             tf.constant(0),
             recent,
@@ -275,22 +289,60 @@ class TrainStep:
             tf.constant(0.0),
             tf.constant(True),
             tf.zeros([len(PARTS)], tf.float64),
+            scaling,
             rows,
         )
-        count, recent, digests, stop, goes_on, seconds, rows = tf.while_loop(
+        count, recent, digests, stop, goes_on, seconds, scaling, rows = tf.while_loop(
             continues, one_step, start, parallel_iterations=1
         )
-        return rows.stack(), count, recent, digests, stop, goes_on, seconds
+        return rows.stack(), count, recent, digests, stop, goes_on, seconds, scaling
+
+    def _one_step(
+        self, batch: Any, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor, scaling: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """One step on all replicas, repeated at half the loss scale as long as its gradient overflows.
+
+        Returns:
+          What `_replica_step` does, on the first replica; and the scaling of the next step.
+        """
+
+        def attempt(begun: tf.Tensor, scaling: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            per_replica = self._strategy.run(self._replica_step, args=(batch, step, limit, begun, scaling[0]))
+            return tuple(distribution.first_replica(self._strategy, per_replica))
+
+        if not self._rules.scales_loss:
+            return *attempt(begun, scaling), scaling
+
+        def overflowed(row: tf.Tensor) -> tf.Tensor:
+            return loss_scale.overflowed(row[4], row[0], len(self._optimizer.weights))
+
+        def goes_on(row: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, _p: Any, scaling: tf.Tensor, _: Any) -> tf.Tensor:
+            return overflowed(row) & (scaling[0] > loss_scale.LEAST)
+
+        def again(
+            _r: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, seconds: tf.Tensor, scaling: tf.Tensor, begun: tf.Tensor
+        ) -> tuple[tf.Tensor, ...]:
+            row, digests, stop, parts = attempt(begun, scaling)
+            scaling = tf.where(overflowed(row), loss_scale.after_overflow(scaling), scaling)
+            return row, digests, stop, seconds + parts, scaling, _clock(row)
+
+        none_yet = tf.zeros(self._row_shape)  # which reads as an overflow: it is tried once at least
+        start = (none_yet, tf.zeros(self._digests_shape), 0.0, tf.zeros([len(PARTS)], tf.float64), scaling, begun)
+        row, digests, stop, seconds, scaled, _ = tf.while_loop(goes_on, again, start, parallel_iterations=1)
+        helped = tf.where(row[4] < 0, loss_scale.after_step(scaled), scaled)
+        return row, digests, stop, seconds, tf.where(overflowed(row), scaling, helped)
 
     def _replica_step(
-        self, batch: Batch, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor
+        self, batch: Batch, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         arrived = _clock(batch["tokens"])
         batch = {key: _after(arrived, value) for key, value in batch.items()}
         summed = tree_sum if self._rules.reduction == "canonical" else running_sum
         rows = _rows_of(batch, self._microbatch_size)
         gradients, sums = summed(
-            lambda index: self._microbatch(rows(index), step), self._num_local_microbatches, self._num_side_by_side
+            lambda index: self._microbatch(rows(index), step, scale),
+            self._num_local_microbatches,
+            self._num_side_by_side,
         )
         computed = _clock(sums, *gradients)
         sums = _after(computed, sums)
@@ -299,7 +351,7 @@ class TrainStep:
             packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
             told, *gradients = distribution.replica_sum([told, *packs], self._rules.reduction)
         reduced = _clock(told, *gradients)
-        row, digests, stop, written = self._update(gradients, _after(reduced, told), step, limit)
+        row, digests, stop, written = self._update(gradients, _after(reduced, told), step, limit, scale)
         times = [begun, arrived, computed, reduced, _clock(row, written)]
         return row, digests, stop, tf.stack([after - before for before, after in pairwise(times)])
 
@@ -316,13 +368,14 @@ class TrainStep:
     def _own_digests(self) -> tf.Tensor:
         return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._verified])
 
-    def _microbatch_sums(self, rows: Batch, step: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Gradients of the summed losses; and the sums and the counts of each source, (2, num_sources)."""
+    def _microbatch_sums(self, rows: Batch, step: tf.Tensor, scale: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Gradients of the scaled sum of losses; and the sums and the counts of each source, (2, num_sources)."""
         weights = [weight.value for weight in self._optimizer.weights]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             loss_sums, counts = self._loss_function(rows, step)
-        found = tape.gradient(loss_sums, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        upstream = tf.fill(loss_sums.shape, scale) if self._rules.scales_loss else None
+        found = tape.gradient(loss_sums, weights, upstream, tf.UnconnectedGradients.ZERO)
         gradients = [tf.convert_to_tensor(gradient) for gradient in found]
         if self._num_local_microbatches == 1:  # nothing is added to them here: half the bytes where they are bfloat16
             gradients = [_before_cast(gradient) for gradient in gradients]

@@ -69,9 +69,9 @@ class Update:
         ]
 
     def __call__(
-        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
+        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Divides, clips and applies the sums over all replicas.
+        """Divides, clips and applies the sums over all replicas; `scale` is that of the loss.
 
         Nothing is applied where something is not finite, the loss is above the limit, or the replicas disagree.
 
@@ -81,45 +81,47 @@ class Update:
           loss, one more for a loss above the limit) or -1; the digests of all replicas; the number of replicas that
           were asked to stop; and a number that is there once the weights are written.
         """
-        row, scale, applies, digests, stop = self._measure(packs, told, step, limit)
+        row, divisor, clip, applies, digests, stop = self._measure(packs, told, step, limit, scale)
 
         def apply() -> tf.Tensor:
-            return tf.add_n([group(packs, row[3], scale, row[2], step) for group in self._groups])
+            return tf.add_n([group(packs, divisor, clip, row[2], step) for group in self._groups])
 
         return row, digests, stop, tf.cond(applies, apply, lambda: tf.constant(0.0))
 
     def _measure_sums(
-        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """The row, the factor that clips, whether the update applies, the digests and the stop requests."""
+        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """The row, what turns sums into means, the factor that clips, whether the update applies, the digests and the
+        stop requests."""
         loss_sums, counts, stop, digests = self._told.unpack(told)
         loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
         loss = loss_sum / tf.maximum(count, 1.0)
-        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in self._means(packs, count)])
+        divisor = tf.maximum(count, 1.0) * scale
+        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in self._means(packs, divisor)])
         grad_norm = tf.sqrt(fixed_sum(squares))
         good = tf.concat([tf.math.is_finite(tf.concat([squares, [loss]], axis=0)), [loss <= limit]], axis=0)
         all_good = tf.reduce_all(good)
         refused = tf.where(all_good, -1, tf.argmin(tf.cast(good, tf.int32), output_type=tf.int32))
-        scale = tf.constant(1.0)
+        clip = tf.constant(1.0)
         if self._clip_norm is not None:
-            scale = tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
+            clip = tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
         row = tf.stack([loss, grad_norm, self._schedule(step), count, tf.cast(refused, tf.float32), limit])
         applies = all_good & sentinel.agree(digests)
-        return tf.concat([row, loss_sums, counts], axis=0), scale, applies, digests, stop
+        return tf.concat([row, loss_sums, counts], axis=0), divisor, clip, applies, digests, stop
 
     def _apply_group(
         self,
         group: Collection[int],
         packs: list[tf.Tensor],
-        count: tf.Tensor,
-        scale: tf.Tensor,
+        divisor: tf.Tensor,
+        clip: tf.Tensor,
         learning_rate: tf.Tensor,
         step: tf.Tensor,
     ) -> tf.Tensor:
         """Updates the variables of a group, by their index; what belongs to the others is never computed."""
         variables = [*self._optimizer.weights, *self._optimizer.state]
         split = len(self._optimizer.weights)
-        gradients = [gradient * scale for gradient in self._means(packs, count)]
+        gradients = [gradient * clip for gradient in self._means(packs, divisor)]
         old = [
             tf.convert_to_tensor(variable.value) if index in group else tf.zeros(variable.shape, variable.dtype)
             for index, variable in enumerate(variables)
@@ -132,9 +134,9 @@ class Update:
                 done = tf.cast(tf.reshape(after, [-1])[0], tf.float32)
         return done
 
-    def _means(self, packs: list[tf.Tensor], count: tf.Tensor) -> list[tf.Tensor]:
+    def _means(self, packs: list[tf.Tensor], divisor: tf.Tensor) -> list[tf.Tensor]:
         sums = packs if self._buckets is None else self._buckets.unpack(packs)
-        return [tf.cast(gradient, tf.float32) / tf.maximum(count, 1.0) for gradient in sums]
+        return [tf.cast(gradient, tf.float32) / divisor for gradient in sums]
 
 
 def _groups(optimizer: Optimizer, count: int) -> list[frozenset[int]]:

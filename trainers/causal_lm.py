@@ -236,6 +236,7 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
             skip_spikes=training.on_spike == "skip",
             wire_dtype=config.distribution.wire_dtype,
             bytes_per_pack=config.distribution.bytes_per_pack,
+            scales_loss=training.precision == "float16",
         ),
         compilation,
         num_sources,
