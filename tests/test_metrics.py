@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from tfdp.metrics import Attribution, MetricsWriter, Throughput, duration, matrix_peak, perplexity, step_line
+from tfdp.estimates import duration
+from tfdp.metrics import Attribution, MetricsWriter, Throughput, matrix_peak, perplexity, step_line
 from tfdp.step import PARTS
 from trainers import causal_lm
 from trainers.causal_lm import Config

@@ -7,25 +7,18 @@ alike. A figure is the median over the rounds. Of each peer's variants (precisio
 
 import importlib.util
 import json
-import os
-import select
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from tfdp.config import load, require
-from tfdp.exits import TrainingError, run_command
-from tfdp.machine import available_gpus, free_ports, preparation, share_machine
+from tfdp.exits import run_command
+from tfdp.machine import available_gpus
 from tfdp.systems import SYSTEMS, variants
+from tfdp.systems.running import Running
 from tfdp.systems.shapes import SHAPES, Shape
 
-START_SECONDS = 900.0  # for a first step, compiling included; and for a round
 ROUNDS_OF_SCREENING = 3
 
 
@@ -87,6 +80,11 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.shape.name} {self.system} {self.precision} {self.num_workers}x{self.num_replicas}"
 
+    def start(self) -> Running:
+        """Its processes, after their first step."""
+        arguments = [self.system, self.shape.name, self.precision, str(self.num_replicas)]
+        return Running(str(self), ["tfdp.systems", *arguments], self.num_workers)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -105,112 +103,13 @@ class Row:
 
 
 # ---------------------------------------------------------------------------------------------------
-# One system, alive
-# ---------------------------------------------------------------------------------------------------
-
-
-class Running:
-    """The processes of an entry, between their first step and their end.
-
-    Raises:
-      TrainingError: a process failed, or did not answer in time.
-    """
-
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-        self.round_steps = 1
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        started = time.monotonic()
-        self._processes = self._start()
-        self.flops_of_step = self._answers()[0]["flops_of_step"]
-        self.first_step_seconds = time.monotonic() - started
-        self.step_seconds: list[float] = []
-
-    def settle(self, round_seconds: float) -> None:
-        """Chooses the steps of a round; the first steps, which warm caches up, are counted nowhere."""
-        self.round(1)
-        self.round(2)
-        self.round_steps = max(1, round(round_seconds / self.step_seconds[-1]))
-        self.step_seconds.clear()
-
-    def round(self, num_steps: int | None = None) -> None:
-        """Trains the steps of one round, and notes the seconds of one."""
-        count = num_steps or self.round_steps
-        self._tell(str(count))
-        self.step_seconds.append(max(answer["seconds"] for answer in self._answers()) / count)
-
-    @property
-    def median_seconds(self) -> float:
-        return statistics.median(self.step_seconds)
-
-    def end(self) -> int:
-        """Ends the processes; returns the bytes of memory that they held at most, together."""
-        self._tell("end")
-        peak = sum(answer["peak_memory_bytes"] for answer in self._answers())
-        for process in self._processes:
-            process.wait()
-        return peak
-
-    def kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-
-    def _start(self) -> list[subprocess.Popen[bytes]]:
-        entry, several = self.entry, self.entry.num_workers > 1
-        command = [sys.executable, "-m", "tfdp.systems", entry.system, entry.shape.name, entry.precision]
-        command.append(str(entry.num_replicas))
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(entry.num_workers)]
-        processes = []
-        for index, share in enumerate(share_machine(entry.num_workers)):
-            cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            own = {**share.environment, "TF_CONFIG": json.dumps(cluster)} if several else {}
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, **own},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                preexec_fn=preparation(share.cores if several else ()),
-            )
-            processes.append(process)
-        return processes
-
-    def _tell(self, line: str) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            try:
-                process.stdin.write(line.encode() + b"\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                raise self._failure() from None
-
-    def _answers(self) -> list[dict[str, Any]]:
-        answers = []
-        for process in self._processes:
-            assert process.stdout is not None
-            ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
-            line = process.stdout.readline() if ready else b""
-            if not line:
-                raise self._failure()
-            answers.append(json.loads(line))
-        return answers
-
-    def _failure(self) -> TrainingError:
-        self.kill()
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return TrainingError(f"{self.entry} ended early: {lines[-1] if lines else 'it said nothing'}")
-
-
-# ---------------------------------------------------------------------------------------------------
 # The contest
 # ---------------------------------------------------------------------------------------------------
 
 
 def measure(shape: Shape, config: Config) -> list[Row]:
     """Starts all systems on one shape, keeps the best variant of each peer, and measures them in turns."""
-    running: list[Running] = []
+    running: list[tuple[Entry, Running]] = []
     try:
         for system in config.chosen_systems:
             for layout in config.layouts.split(","):
@@ -219,41 +118,40 @@ def measure(shape: Shape, config: Config) -> list[Row]:
                 entries = [Entry(shape, system, name, num_workers, num_replicas) for name in names]
                 running += _started(entries, keep_all=system in ("tfdp", "matrix_peak"), config=config)
         for _ in range(config.rounds):
-            for each in running:
+            for _, each in running:
                 each.round()
-        return _rows(running)
+        return _rows(shape, running)
     except BaseException:
-        for each in running:
+        for _, each in running:
             each.kill()
         raise
 
 
-def _started(entries: Sequence[Entry], keep_all: bool, config: Config) -> list[Running]:
+def _started(entries: Sequence[Entry], keep_all: bool, config: Config) -> list[tuple[Entry, Running]]:
     """Starts entries; unless all are to stay, only the fastest of a few rounds in turns does."""
-    kept: list[Running] = []
+    kept: list[tuple[Entry, Running]] = []
     for entry in entries:
-        new = Running(entry)
+        new = entry.start()
         new.settle(config.round_seconds)
-        kept.append(new)
+        kept.append((entry, new))
         if not keep_all and len(kept) == 2:
             for _ in range(ROUNDS_OF_SCREENING):
-                for each in kept:
+                for _, each in kept:
                     each.round()
-            kept.sort(key=lambda each: each.median_seconds)
-            for each in kept:
-                print(f"  {each.entry}: {each.median_seconds * 1e3:,.1f} ms a step", flush=True)
+            kept.sort(key=lambda pair: pair[1].median_seconds)
+            for name, each in kept:
+                print(f"  {name}: {each.median_seconds * 1e3:,.1f} ms a step", flush=True)
                 each.step_seconds.clear()
-            kept.pop().end()
+            kept.pop()[1].end()
     return kept
 
 
-def _rows(running: Sequence[Running]) -> list[Row]:
-    shape = running[0].entry.shape
+def _rows(shape: Shape, running: Sequence[tuple[Entry, Running]]) -> list[Row]:
     flops = shape.flops_per_token * shape.num_tokens
-    peaks = {each.entry.precision: each.flops_of_step / each.median_seconds for each in running if each.flops_of_step}
+    peaks = {entry.precision: each.flops_of_step / each.median_seconds for entry, each in running if each.flops_of_step}
     rows = []
-    for each in running:
-        entry, seconds = each.entry, each.median_seconds
+    for entry, each in running:
+        seconds = each.median_seconds
         if each.flops_of_step:
             seconds *= flops / each.flops_of_step
         peak = peaks.get(entry.precision.partition("+")[0])

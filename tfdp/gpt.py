@@ -465,18 +465,3 @@ class GPT(keras.Model):
             table = np.concatenate([sines, cosines], axis=-1) * self.config.init_stddev
             x = x + tf.cast(tf.gather(table, positions), x.dtype)
         return tf.cast(x, self.compute_dtype)
-
-
-def expected_num_params(config: ModelConfig, vocab_size: int) -> int:
-    """What `GPT.num_params` will be, from the shape alone."""
-    dim, hidden = config.model_dim, config.hidden_dim
-    fused_width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
-    wide = hidden * (2 if config.activation == "swiglu" else 1)
-    has_norm_bias = config.norm == "layer_norm" and config.use_bias
-    norm = dim * (2 if has_norm_bias else 1)
-    block = dim * fused_width + dim * dim + dim * wide + hidden * dim + 2 * norm
-    if config.use_bias:
-        block += fused_width + dim + wide + dim
-    tables = vocab_size * dim * (1 if config.tie_embeddings else 2)
-    positions = config.context_length * dim if config.position == "learned" else 0
-    return config.num_layers * block + norm + tables + positions

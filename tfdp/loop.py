@@ -14,8 +14,9 @@ import numpy as np
 from tfdp import checkpoint
 from tfdp.checkpoint import AsyncSaver, CheckpointFolder
 from tfdp.config import changed_keys
+from tfdp.estimates import duration
 from tfdp.exits import ConfigError, StopRequested
-from tfdp.metrics import MetricsWriter, Throughput, Trace, duration, say
+from tfdp.metrics import MetricsWriter, Throughput, Trace, peak_memory, say
 from tfdp.progress import Progress, left_out, load_agreed, restore, sequences_seen
 from tfdp.recovery import judge, save_verified
 from tfdp.spikes import Ledger
@@ -228,6 +229,7 @@ def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[
         "best_validation_loss": progress.best_loss,
         "tokens_per_second": progress.total.tokens_per_second,
         "wall_seconds": time.monotonic() - task.started,
+        "peak_memory_bytes": peak_memory(),
         "num_replicas": task.layout["num_replicas"],
         "num_workers": task.layout["num_workers"],
         "sequences_seen": sequences_seen(task, progress),

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from tfdp.dropout import sequence_keys
+from tfdp.estimates import default_chunk_size
 from tfdp.sums import fixed_sum
 
 Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of valid tokens
 LossFunction = Callable[[dict[str, tf.Tensor], tf.Tensor], Sums]  # (rows of one micro-batch, step) -> sums
 
-LOGITS_BYTES = 128 << 20  # of float32 logits that stand in memory at once, unless the number of tokens is named
 _ROOM = 64  # a power of two, by which sums in float16 may be larger than float16 can hold
 
 
@@ -99,11 +99,6 @@ def _scaled(values: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     if values.dtype == tf.float16:
         return tf.cast(tf.cast(values, tf.float32) * scale, values.dtype)
     return values * tf.cast(scale, values.dtype)
-
-
-def default_chunk_size(vocab_size: int) -> int:
-    """Tokens whose float32 logits fit into `LOGITS_BYTES`, a power of two."""
-    return 1 << max(0, (LOGITS_BYTES // (4 * vocab_size)).bit_length() - 1)
 
 
 def _score_chunks(

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,35 @@ from dataclasses import dataclass
 
 from tfdp import exits
 from tfdp.config import require
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What NVIDIA's data sheets say of a kind of GPU."""
+
+    half_peak: float  # FLOP/s of dense matrix products in bfloat16 or float16
+    float32_peak: float  # the same as TF32, which TensorFlow uses for float32
+    memory_bytes: float
+
+    def matrix_peak(self, precision: str) -> float:
+        """FLOP/s of dense matrix products."""
+        return self.float32_peak if precision == "float32" else self.half_peak
+
+
+GPUS = {
+    "B200": Gpu(2250e12, 1125e12, 180e9),
+    "H200": Gpu(989e12, 494e12, 141e9),
+    "H100": Gpu(989e12, 494e12, 80e9),
+    "A100": Gpu(312e12, 156e12, 40e9),  # some have 80 GB
+    "L40S": Gpu(362e12, 183e12, 48e9),
+    "A10": Gpu(125e12, 62.5e12, 24e9),
+    "L4": Gpu(121e12, 60e12, 24e9),
+}
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The kind of a GPU by what the driver calls it, such as "NVIDIA H100 80GB HBM3"; None for one not known here."""
+    return next((gpu for kind, gpu in GPUS.items() if kind in re.split(r"[\s-]", name)), None)
 
 
 @dataclass(frozen=True)
@@ -101,3 +131,8 @@ def preparation(cores: Collection[int]) -> Callable[[], None]:
                 os._exit(exits.FAILED)
 
     return prepare
+
+
+def total_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,7 +6,7 @@ step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 t
 import json
 import math
 import os
-import re
+import resource
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,16 +15,8 @@ from typing import Any
 
 import tensorflow as tf
 
-# Dense matrix peaks in FLOP/s from NVIDIA's data sheets, without sparsity: bfloat16, which is float16's too, and float32 as TF32.
-_GPU_PEAKS = {
-    "B200": {"bfloat16": 2250e12, "float32": 1125e12},
-    "H200": {"bfloat16": 989e12, "float32": 494e12},
-    "H100": {"bfloat16": 989e12, "float32": 494e12},
-    "A100": {"bfloat16": 312e12, "float32": 156e12},
-    "L40S": {"bfloat16": 362e12, "float32": 183e12},
-    "A10": {"bfloat16": 125e12, "float32": 62.5e12},
-    "L4": {"bfloat16": 121e12, "float32": 60e12},
-}
+from tfdp.estimates import duration
+from tfdp.machine import find_gpu
 
 
 class MetricsWriter:
@@ -204,16 +196,6 @@ def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: fl
     return " | ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 38s, 4m05s, 2h10m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 def perplexity(loss: float) -> float:
     """exp of a loss in nats; infinite where that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -222,9 +204,9 @@ def perplexity(loss: float) -> float:
 def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_side_by_side: int = 1) -> float:
     """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured on this worker and
     taken for each: each GPU, or the cores of each worker, where `num_side_by_side` products run at the same time."""
-    for name, peaks in _GPU_PEAKS.items():
-        if gpu_names and name in re.split(r"[\s-]", gpu_names[0]):
-            return peaks["float32" if precision == "float32" else "bfloat16"] * len(gpu_names)
+    gpu = find_gpu(gpu_names[0]) if gpu_names else None
+    if gpu is not None:
+        return gpu.matrix_peak(precision) * len(gpu_names)
     return _measured_matrix_peak(precision, num_side_by_side) * (len(gpu_names) or num_workers)
 
 
@@ -247,6 +229,13 @@ def square_products(precision: str, size: int, num_side_by_side: int = 1) -> lis
         products.append(partial(_value, product))
         products[-1]()
     return products
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held at once: of its GPUs' memory, or of the machine's where it has no GPU."""
+    if tf.config.list_logical_devices("GPU"):
+        return peak_gpu_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_gpu_memory() -> int:

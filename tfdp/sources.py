@@ -120,6 +120,19 @@ def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
     return Corpus(sources, first.shards.tokenizer)
 
 
+def expected_vocab_size(config: DataConfig) -> int:
+    """The number of token ids of a run, from the tokenizer's files alone: no text is read.
+
+    Raises:
+      ConfigError: those files are missing or wrong.
+    """
+    tokens = [name for name, _ in mixture.parse(config.source) if name.startswith(TOKENS)]
+    if config.tokenizer == "auto" and tokens:
+        return _open_tokens(tokens[0]).tokenizer.vocab_size
+    size = size_to_train(config.tokenizer)
+    return size or make_tokenizer(_tokenizer_name(config, [])).vocab_size
+
+
 def _open_tokens(name: str) -> TokenShards:
     return open_shards(Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}")
 

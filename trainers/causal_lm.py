@@ -185,10 +185,9 @@ class Parts:
 
 def num_side_by_side(config: Config, corpus: "Corpus", num_workers: int) -> int:
     """Micro-batches that each replica computes at the same time."""
-    from tfdp import distribution
-    from tfdp.gpt import expected_num_params
+    from tfdp import distribution, estimates
 
-    num_params = expected_num_params(config.model, corpus.tokenizer.vocab_size)
+    num_params = estimates.num_params(estimates.weight_shapes(config.model, corpus.tokenizer.vocab_size))
     context_length = config.model.context_length
     return distribution.num_side_by_side(config.distribution, config.training, num_workers, num_params, context_length)
 

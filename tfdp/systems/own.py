@@ -1,8 +1,11 @@
 """This trainer: the recipe's own step, pipeline, optimizer and clipping, as `tfdp.train` runs them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig, import_trainer
 from tfdp.shards import Split
@@ -30,14 +33,27 @@ class _Shards:
 def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
     """Trains steps as they are asked for; never returns."""
     load_tensorflow()
+    train(_config(shape, precision, num_replicas), token_ids(shape), shape.vocab_size, pace)
+
+
+def train(
+    config: Any, ids: np.ndarray, vocab_size: int, pace: Pace, prepare: Callable[[Any], Any] = lambda _parts: None
+) -> None:
+    """Trains the model of a recipe's configuration on ids, in steps as they are asked for; never returns.
+
+    Args:
+      config: of a recipe that has `build`, such as causal_lm.
+      ids: of tokens, flat.
+      vocab_size: largest id, and one more.
+      pace: asks for steps.
+      prepare: called with the recipe's parts; what it returns is kept as long as there are steps.
+    """
     from tfdp import distribution, metrics
     from tfdp.sources import Corpus, Source
 
-    config = _config(shape, precision, num_replicas)
-    ids = token_ids(shape)
     split = Split([ids], num_documents=1, num_bytes=len(ids))
     shards: Any = _Shards(split, split)
-    tokenizer: Any = _Ids(shape.vocab_size)
+    tokenizer: Any = _Ids(vocab_size)
     corpus = Corpus([Source("ids", Fraction(1), shards)], tokenizer)
     recipe, cluster = import_trainer(config.trainer), distribution.find_cluster(config.distribution)
     side_by_side = recipe.num_side_by_side(config, corpus, cluster.num_workers)
@@ -45,6 +61,7 @@ def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
     parts = recipe.build(config, corpus, strategy)
     if distribution.on_gpu(strategy):
         pace.device_memory = metrics.peak_gpu_memory
+    held = prepare(parts)
     batches, step = parts.batches_from(0, ()), 0
     while True:
         count = min(pace.wanted, _STEPS_OF_CALL)
@@ -53,6 +70,7 @@ def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
             raise RuntimeError(f"step {step + done + 1} was refused")
         step += done
         pace.done(done)
+    del held
 
 
 def model_config(shape: Shape) -> ModelConfig:

@@ -1,0 +1,243 @@
+"""What a run will take, before it is trained: `python -m tfdp.plan [--config FILE.yaml] [--num_replicas R] ...`.
+
+Parameters and bytes follow from the configuration. Times and the peak of the memory are measured: the same model with
+one layer and with four trains a few steps on random tokens, in turns, and a line through both gives the depth that is
+wanted. For a GPU that is not here they are reckoned from its data sheet instead.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tfdp import estimates, sources
+from tfdp.config import DataConfig, find_trainer, import_trainer, known_keys, load, require, to_yaml, with_run_config
+from tfdp.estimates import Measured, duration
+from tfdp.exits import run_command
+from tfdp.machine import GPUS, available_gpus, find_gpu, total_memory
+from tfdp.systems.running import Running
+
+LAYERS = (1, 4)  # of the models that are measured; a model of no more layers than the last is measured itself
+ASSUMED_MFU = 0.4  # of a GPU that is not here
+LIBRARY_BYTES = 1 << 30  # of GPU memory that CUDA and its libraries take
+
+
+@dataclass(frozen=True)
+class Config:
+    """The plan; all keys of tfdp.train may be named besides, and --config."""
+
+    num_replicas: int | None = None
+    """Replicas of each worker; null: distribution.num_replicas."""
+    num_workers: int = 1
+    """Workers, each a machine like this one, or with GPUs of the kind that device names."""
+    device: str | None = None
+    """A kind of GPU, such as H100, to reckon for by its data sheet; null: this machine, measured."""
+    network_gbits: float = 10.0
+    """Gigabits per second that each worker can send to the next, for the reduction between workers."""
+    rounds: int = 5
+    """Turns of each measured model."""
+    output: str | None = None
+    """A JSON file for the plan."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "rounds"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(
+            self.num_replicas is None or self.num_replicas >= 1, "num_replicas", self.num_replicas, "must be positive"
+        )
+        require(self.network_gbits > 0, "network_gbits", self.network_gbits, "must be positive: try 10")
+        known = self.device is None or find_gpu(self.device) is not None
+        require(known, "device", self.device, f"must be one of {', '.join(GPUS)}, or null for this machine")
+        folder = Path(self.output or ".").parent
+        require(folder.is_dir(), "output", self.output, f"must lie in a folder that exists: make {folder}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; bytes of memory are those of one replica on a GPU, and of one worker on CPUs."""
+
+    num_params: int
+    num_replicas: int  # over all workers
+    num_workers: int
+    weight_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+    peak_memory_bytes: int
+    memory_bytes: int | None  # that there is; None where it is that of a GPU here
+    reduction_bytes: int
+    network_seconds: float  # of a step's reduction between workers, at best
+    checkpoint_bytes: int
+    step_seconds: float
+    tokens_per_second: float
+    first_step_seconds: float | None
+    total_seconds: float  # of all steps, without evaluations
+
+
+def make_plan(config: Config, run: Any) -> Plan:
+    """Plans the run of a recipe's configuration.
+
+    Raises:
+      ConfigError: the global batch does not divide among the workers and replicas.
+      TrainingError: a measured model failed.
+    """
+    vocab_size = sources.expected_vocab_size(run.data)
+    shapes = estimates.weight_shapes(run.model, vocab_size)
+    num_local = run.distribution.num_replicas or len(available_gpus()) or 1
+    num_replicas = num_local * config.num_workers
+    batch = run.training.global_batch_size
+    require(
+        batch % num_replicas == 0,
+        "training.global_batch_size",
+        batch,
+        f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
+    )
+    num_params, num_state = estimates.num_params(shapes), estimates.num_state_numbers(run.optimizer, shapes)
+    num_rows = min(run.training.microbatch_size or batch, batch // num_replicas)
+    activations = estimates.activation_bytes(run.model, run.training, vocab_size, num_rows)
+    reduced = estimates.reduction_bytes(run.distribution, shapes, num_replicas)
+    network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)
+    if config.device is None:
+        found = _measure(run, vocab_size, config)
+        memory, first_step = None if available_gpus() else total_memory(), found.first_step_seconds
+        step_seconds, peak = found.step_seconds + network, found.peak_memory_bytes
+    else:
+        gpu = find_gpu(config.device)
+        assert gpu is not None
+        flops = estimates.flops_per_token(run.model, vocab_size) * batch * run.model.context_length
+        reachable = ASSUMED_MFU * gpu.matrix_peak(run.training.precision) * num_replicas
+        step_seconds, first_step, memory = flops / reachable + network, None, round(gpu.memory_bytes)
+        num_gradients = 1 if num_rows * num_replicas == batch else 2  # their sum, and that of one micro-batch
+        peak = 4 * (num_params * (1 + num_gradients) + num_state) + activations + LIBRARY_BYTES
+    return Plan(
+        num_params=num_params,
+        num_replicas=num_replicas,
+        num_workers=config.num_workers,
+        weight_bytes=4 * num_params,
+        optimizer_bytes=4 * num_state,
+        gradient_bytes=4 * num_params,
+        activation_bytes=activations,
+        peak_memory_bytes=peak,
+        memory_bytes=memory,
+        reduction_bytes=reduced,
+        network_seconds=network,
+        checkpoint_bytes=4 * (num_params + num_state),
+        step_seconds=step_seconds,
+        tokens_per_second=batch * run.model.context_length / step_seconds,
+        first_step_seconds=first_step,
+        total_seconds=run.training.steps * step_seconds,
+    )
+
+
+def _measure(run: Any, vocab_size: int, config: Config) -> Measured:
+    """One worker's share of a step, without what other workers have to do with it."""
+    depth = run.model.num_layers
+    depths = sorted({min(depth, num_layers) for num_layers in LAYERS}) if depth > LAYERS[-1] else [depth]
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        try:
+            for num_layers in depths:
+                path = Path(folder, f"{num_layers}.yaml")
+                path.write_text(to_yaml(_with_layers(run, num_layers, config.num_workers)), encoding="utf-8")
+                running.append(
+                    Running(f"a model of {num_layers} layers", ["tfdp.systems.planned", str(path), str(vocab_size)])
+                )
+                running[-1].settle(1.0)
+            for _ in range(config.rounds):
+                for each in running:
+                    each.round()
+            found = [
+                Measured(num_layers, each.median_seconds, each.end(), each.first_step_seconds)
+                for num_layers, each in zip(depths, running, strict=True)
+            ]
+        except BaseException:
+            for each in running:
+                each.kill()
+            raise
+    return found[0].extended(found[-1], depth)
+
+
+def _with_layers(run: Any, num_layers: int, num_workers: int) -> Any:
+    """The run of one worker by itself, with so many layers, on text that need not be there."""
+    training = replace(run.training, global_batch_size=run.training.global_batch_size // num_workers)
+    strategy = "one_device" if run.distribution.strategy == "one_device" else "auto"
+    return replace(
+        run,
+        model=replace(run.model, num_layers=num_layers),
+        data=DataConfig(document_attention=run.data.document_attention),
+        training=training,
+        distribution=replace(run.distribution, strategy=strategy),
+    )
+
+
+def report(plan: Plan, config: Config, num_steps: int) -> str:
+    """The plan for people."""
+    peak = f"{_megabytes(plan.peak_memory_bytes)} of each {'worker' if config.device is None else 'GPU'}"
+    if plan.memory_bytes is not None:
+        fits = plan.peak_memory_bytes <= plan.memory_bytes
+        peak += f", which has {_megabytes(plan.memory_bytes)}{'' if fits else ': TOO LITTLE'}"
+    lines = [
+        f"model        {plan.num_params:,} parameters",
+        f"replicas     {plan.num_replicas} on {plan.num_workers} worker{'s' * (plan.num_workers > 1)}",
+        f"weights      {_megabytes(plan.weight_bytes)}, their gradients as much, optimizer state "
+        f"{_megabytes(plan.optimizer_bytes)}",
+        f"activations  {_megabytes(plan.activation_bytes)} of one micro-batch",
+        f"peak memory  {peak}",
+        f"reduction    {_megabytes(plan.reduction_bytes)} a step"
+        + (f", {plan.network_seconds:.3f} s between workers" if plan.num_workers > 1 else ""),
+        f"checkpoint   {_megabytes(plan.checkpoint_bytes)}",
+        f"step         {plan.step_seconds:.3f} s, {plan.tokens_per_second:,.0f} tokens/s, "
+        + (
+            "measured here"
+            if config.device is None
+            else f"if {ASSUMED_MFU:.0%} of the {config.device}'s peak is reached"
+        ),
+        f"whole run    {num_steps:,} steps in {duration(plan.total_seconds)}"
+        + ("" if plan.first_step_seconds is None else f", the first after {plan.first_step_seconds:.0f} s")
+        + "; evaluations not counted",
+    ]
+    return "\n".join(lines)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e10 else f"{count / 1e9:,.1f} GB"
+
+
+def _own_and_rest(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits arguments into the keys of the plan and those of the run."""
+    own: list[str] = []
+    rest: list[str] = []
+    named = {f"--{key}" for key in known_keys(Config)} | {"--help", "-h"}
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        target = own if argument.partition("=")[0] in named else rest
+        target.append(argument)
+        if argument in named and argument not in ("--help", "-h") and arguments:
+            target.append(arguments.pop(0))
+    return own, rest
+
+
+def main() -> None:
+    own, rest = _own_and_rest(sys.argv[1:])
+    description = (
+        "Say what a run will take before it is trained: memory, bytes, seconds. Takes --config and all keys of "
+        "tfdp.train besides these; about a minute on two CPU cores."
+    )
+    config = load(Config, own, "python -m tfdp.plan", description)
+    rest = with_run_config(rest)
+    trainer = import_trainer(find_trainer(rest))
+    run = load(trainer.Config, rest, "python -m tfdp.plan", description)
+    if config.num_replicas is not None:
+        run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
+    plan = make_plan(config, run)
+    print(report(plan, config, run.training.steps))
+    if config.output is not None:
+        Path(config.output).write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,35 @@
+"""The run of a configuration on tokens drawn at random, for `tfdp.plan`:
+`python -m tfdp.systems.planned CONFIG.yaml VOCAB_SIZE`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfdp.config import find_trainer, import_trainer, load_file
+from tfdp.startup import load_tensorflow
+from tfdp.systems import own
+from tfdp.systems.pace import Pace
+
+
+def main() -> None:
+    path, vocab_size = Path(sys.argv[1]), int(sys.argv[2])
+    pace = Pace()
+    load_tensorflow()
+    config = load_file(import_trainer(find_trainer([f"--config={path}"])).Config, path)
+    rows = 2 * max(config.training.global_batch_size, config.training.rows_of_evaluation)
+    ids = np.random.default_rng(0).integers(0, vocab_size, rows * config.model.context_length + 1, np.int32)
+    own.train(config, ids, vocab_size, pace, prepare=_hold_what_a_run_holds)
+
+
+def _hold_what_a_run_holds(parts: Any) -> Any:
+    """Evaluates, and copies the weights and the optimizer's state as a save does, which lasts while steps go on."""
+    from tfdp import checkpoint
+
+    parts.evaluator()
+    return checkpoint.snapshot(parts.model.named_weights()), checkpoint.snapshot(parts.optimizer.named_state())
+
+
+if __name__ == "__main__":
+    main()
