@@ -56,7 +56,8 @@ def workers_of(run_dir: Path) -> list[int]:
             ):
                 variables = (entry / "environ").read_bytes().split(b"\0")
                 config = next(text for text in variables if text.startswith(b"TF_CONFIG="))
-                found[json.loads(config.partition(b"=")[2])["task"]["index"]] = int(entry.name)
+                index, pid = json.loads(config.partition(b"=")[2])["task"]["index"], int(entry.name)
+                found[index] = min(pid, found.get(index, pid))  # a process that a worker starts looks like it at first
         except (OSError, StopIteration):
             continue
     return [found[index] for index in sorted(found)]
@@ -65,8 +66,8 @@ def workers_of(run_dir: Path) -> list[int]:
 class Killer(threading.Thread):
     """Kills random workers of a run at random moments; sometimes it leaves a fault for the next save instead.
 
-    The launcher gives up after two attempts without a new checkpoint, so every other life is let alone until it
-    has saved one.
+    The launcher gives up after two attempts without a new checkpoint, so a life that follows one without is let alone
+    until it has saved one.
     """
 
     def __init__(self, folder: Path, run_dir: Path, num_kills: int, seed: int) -> None:
@@ -77,14 +78,16 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         lives: set[tuple[int, ...]] = set()
+        before = newest_step(self._run_dir)
         while self._left:
             pids = tuple(workers_of(self._run_dir))
             if len(pids) < 2 or pids in lives:
                 time.sleep(0.05)
                 continue
             lives.add(pids)
-            before = newest_step(self._run_dir)
-            if len(lives) % 2:
+            previous, before = before, newest_step(self._run_dir)
+            must_save = before == previous
+            if must_save:
                 while newest_step(self._run_dir) == before and self._alive(pids):
                     time.sleep(0.05)
                 time.sleep(self._random.uniform(0, 1.5))
@@ -95,7 +98,7 @@ class Killer(threading.Thread):
                 time.sleep(self._random.uniform(0, 15))
             fault = self._folder / "fault"
             fault.unlink(missing_ok=True)
-            if self._left > 1 and len(lives) % 2 and self._random.random() < 0.5:
+            if self._left > 1 and must_save and self._random.random() < 0.5:
                 fault.write_text(str(self._random.randint(1, 12)))
                 self.num_faults += 1
             if self._alive(pids):
