@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,50 +65,52 @@ def workers_of(run_dir: Path) -> list[int]:
 
 
 class Killer(threading.Thread):
-    """Kills random workers of a run at random moments; sometimes it leaves a fault for the next save instead.
+    """Kills random workers of a run at random moments, or leaves a fault for the next save; spread over the steps.
 
-    The launcher gives up after two attempts without a new checkpoint, so a life that follows one without is let alone
-    until it has saved one.
+    Kill number k waits until the run has saved a random step of the k-th of as many equal parts, so that a fast machine
+    is not done before the last one. The launcher gives up after two attempts without a new checkpoint: a life that
+    follows one without has to save, any other may be killed before it does.
     """
 
-    def __init__(self, folder: Path, run_dir: Path, num_kills: int, seed: int) -> None:
+    def __init__(self, folder: Path, run_dir: Path, num_kills: int, num_steps: int, seed: int) -> None:
         super().__init__(daemon=True)
-        self._folder, self._run_dir, self._random = folder, run_dir, random.Random(seed)
-        self._left = num_kills
-        self.num_kills = self.num_faults = 0
+        self._fault, self._run_dir, self._random = folder / "fault", run_dir, random.Random(seed)
+        # none is due in the last part: a life goes on a little before it is killed
+        part = num_steps // (num_kills + 1)
+        self._due = [part * index + self._random.randrange(part) for index in range(num_kills)]
+        self.num_faults = 0
 
     def run(self) -> None:
-        lives: set[tuple[int, ...]] = set()
-        before = newest_step(self._run_dir)
-        while self._left:
-            pids = tuple(workers_of(self._run_dir))
-            if len(pids) < 2 or pids in lives:
-                time.sleep(0.05)
-                continue
-            lives.add(pids)
+        seen: set[tuple[int, ...]] = set()
+        before, has_fault = newest_step(self._run_dir), False
+        for due in self._due:
+            life = self._next_life(seen)
+            seen.add(life)
             previous, before = before, newest_step(self._run_dir)
-            must_save = before == previous
-            if must_save:
-                while newest_step(self._run_dir) == before and self._alive(pids):
-                    time.sleep(0.05)
-                time.sleep(self._random.uniform(0, 1.5))
-            elif (self._folder / "fault").exists():  # this life ends by itself, inside its first save
-                while self._alive(pids):
-                    time.sleep(0.05)
+            if has_fault:  # it ends by itself, inside one of its saves
+                self._wait(life, lambda: False)
+                has_fault = False
+                continue
+            if previous < before and self._random.random() < 0.3:  # while it starts, or soon after
+                time.sleep(self._random.uniform(0, 8))
             else:
-                time.sleep(self._random.uniform(0, 15))
-            fault = self._folder / "fault"
-            fault.unlink(missing_ok=True)
-            if self._left > 1 and must_save and self._random.random() < 0.5:
-                fault.write_text(str(self._random.randint(1, 12)))
+                target = max(due, before + 1)
+                self._wait(life, lambda target=target: newest_step(self._run_dir) >= target)
+                time.sleep(self._random.uniform(0, 0.5))
+            has_fault = newest_step(self._run_dir) > before and self._random.random() < 0.25
+            if has_fault:
+                self._fault.write_text(str(self._random.randint(1, 12)))
                 self.num_faults += 1
-            if self._alive(pids):
-                os.kill(self._random.choice(pids), signal.SIGKILL)
-            self._left -= 1
-            self.num_kills += 1
+            os.kill(self._random.choice(life), signal.SIGKILL)
 
-    def _alive(self, pids: tuple[int, ...]) -> bool:
-        return set(pids) <= set(workers_of(self._run_dir))
+    def _next_life(self, seen: set[tuple[int, ...]]) -> tuple[int, ...]:
+        while len(pids := tuple(workers_of(self._run_dir))) < 2 or pids in seen:
+            time.sleep(0.05)
+        return pids
+
+    def _wait(self, life: tuple[int, ...], arrived: Callable[[], bool]) -> None:
+        while set(life) <= set(workers_of(self._run_dir)) and not arrived():
+            time.sleep(0.02)
 
 
 @pytest.mark.timeout(1500)
@@ -119,7 +122,7 @@ def test_forty_kills_change_nothing(tmp_path: Path, corpus_dir: Path, capfd: pyt
     config = LaunchConfig(num_workers=2)
     assert run_job(config, tiny_arguments(corpus_dir, untouched, **changes), untouched) == 0
     killed = tmp_path / "killed"
-    killer = Killer(tmp_path, killed, num_kills, seed=1)
+    killer = Killer(tmp_path, killed, num_kills, num_steps, seed=1)
     killer.start()
     arguments = tiny_arguments(corpus_dir, killed, **changes)
     code = run_job(
