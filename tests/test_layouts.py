@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,15 +92,26 @@ def count_reductions(function: object) -> int:
     return sum(node.op in {"AddN", "CollectiveReduceV2", "NcclAllReduce"} for f in outside for node in f.node_def)
 
 
+def trace(step: TrainStep) -> Any:
+    arguments = (batches(step.strategy, np.zeros((8, 9), np.int32)), tf.constant(0, tf.int64), tf.constant(1))  # type: ignore[attr-defined]
+    return step._run.get_concrete_function(*arguments, tf.constant(step.recent_losses), tf.constant(step.scaling))
+
+
+def test_no_replica_waits_for_the_clock_of_another() -> None:
+    """TensorFlow runs all operations with effects but without a resource one after the other, over the replicas too."""
+    counts = []
+    for num_replicas in (1, 2):
+        functions = trace(make_step(num_replicas, 2)).graph.as_graph_def().library.function
+        counts.append(sum(node.op == "Timestamp" for function in functions for node in function.node_def))
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("rules", [{}, {"bytes_per_pack": 4096}, {"bytes_per_pack": 1 << 20, "wire_dtype": "bfloat16"}])
 def test_a_step_reduces_once_whatever_the_accumulation(rules: dict[str, object]) -> None:
-    tokens = np.zeros((8, 9), np.int32)
     counts, told = [], set()
     for microbatch_size in (4, 2, 1):
         step = make_step(2, microbatch_size, **rules)
-        arguments = (batches(step.strategy, tokens), tf.constant(0, tf.int64), tf.constant(1))  # type: ignore[attr-defined]
-        traced = step._run.get_concrete_function(*arguments, tf.constant(step.recent_losses), tf.constant(step.scaling))
-        counts.append(count_reductions(traced))
+        counts.append(count_reductions(trace(step)))
         told.add((step.num_reductions, step.reduction_bytes))
     num_numbers = sum(int(np.prod(v.shape)) for v in step.model.trainable_variables)  # type: ignore[attr-defined]
     sizes = {None: len(step.model.trainable_variables), 4096: -(-num_numbers // 1024), 1 << 20: 1}  # type: ignore[attr-defined]

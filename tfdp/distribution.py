@@ -317,6 +317,14 @@ def replica_gather(values: tf.Tensor) -> tf.Tensor:
     )
 
 
+def is_first_replica() -> bool:
+    """Whether this is the replica of its process that `first_replica` takes; true outside of all replicas too."""
+    if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
+        return True
+    context = tf.distribute.get_replica_context()
+    return bool(tf.get_static_value(context.replica_id_in_sync_group) % num_local_replicas(context.strategy) == 0)
+
+
 def first_replica(strategy: tf.distribute.Strategy, per_replica: Any) -> Any:
     """The value of this process's first replica, for results that are the same on all."""
     return strategy.experimental_local_results(per_replica)[0]
