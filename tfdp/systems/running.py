@@ -24,6 +24,7 @@ class Running:
       name: for messages.
       command: the module that `python -m` runs, and its arguments.
       num_workers: processes; several share the cores and form a cluster.
+      together: whether several do form one; otherwise each trains by itself, on its share of the cores.
 
     Attributes:
       first_step_seconds: from the start of the processes to the end of the first step.
@@ -34,12 +35,12 @@ class Running:
       TrainingError: a process failed, or did not answer in time.
     """
 
-    def __init__(self, name: str, command: Sequence[str], num_workers: int = 1) -> None:
+    def __init__(self, name: str, command: Sequence[str], num_workers: int = 1, together: bool = True) -> None:
         self.name = name
         self.round_steps = 1
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         started = time.monotonic()
-        self._processes = self._start([sys.executable, "-m", *command], num_workers)
+        self._processes = self._start([sys.executable, "-m", *command], num_workers, together)
         self.flops_of_step = self._answers()[0]["flops_of_step"]
         self.first_step_seconds = time.monotonic() - started
         self.step_seconds: list[float] = []
@@ -74,14 +75,14 @@ class Running:
             process.kill()
             process.wait()
 
-    def _start(self, command: Sequence[str], num_workers: int) -> list[subprocess.Popen[bytes]]:
+    def _start(self, command: Sequence[str], num_workers: int, together: bool) -> list[subprocess.Popen[bytes]]:
         several = num_workers > 1
         inherited = {key: value for key, value in os.environ.items() if key != "TF_CONFIG"}
         addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
         processes = []
         for index, share in enumerate(share_machine(num_workers)):
             cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            own = {**share.environment, "TF_CONFIG": json.dumps(cluster)} if several else {}
+            own = {**share.environment, **({"TF_CONFIG": json.dumps(cluster)} if together else {})} if several else {}
             process = subprocess.Popen(
                 command,
                 env={**inherited, **own},
