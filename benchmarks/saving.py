@@ -40,7 +40,7 @@ def main() -> None:
         rows,
         rows,
         StepRules(1.0),
-        jit_compile=True,
+        compilation=True,
     )
     tokens = np.random.default_rng(0).integers(0, 256, (rows, context_length + 1)).astype(np.int32)
     batch = {"tokens": tf.constant(tokens), "position": tf.range(rows, dtype=tf.int64)}
