@@ -81,47 +81,46 @@ class Update:
           loss, one more for a loss above the limit) or -1; the digests of all replicas; the number of replicas that
           were asked to stop; and a number that is there once the weights are written.
         """
-        row, divisor, clip, applies, digests, stop = self._measure(packs, told, step, limit, scale)
+        row, factor, applies, digests, stop = self._measure(packs, told, step, limit, scale)
 
         def apply() -> tf.Tensor:
-            return tf.add_n([group(packs, divisor, clip, row[2], step) for group in self._groups])
+            return tf.add_n([group(packs, factor, row[2], step) for group in self._groups])
 
         return row, digests, stop, tf.cond(applies, apply, lambda: tf.constant(0.0))
 
     def _measure_sums(
         self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
-        """The row, what turns sums into means, the factor that clips, whether the update applies, the digests and the
-        stop requests."""
+        """The row, the factor that turns sums into clipped means, whether the update applies, the digests and the stop
+        requests."""
         loss_sums, counts, stop, digests = self._told.unpack(told)
         loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
         loss = loss_sum / tf.maximum(count, 1.0)
-        divisor = tf.maximum(count, 1.0) * scale
-        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in self._means(packs, divisor)])
+        # A factor, because XLA computes a product again in each pass that needs it, and writes quotients to memory.
+        factor = 1.0 / (tf.maximum(count, 1.0) * scale)
+        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in self._scaled(packs, factor)])
         grad_norm = tf.sqrt(fixed_sum(squares))
         good = tf.concat([tf.math.is_finite(tf.concat([squares, [loss]], axis=0)), [loss <= limit]], axis=0)
         all_good = tf.reduce_all(good)
         refused = tf.where(all_good, -1, tf.argmin(tf.cast(good, tf.int32), output_type=tf.int32))
-        clip = tf.constant(1.0)
         if self._clip_norm is not None:
-            clip = tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
+            factor = factor * tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
         row = tf.stack([loss, grad_norm, self._schedule(step), count, tf.cast(refused, tf.float32), limit])
         applies = all_good & sentinel.agree(digests)
-        return tf.concat([row, loss_sums, counts], axis=0), divisor, clip, applies, digests, stop
+        return tf.concat([row, loss_sums, counts], axis=0), factor, applies, digests, stop
 
     def _apply_group(
         self,
         group: Collection[int],
         packs: list[tf.Tensor],
-        divisor: tf.Tensor,
-        clip: tf.Tensor,
+        factor: tf.Tensor,
         learning_rate: tf.Tensor,
         step: tf.Tensor,
     ) -> tf.Tensor:
         """Updates the variables of a group, by their index; what belongs to the others is never computed."""
         variables = [*self._optimizer.weights, *self._optimizer.state]
         split = len(self._optimizer.weights)
-        gradients = [gradient * clip for gradient in self._means(packs, divisor)]
+        gradients = self._scaled(packs, factor)
         old = [
             tf.convert_to_tensor(variable.value) if index in group else tf.zeros(variable.shape, variable.dtype)
             for index, variable in enumerate(variables)
@@ -134,9 +133,9 @@ class Update:
                 done = tf.cast(tf.reshape(after, [-1])[0], tf.float32)
         return done
 
-    def _means(self, packs: list[tf.Tensor], divisor: tf.Tensor) -> list[tf.Tensor]:
+    def _scaled(self, packs: list[tf.Tensor], factor: tf.Tensor) -> list[tf.Tensor]:
         sums = packs if self._buckets is None else self._buckets.unpack(packs)
-        return [tf.cast(gradient, tf.float32) / divisor for gradient in sums]
+        return [tf.cast(gradient, tf.float32) * factor for gradient in sums]
 
 
 def _groups(optimizer: Optimizer, count: int) -> list[frozenset[int]]:
