@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,6 +11,8 @@ import pytest
 import tensorflow as tf
 
 from tfdp.config import ModelConfig
+from tfdp.estimates import query_blocks
+from tfdp.fused import Kernels
 from tfdp.gpt import GPT, rotary_tables, rotate
 from tfdp.losses import cross_entropy, next_token_loss
 
@@ -207,8 +210,8 @@ def test_moving_a_text_leaves_a_rotary_model_as_it_was(num_kv_heads: int | None)
         attention = block.attention
         x = tf.random.stateless_normal([1, 4, 16], seed=[1, 1])
         visible = tf.constant(np.tril(np.ones((4, 4), bool)))
-        here = attention._attend(*attention._project(x, tf.range(4)), visible)
-        there = attention._attend(*attention._project(x, tf.range(4, 8)), visible)
+        here = attention._attend(*attention._project(x, tf.range(4)), visible, causal=True)
+        there = attention._attend(*attention._project(x, tf.range(4, 8)), visible, causal=True)
         np.testing.assert_allclose(there, here, atol=1e-5)
 
 
@@ -384,7 +387,75 @@ def test_remat_gives_the_same_loss_and_gradients(precision: str, jit_compile: bo
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 
 
-# --- Compiled parts --------------------------------------------------------------------------------
+# --- Attention in blocks of queries, and compiled parts --------------------------------------------
+
+
+def attention_case(time: int, precision: str) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+    """Queries, keys and values; who sees whom, with a second document in the second row; a gradient."""
+    random = np.random.default_rng(time)
+    inputs = [tf.constant(random.normal(size=(2, 3, time, 8)), precision) for _ in range(3)]
+    visible = np.tril(np.ones((2, 1, time, time), bool))
+    visible[1, 0, time // 3 :, : time // 3] = False
+    return inputs, tf.constant(visible), tf.constant(random.normal(size=(2, 3, time, 8)), precision)
+
+
+def attend(kernels: Kernels, inputs: list[tf.Tensor], visible: tf.Tensor, upstream: tf.Tensor, **kind: bool) -> Any:
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        output = kernels.attention(*inputs, visible, 0.3, **kind)
+    return [output, *tape.gradient(output, inputs, upstream)]
+
+
+@pytest.mark.parametrize("time", [12, 256, 300, 640])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_in_blocks_is_that_over_all_keys(time: int, compiled: bool) -> None:
+    assert len(query_blocks(time)) == {12: 1, 256: 2, 300: 2, 640: 4}[time]
+    inputs, visible, upstream = attention_case(time, "float64")
+    wide = attend(Kernels(False), inputs, visible, upstream, causal=False)
+    inputs, visible, upstream = attention_case(time, "float32")
+    found = attend(Kernels(compiled), inputs, visible, upstream, causal=True)
+    for one, other in zip(wide, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_multiply_less_than_half_of_what_the_mask_throws_away(compiled: bool) -> None:
+    inputs, visible, upstream = attention_case(512, "float32")
+    kernels = Kernels(compiled)
+    graph = tf.function(lambda: attend(kernels, inputs, visible, upstream, causal=True)).get_concrete_function().graph
+    products = [op for op in graph.get_operations() if op.type == "BatchMatMulV2"]
+    multiplied = 0
+    for op in products:
+        left = op.inputs[0].shape[-2 if op.get_attr("adj_x") else -1]
+        multiplied += int(np.prod(op.outputs[0].shape)) * left
+    assert multiplied == 0.625 * 6 * 2 * 3 * 512 * 512 * 8  # two products forward, four backward
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_gelu_and_norms_have_the_slopes_of_the_formulas(precision: str) -> None:
+    random = np.random.default_rng(0)
+    x, upstream = (tf.constant(random.normal(size=(2, 5, 32)) * 2, precision) for _ in range(2))
+    gain, bias = (tf.constant(random.normal(size=32), tf.float32) for _ in range(2))
+    functions: list[tuple[Callable[..., tf.Tensor], list[tf.Tensor]]] = [
+        (lambda kernels, x: kernels.gelu(x), [x]),
+        (lambda kernels, x, value: kernels.swiglu(x, value), [x, upstream]),
+        (lambda kernels, x, *weights: kernels.norm(x, weights, True, 1e-5), [x, gain, bias]),
+        (lambda kernels, x, *weights: kernels.norm(x, weights, True, 1e-5), [x, gain]),
+        (lambda kernels, x, *weights: kernels.norm(x, weights, False, 1e-5), [x, gain]),
+    ]
+    rounding = {"float32": 2e-6, "bfloat16": 2**-7}[precision]
+    for function, inputs in functions:
+        found = []
+        for compiled, dtype in ((False, tf.float32), (True, None)):  # float32 formulas beside what is compiled
+            values = [tf.cast(value, dtype or value.dtype) for value in inputs]
+            with tf.GradientTape() as tape:
+                tape.watch(values)
+                y = function(Kernels(compiled), *values)
+            found.append([y, *tape.gradient(y, values, tf.cast(upstream, y.dtype))])
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(
+                tf.cast(other, tf.float32), one, rtol=2 * rounding, atol=rounding * np.abs(one).max()
+            )
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "layer_norm", "use_bias": True}, {"activation": "swiglu"}])
@@ -394,7 +465,7 @@ def test_compiled_parts_compute_what_single_operations_do(changes: dict[str, obj
     found = []
     for fuse in (False, True):
         model = GPT(config, 50, seed=1, fuse=fuse)
-        loss = next_token_loss(model)
+        loss = next_token_loss(model, fuse=fuse)
         weights = [variable.value for variable in model.trainable_variables]
         with tf.GradientTape() as tape:
             sums, _ = loss({"tokens": tokens, "position": tf.range(4, dtype=tf.int64)}, tf.constant(0, tf.int64))

@@ -121,16 +121,18 @@ def loss_and_gradients(function: object, features: tf.Tensor, table: tf.Tensor, 
     return [value.numpy() for value in compute()]
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(("jit_compile", "fuse"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("chunk_size", [None, 0, 1, 4, 13, 41, 42, 100])
-def test_chunks_of_any_size_give_the_loss_and_the_gradients_of_the_whole(chunk_size: int, jit_compile: bool) -> None:
+def test_chunks_of_any_size_give_the_loss_and_the_gradients_of_the_whole(
+    chunk_size: int, jit_compile: bool, fuse: bool
+) -> None:
     features, table, targets = projected_case(3)
 
     def whole(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
         return cross_entropy(tf.einsum("btd,vd->btv", features, table), targets)[0]
 
     def chunked(features: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(projected_cross_entropy(features, table, targets, chunk_size))
+        return tf.reduce_sum(projected_cross_entropy(features, table, targets, chunk_size, fuse))
 
     expected = loss_and_gradients(whole, features, table, jit_compile=False)
     found = loss_and_gradients(chunked, features, table, jit_compile)

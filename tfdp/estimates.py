@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
 
@@ -76,7 +77,8 @@ def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: 
     """What a forward pass over `num_rows` sequences keeps for its backward pass, and the logits of one chunk."""
     each, num_tokens = BYTES[training.precision], num_rows * config.context_length
     dim = config.model_dim
-    block = 5 * dim + _fused_width(config) + config.num_heads * config.context_length
+    num_weights = sum((end - begin) * end for begin, end in query_blocks(config.context_length))  # of attention
+    block = 5 * dim + _fused_width(config) + config.num_heads * num_weights // config.context_length
     block += _wide_dim(config) + config.hidden_dim
     if config.qk_norm or config.position == "rope":  # queries and keys before and after
         block += (config.num_heads + config.kv_heads) * config.head_dim
@@ -89,6 +91,17 @@ def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: 
 def default_chunk_size(vocab_size: int) -> int:
     """Tokens whose float32 logits fit into `LOGITS_BYTES`, a power of two."""
     return 1 << max(0, (LOGITS_BYTES // (4 * vocab_size)).bit_length() - 1)
+
+
+def query_blocks(num_queries: int) -> list[tuple[int, int]]:
+    """How causal attention takes its queries, (begin, end) of each block: at most 4 of at least 128 each.
+
+    A block is multiplied with the keys up to its end: 5/8 of all products with 4 blocks, 3/4 with 2. Smaller blocks
+    would save more products, and cost it again where they are cut and put together.
+    """
+    count = max(1, min(4, num_queries // 128))
+    bounds = [index * num_queries // count for index in range(count + 1)]
+    return list(pairwise(bounds))
 
 
 def reduction_bytes(config: DistributionConfig, shapes: Shapes, num_replicas: int) -> int:

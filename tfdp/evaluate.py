@@ -47,8 +47,9 @@ def main() -> None:
     )
     training = run_config.training
     rows = config.rows or training.rows_of_evaluation
-    compilation = Compilation.choose(training.jit_compile, training.precision, distribution.on_gpu(strategy))
-    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, compilation.whole)
+    on_gpu, model_dim = distribution.on_gpu(strategy), run_config.model.model_dim
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, model_dim)
+    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, compilation)
     result = evaluator()
     found = {
         "step": trained.step,

@@ -71,7 +71,7 @@ class Norm(keras.layers.Layer):
         self.epsilon = config.norm_epsilon
         self.center = config.norm == "layer_norm"
         self.use_bias = self.center and config.use_bias
-        self._normalise = kernels.norm(self.center, self.epsilon)
+        self._kernels = kernels
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         dim = input_shape[-1]
@@ -80,7 +80,8 @@ class Norm(keras.layers.Layer):
             self.bias = self.add_weight(shape=(dim,), initializer="zeros", name="bias", autocast=False)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        return self._normalise(x, *[tf.convert_to_tensor(weight) for weight in self.trainable_variables])
+        weights = [tf.convert_to_tensor(weight) for weight in self.trainable_variables]
+        return self._kernels.norm(x, weights, self.center, self.epsilon)
 
 
 def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +158,7 @@ class Attention(keras.layers.Layer):
           positions: int32 (time,), or (batch, time) where rows differ.
           visible: bool (time, time), or (batch, 1, time, time): who (rows) sees whom.
         """
-        return self._attend(*self._project(x, positions), visible)
+        return self._attend(*self._project(x, positions), visible, causal=True)
 
     def extend(
         self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
@@ -178,7 +179,7 @@ class Attention(keras.layers.Layer):
         keys = _write_slots(keys, new_keys, positions)
         values = _write_slots(values, new_values, positions)
         visible = slots[tf.newaxis, :] <= positions[:, tf.newaxis]
-        return self._attend(queries, keys, values, visible), keys, values
+        return self._attend(queries, keys, values, visible, causal=False), keys, values
 
     def _project(self, x: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, time, head_dim)."""
@@ -196,15 +197,16 @@ class Attention(keras.layers.Layer):
             queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
         return queries, keys, values
 
-    def _attend(self, queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
+    def _attend(
+        self, queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, visible: tf.Tensor, causal: bool
+    ) -> tf.Tensor:
         """Softmax attention; `visible` (..., queries, keys) says who sees whom."""
         config = self.config
         if config.kv_heads != config.num_heads:
             keys = tf.repeat(keys, config.num_heads // config.kv_heads, axis=1)
             values = tf.repeat(values, config.num_heads // config.kv_heads, axis=1)
-        scores = tf.matmul(queries, keys, transpose_b=True)
-        weights = self._kernels.masked_softmax(scores, visible, 1 / math.sqrt(config.head_dim))
-        mixed = tf.transpose(tf.matmul(tf.cast(weights, values.dtype), values), [0, 2, 1, 3])
+        scale = 1 / math.sqrt(config.head_dim)
+        mixed = tf.transpose(self._kernels.attention(queries, keys, values, visible, scale, causal), [0, 2, 1, 3])
         return self.output_projection(tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.model_dim]))
 
 

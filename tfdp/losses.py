@@ -57,7 +57,7 @@ def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> Sums:
 
 
 def projected_cross_entropy(
-    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int | None = None
+    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int | None = None, fuse: bool = False
 ) -> tf.Tensor:
     """The cross-entropy of `features @ table.T`, projected and scored a chunk of tokens at a time.
 
@@ -70,6 +70,7 @@ def projected_cross_entropy(
       table: float32 (vocab_size, dim).
       targets: int32 (rows, time); negative where there is nothing to predict.
       chunk_size: tokens whose logits stand in memory at once; None: as many as fit into 128 MiB; 0: all.
+      fuse: whether XLA compiles what lies between the products, where it does not compile the whole.
 
     Returns:
       float32 (rows, time), in nats; 0 where there is nothing to predict.
@@ -81,7 +82,7 @@ def projected_cross_entropy(
     def score(features: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
         flat, flat_targets = tf.reshape(features, [num_tokens, -1]), tf.reshape(targets, [num_tokens])
         projection = tf.cast(table, features.dtype)
-        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, chunk_size)
+        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, chunk_size, fuse)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             first = tf.reshape(upstream, [-1])[0]
@@ -102,19 +103,19 @@ def _scaled(values: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
 
 
 def _score_chunks(
-    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int
+    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int, fuse: bool
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Losses (tokens,), and the gradients of their sum by features and by table."""
     num_tokens, dim = features.shape
     if chunk_size == num_tokens:
-        return _score(features, table, targets)
+        return _score(features, table, targets, fuse)
     num_chunks = -(-num_tokens // chunk_size)
     missing = num_chunks * chunk_size - num_tokens
     features = tf.reshape(tf.pad(features, [[0, missing], [0, 0]]), [num_chunks, chunk_size, dim])
     targets = tf.reshape(tf.pad(targets, [[0, missing]], constant_values=-1), [num_chunks, chunk_size])
 
     def add(index: tf.Tensor, losses: Any, d_features: Any, d_table: tf.Tensor) -> tuple[Any, ...]:
-        loss, d_chunk, d_part = _score(features[index], table, targets[index])
+        loss, d_chunk, d_part = _score(features[index], table, targets[index], fuse)
         written = losses.write(index, loss), d_features.write(index, d_chunk)
         return index + 1, *written, d_table + tf.cast(d_part, tf.float32)
 
@@ -131,11 +132,17 @@ def _score_chunks(
     return tf.reshape(losses.stack(), [-1])[:num_tokens], d_features[:num_tokens], d_table
 
 
-def _score(features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def _score(
+    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, fuse: bool
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     valid = targets >= 0
-    logits = tf.cast(tf.matmul(features, table, transpose_b=True), tf.float32)
-    losses, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=tf.maximum(targets, 0))
-    d_logits = tf.cast(d_logits, features.dtype)
+    logits, labels = tf.matmul(features, table, transpose_b=True), tf.maximum(targets, 0)
+    if fuse:
+        losses, d_logits = _losses_and_slopes(logits, labels)
+    else:
+        wide = tf.cast(logits, tf.float32)
+        losses, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=wide, labels=labels)
+        d_logits = tf.cast(d_logits, features.dtype)
     d_features = tf.where(valid[:, tf.newaxis], tf.matmul(d_logits, table), 0)
     features = tf.where(valid[:, tf.newaxis], features, 0)
     if features.dtype == tf.float16:  # a sum over many tokens, which no loss scale has made smaller yet
@@ -145,11 +152,24 @@ def _score(features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor) -> tuple[t
     return tf.where(valid, losses, 0.0), d_features, d_table
 
 
+@tf.function(jit_compile=True, autograph=False)
+def _losses_and_slopes(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cross-entropies (tokens,), and their gradients by the logits, in float32 without writing it to memory."""
+    wide = tf.cast(logits, tf.float32)
+    largest = tf.reduce_max(wide, axis=-1, keepdims=True)
+    log_sum = largest + tf.math.log(tf.reduce_sum(tf.exp(wide - largest), axis=-1, keepdims=True))
+    of_labels = tf.cast(tf.gather(logits, labels, axis=1, batch_dims=1), tf.float32)
+    is_label = tf.range(logits.shape[1])[tf.newaxis] == labels[:, tf.newaxis]
+    slopes = tf.exp(wide - log_sum) - tf.cast(is_label, tf.float32)
+    return log_sum[:, 0] - of_labels, tf.cast(slopes, logits.dtype)
+
+
 def next_token_losses(
     model: LanguageModel,
     dropout_seed: int | None = None,
     document_start: int | None = None,
     chunk_size: int | None = None,
+    fuse: bool = False,
 ) -> LossFunction:
     """The task of a causal language model: the losses and counts of each row, as a function of (rows, step).
 
@@ -157,7 +177,7 @@ def next_token_losses(
       model: to features of tokens.
       dropout_seed: of the masks; None drops nothing, for evaluation.
       document_start: the token id at which attention starts anew; None: nowhere in a row.
-      chunk_size: as in `projected_cross_entropy`.
+      chunk_size, fuse: as in `projected_cross_entropy`.
     """
 
     def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
@@ -165,7 +185,7 @@ def next_token_losses(
         keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
         starts = None if document_start is None else rows["tokens"][:, :-1] == document_start
         features = model.features(inputs, keys, starts)
-        losses = projected_cross_entropy(features, model.output_table, targets, chunk_size)
+        losses = projected_cross_entropy(features, model.output_table, targets, chunk_size, fuse)
         valid = tf.cast(targets >= 0, tf.float32)
         return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
 
@@ -178,9 +198,10 @@ def next_token_loss(
     document_start: int | None = None,
     num_sources: int = 1,
     chunk_size: int | None = None,
+    fuse: bool = False,
 ) -> LossFunction:
     """The same, summed over the rows of each source, (num_sources,): what a step and an evaluation add up."""
-    row_losses = next_token_losses(model, dropout_seed, document_start, chunk_size)
+    row_losses = next_token_losses(model, dropout_seed, document_start, chunk_size, fuse)
 
     def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
         loss_sums, counts = row_losses(rows, step)

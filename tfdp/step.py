@@ -28,6 +28,7 @@ from tfdp.spikes import Spike
 from tfdp.sums import running_sum, tree_sum
 from tfdp.update import NUM_TOLD, Packed, Update
 
+LARGE_DIM = 384  # from which on oneDNN multiplies faster in float32 than XLA's CPU backend
 PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
@@ -71,14 +72,14 @@ class Compilation:
     update: bool
 
     @classmethod
-    def choose(cls, choice: bool | str, precision: str, on_gpu: bool) -> "Compilation":
-        """Resolves `training.jit_compile`: auto is the whole, but the parts for bfloat16 on CPUs.
+    def choose(cls, choice: bool | str, precision: str, on_gpu: bool, model_dim: int) -> "Compilation":
+        """Resolves `training.jit_compile`: auto is the whole, but on CPUs the parts where oneDNN's products are faster.
 
-        XLA's CPU backend computes bfloat16 products in float32; oneDNN, which TensorFlow calls, has real ones.
+        They are in bfloat16, which XLA's CPU backend computes as float32, and in float32 where matrices are large.
         """
         if choice != "auto":
             return cls(whole=bool(choice), parts=False, update=bool(choice))
-        whole = on_gpu or precision == "float32"
+        whole = on_gpu or (precision == "float32" and model_dim < LARGE_DIM)
         return cls(whole=whole, parts=not whole, update=True)
 
     def __str__(self) -> str:
@@ -160,7 +161,7 @@ class TrainStep:
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
-            compilation = Compilation.choose(compilation, "", on_gpu=False)
+            compilation = Compilation(whole=compilation, parts=False, update=compilation)
         self._microbatch = tf.function(self._microbatch_sums, jit_compile=compilation.whole, autograph=False)
         buckets = self._buckets if self._reduces else None
         self._update = Update(

@@ -44,7 +44,8 @@ def load_trained(run_dir: str, which: str) -> TrainedGPT:
     has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
     tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
     training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
-    fuse = Compilation.choose(training.jit_compile, training.precision, on_gpu).parts  # as in training: the same bits
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, config.model.model_dim)
+    fuse = compilation.parts  # as in training: the same bits
     model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision, fuse=fuse)
     checkpoint.restore(model.named_weights(), saved.weights)
     return TrainedGPT(recipe, config, tokenizer, model, saved.step, saved.state["identity"]["corpus_sha256"])

@@ -209,7 +209,8 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     reduction = config.distribution.reduction
     side_by_side = num_side_by_side(config, corpus, distribution.num_workers(strategy))
     microbatch_size = distribution.microbatch_size(strategy, training, reduction, side_by_side)
-    compilation = Compilation.choose(training.jit_compile, training.precision, distribution.on_gpu(strategy))
+    on_gpu, chunk_size = distribution.on_gpu(strategy), training.loss_chunk_size
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, config.model.model_dim)
     with strategy.scope():
         model = GPT(
             config.model,
@@ -222,7 +223,7 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     train_step = TrainStep(
         strategy,
-        losses.next_token_loss(model, config.seed, document_start, num_sources, training.loss_chunk_size),
+        losses.next_token_loss(model, config.seed, document_start, num_sources, chunk_size, compilation.parts),
         optimizer,
         make_schedule(config.optimizer, training.steps),
         training.global_batch_size,
@@ -241,10 +242,10 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
         num_sources,
         side_by_side,
     )
-    rows_loss = losses.next_token_losses(model, config.seed, document_start, training.loss_chunk_size)
+    rows_loss = losses.next_token_losses(model, config.seed, document_start, chunk_size, compilation.parts)
     row_losses = RowLosses(strategy, rows_loss, microbatch_size, compilation.whole)
     rows = training.rows_of_evaluation
-    evaluator = make_evaluator(config, corpus, strategy, model, rows, compilation.whole, side_by_side)
+    evaluator = make_evaluator(config, corpus, strategy, model, rows, compilation, side_by_side)
     order = data.Order(
         [sequences_of(split, config.model.context_length, config.data.sequences) for split in corpus.train],
         [source.weight for source in corpus.sources],
@@ -276,7 +277,7 @@ def make_evaluator(
     strategy: Any,
     model: "GPT",
     rows: int,
-    jit_compile: bool,
+    compilation: "Compilation",
     num_side_by_side: int = 1,
 ) -> "Evaluator":
     """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
@@ -290,8 +291,9 @@ def make_evaluator(
         for source in corpus.sources
     ]
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
-    loss = losses.next_token_loss(model, None, document_start, len(held), config.training.loss_chunk_size)
-    return Evaluator(strategy, loss, held, rows, jit_compile, num_side_by_side)
+    chunk_size = config.training.loss_chunk_size
+    loss = losses.next_token_loss(model, None, document_start, len(held), chunk_size, compilation.parts)
+    return Evaluator(strategy, loss, held, rows, compilation.whole, num_side_by_side)
 
 
 def shared_facts(config: Config, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
