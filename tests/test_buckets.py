@@ -23,6 +23,10 @@ def test_packs_hold_the_last_tensors_first_and_give_them_back(bytes_per_pack: in
         assert found.shape == tensor.shape
 
 
+def test_smaller_numbers_fill_a_pack_with_more_of_them() -> None:
+    assert [Buckets([(100,)], 120, size).num_packs for size in (4, 2)] == [4, 2]
+
+
 def test_a_tensor_larger_than_a_pack_is_cut() -> None:
     buckets = Buckets([(100,)], 120)
     packs = buckets.pack([tf.range(100)])

@@ -49,6 +49,17 @@ def test_many_workers_are_one_process(
     assert summary(many)["validation_loss"] == pytest.approx(summary(one)["validation_loss"], rel=1e-5)
 
 
+def test_gradients_travel_in_bfloat16_and_in_packs(tmp_path: Path, corpus_dir: Path, one: Path) -> None:
+    wire = {"distribution__wire_dtype": "bfloat16", "distribution__bytes_per_pack": 1024}
+    many = run(tmp_path, corpus_dir, "many", 2, model__dropout=0.1, **wire)
+    rows = [json.loads(line) for line in (many / "metrics.jsonl").read_text().splitlines()]
+    num_params = int(summary(many)["num_params"])
+    assert rows[0]["num_reductions"] == -(-num_params // 512) + 1  # and what is told of the step
+    assert num_params * 2 < rows[0]["reduction_bytes"] < num_params * 2 + 1000  # and digests
+    np.testing.assert_allclose(losses(many)[:5], losses(one)[:5], rtol=2e-3)
+    assert losses(many)[-1] == pytest.approx(losses(one)[-1], rel=0.02)
+
+
 def test_workers_with_different_keys_are_refused_on_all(tmp_path: Path, corpus_dir: Path) -> None:
     arguments = [tiny_arguments(corpus_dir, tmp_path / "run", optimizer__beta_1=beta) for beta in (0.8, 0.9)]
     with start(tmp_path, arguments) as job:

@@ -1,7 +1,7 @@
 """How the gradients of a step are laid out for the reduction: end to end, cut into packs of one size.
 
 A large tensor in one piece keeps the network idle while it is copied, and many small ones cost a round trip each; packs
-of a few MiB do neither, and travel beside one another. The last layers come first, as backward finishes them, so a pack
+of some MiB do neither, and travel beside one another. The last layers come first, as backward finishes them, so a pack
 is on its way while the gradients of the earlier layers are still computed (as in PyTorch's DDP, Li et al. 2020).
 """
 
@@ -16,17 +16,18 @@ class Buckets:
 
     Args:
       shapes: of the tensors, in the order in which the model makes its weights.
-      bytes_per_pack: size of a pack of float32 numbers; 0: each tensor stays as it is.
+      bytes_per_pack: size of a pack; 0: each tensor stays as it is.
+      bytes_per_number: of what travels.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], bytes_per_pack: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], bytes_per_pack: int, bytes_per_number: int = 4) -> None:
         self._shapes = list(shapes)
         sizes = [math.prod(shape) for shape in shapes]
         self._packs: list[list[tuple[int, int, int]]] = []  # of each: (tensor, begin, end) of its pieces
         if bytes_per_pack == 0:
             self._packs = [[(index, 0, sizes[index])] for index in reversed(range(len(sizes)))]
             return
-        limit, room = max(1, bytes_per_pack // 4), 0
+        limit, room = max(1, bytes_per_pack // bytes_per_number), 0
         for index in reversed(range(len(sizes))):
             begin = 0
             while begin < sizes[index]:

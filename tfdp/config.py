@@ -364,7 +364,7 @@ class DistributionConfig:
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which gradients travel between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
     bytes_per_pack: int | None = None
-    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: 4 MiB, or 32 MiB between GPUs, or 0
+    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: 16 MiB, or 32 MiB between GPUs, or 0
     between two replicas in one memory."""
     peer_timeout_seconds: float = 60.0
     """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""

@@ -148,10 +148,10 @@ class TrainStep:
         if packs_bytes is None:
             packs_bytes = distribution.default_bytes_per_pack(strategy)
         shapes = [tuple(weight.shape) for weight in optimizer.weights]
-        self._buckets = Buckets(shapes, packs_bytes)
+        self._wire_dtype = tf.as_dtype(rules.wire_dtype)
+        self._buckets = Buckets(shapes, packs_bytes, self._wire_dtype.size)
         self._told = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
         self._reduces = num_replicas > 1
-        self._wire_dtype = tf.as_dtype(rules.wire_dtype)
         num_numbers = sum(math.prod(shape) for shape in shapes)
         self.reduction_bytes = (num_numbers * self._wire_dtype.size + 4 * self._told.size) * self._reduces
         self.num_reductions = (self._buckets.num_packs + 1) * self._reduces
@@ -350,7 +350,7 @@ class TrainStep:
         told = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
         if self._reduces:
             packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
-            told, *gradients = distribution.replica_sum([told, *packs], self._rules.reduction)
+            *gradients, told = distribution.replica_sum([*packs, told], self._rules.reduction)
         reduced = _clock(told, *gradients)
         row, digests, stop, written = self._update(gradients, _after(reduced, told), step, limit, scale)
         times = [begun, arrived, computed, reduced, _clock(row, written)]
