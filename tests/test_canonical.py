@@ -61,7 +61,7 @@ def train(tmp_path: Path, corpus: Path, name: str, layout: tuple[int, int, int],
 @pytest.mark.multiworker
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("precision", "jit_compile"), [("float32", "true"), ("float32", "false"), ("bfloat16", "false")]
+    ("precision", "jit_compile"), [("float32", "true"), ("float32", "false"), ("bfloat16", "auto")]
 )
 def test_five_layouts_are_one_run(tmp_path: Path, corpus_dir: Path, precision: str, jit_compile: str) -> None:
     changes = {"training__precision": precision, "training__jit_compile": jit_compile}

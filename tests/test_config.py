@@ -299,7 +299,7 @@ RULES: list[tuple[type, dict[str, object], str]] = [
     (
         DistributionConfig,
         {"bytes_per_pack": -1},
-        "distribution.bytes_per_pack (-1) must not be negative: try 4194304",
+        "distribution.bytes_per_pack (-1) must not be negative: try 16777216",
     ),
     (
         DistributionConfig,

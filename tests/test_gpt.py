@@ -366,14 +366,17 @@ def test_initial_spread_is_that_of_gpt2(num_layers: int) -> None:
 # --- Remat -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "jit_compile"), [("float32", False), ("float32", True), ("bfloat16", False)])
-def test_remat_gives_the_same_loss_and_gradients(precision: str, jit_compile: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "jit_compile", "fuse"),
+    [("float32", False, False), ("float32", True, False), ("float32", False, True), ("bfloat16", False, False)],
+)
+def test_remat_gives_the_same_loss_and_gradients(precision: str, jit_compile: bool, fuse: bool) -> None:
     config = ModelConfig(num_layers=3, num_heads=2, model_dim=16, context_length=12, dropout=0.2, zero_init=False)
     tokens = tf.constant(np.random.default_rng(0).integers(0, 50, (4, 13)), tf.int32)
     found = []
     for remat in (False, True):
-        model = GPT(config, 50, seed=1, precision=precision, remat=remat)
-        loss = next_token_loss(model, dropout_seed=2)
+        model = GPT(config, 50, seed=1, precision=precision, remat=remat, fuse=fuse)
+        loss = next_token_loss(model, dropout_seed=2, fuse=fuse)
 
         @tf.function(jit_compile=jit_compile)
         def gradients(model: GPT = model, loss: object = loss) -> list[tf.Tensor]:
@@ -442,6 +445,7 @@ def test_compiled_gelu_and_norms_have_the_slopes_of_the_formulas(precision: str)
         (lambda kernels, x, *weights: kernels.norm(x, weights, True, 1e-5), [x, gain, bias]),
         (lambda kernels, x, *weights: kernels.norm(x, weights, True, 1e-5), [x, gain]),
         (lambda kernels, x, *weights: kernels.norm(x, weights, False, 1e-5), [x, gain]),
+        (lambda kernels, x, *weights: kernels.norm(x, weights, False, 1e-5), [x, gain, bias]),
     ]
     rounding = {"float32": 2e-6, "bfloat16": 2**-7}[precision]
     for function, inputs in functions:

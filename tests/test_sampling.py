@@ -35,7 +35,10 @@ class Letters:
 
 def make_model(**shape: Any) -> GPT:
     default = {"num_layers": 2, "num_heads": 4, "model_dim": 16, "mlp_dim": 24, "context_length": CONTEXT}
-    return GPT(ModelConfig(**{**default, "init_stddev": 0.3, "zero_init": False, **shape}), Letters.vocab_size)
+    fuse = shape.pop("fuse", False)
+    return GPT(
+        ModelConfig(**{**default, "init_stddev": 0.3, "zero_init": False, **shape}), Letters.vocab_size, fuse=fuse
+    )
 
 
 def make_endless_model(**shape: Any) -> GPT:
@@ -97,12 +100,13 @@ def test_reading_in_pieces_gives_the_logits_of_one_pass(position: str, num_kv_he
 
 
 @pytest.mark.parametrize(
-    ("position", "num_kv_heads"), [("learned", None), ("sinusoidal", 2), ("rope", None), ("rope", 2)]
+    ("position", "num_kv_heads", "fuse"),
+    [("learned", None, False), ("sinusoidal", 2, False), ("rope", None, False), ("rope", 2, False), ("rope", 2, True)],
 )
 def test_sampling_sees_the_logits_of_full_passes_also_when_the_window_moves(
-    position: str, num_kv_heads: int | None, monkeypatch: pytest.MonkeyPatch
+    position: str, num_kv_heads: int | None, fuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_endless_model(position=position, num_kv_heads=num_kv_heads)
+    model = make_endless_model(position=position, num_kv_heads=num_kv_heads, fuse=fuse)
     sampler, full_passes = Sampler(model, Letters()), FullPasses(model)
     seen: list[np.ndarray] = []
 

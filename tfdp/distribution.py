@@ -266,7 +266,7 @@ def on_gpu(strategy: tf.distribute.Strategy) -> bool:
 
 
 def replica_sum(values: tf.Tensor | Sequence[tf.Tensor], reduction: str = "fast") -> Any:
-    """Sums tensors over all replicas: the one reduction of a step. Call it in a replica context.
+    """Sums tensors over all replicas: the one reduction of a step, sent in order. Call it in a replica context.
 
     The order of a `fast` sum is TensorFlow's; that of a `canonical` one is the tree of sums.py over the replicas. In
     one process the strategy adds in the tree already, and two terms have one order. Otherwise every replica gathers
@@ -276,7 +276,10 @@ def replica_sum(values: tf.Tensor | Sequence[tf.Tensor], reduction: str = "fast"
     if context.num_replicas_in_sync == 1:
         return values
     if reduction == "fast" or context.num_replicas_in_sync == 2 or num_workers(context.strategy) == 1:
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, values, _AS_PACKED)
+        if isinstance(values, tf.Tensor):
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, values, _AS_PACKED)
+        backwards = context.all_reduce(tf.distribute.ReduceOp.SUM, list(values)[::-1], _AS_PACKED)
+        return backwards[::-1]  # over workers TensorFlow begins with the last one
     return tf.nest.map_structure(_gathered_sum, values)
 
 

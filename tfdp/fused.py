@@ -73,7 +73,7 @@ class Kernels:
             y, mean, scale = _norm_program(x, weights, center, epsilon)
 
             def gradients(upstream: tf.Tensor) -> list[tf.Tensor]:
-                return _norm_gradients(x, mean, scale, weights[0], upstream, center)[: 1 + len(weights)]
+                return _norm_gradients(x, mean, scale, weights[0], upstream, center, has_bias=len(weights) > 1)
 
             return y, gradients
 
@@ -98,13 +98,12 @@ class Kernels:
             return _attention_in_parts(queries, keys, values, visible, scale, blocks)
         if blocks is None:
             return _attend(queries, keys, values, visible, scale)
-        mixed = [
-            _attend(
-                queries[:, :, begin:end], keys[:, :, :end], values[:, :, :end], visible[..., begin:end, :end], scale
-            )
-            for begin, end in blocks
-        ]
-        return mixed[0] if len(mixed) == 1 else tf.concat(mixed, axis=2)
+        mixed = []
+        for begin, end in reversed(blocks):
+            # cut from what is longer by one block: backward then adds two gradients at a time, in one order
+            keys, values, visible = keys[:, :, :end], values[:, :, :end], visible[..., :end, :end]
+            mixed.append(_attend(queries[:, :, begin:end], keys, values, visible[..., begin:end, :], scale))
+        return _joined(mixed[::-1])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -168,8 +167,8 @@ def _normalise(
 def _product_mean(x: tf.Tensor, axis: int, keepdims: bool) -> tf.Tensor:
     """The mean over the last axis as a product with ones, which XLA's CPU backend computes in half the time."""
     del axis, keepdims
-    dim = x.shape[-1]
-    return tf.reshape(tf.matmul(tf.reshape(x, [-1, dim]), tf.fill([dim, 1], 1.0 / dim)), [*x.shape[:-1], 1])
+    dim, shape = x.shape[-1], tf.concat([tf.shape(x)[:-1], [1]], axis=0)  # text is sampled in pieces of any length
+    return tf.reshape(tf.matmul(tf.reshape(x, [-1, dim]), tf.fill([dim, 1], 1.0 / dim)), shape)
 
 
 @_program
@@ -181,9 +180,9 @@ def _norm_program(
 
 @_program
 def _norm_gradients(
-    x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, gain: tf.Tensor, upstream: tf.Tensor, center: bool
+    x: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, gain: tf.Tensor, upstream: tf.Tensor, center: bool, has_bias: bool
 ) -> list[tf.Tensor]:
-    """Of x, of the gain and of the bias."""
+    """Of x, of the gain, and of the bias if there is one."""
     up = tf.cast(upstream, tf.float32)
     normal = (tf.cast(x, tf.float32) - mean) * scale
     inner = up * gain
@@ -191,8 +190,8 @@ def _norm_gradients(
     if center:
         d_x = d_x - _product_mean(inner, axis=-1, keepdims=True)
     others = tuple(range(len(x.shape) - 1))
-    d_gain, d_bias = tf.reduce_sum(up * normal, axis=others), tf.reduce_sum(up, axis=others)
-    return [tf.cast(d_x * scale, x.dtype), d_gain, d_bias]
+    d_weights = [tf.reduce_sum(each, axis=others) for each in ([up * normal, up] if has_bias else [up * normal])]
+    return [tf.cast(d_x * scale, x.dtype), *d_weights]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from tfdp.systems.shapes import Shape, shuffled_windows
 
 def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
     """Trains steps as they are asked for; never returns."""
-    load_tensorflow()
+    load_tensorflow(without_ynn=False)  # as its users run it
     import keras
     import keras_nlp
     import tensorflow as tf
