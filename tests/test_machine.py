@@ -1,6 +1,9 @@
 """What a machine has and how workers share it."""
 
+import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,26 @@ def test_with_fewer_cores_than_workers_nobody_is_pinned() -> None:
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert [share.environment["OMP_NUM_THREADS"] for share in machine.share_machine(2)] == ["7", "7"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc has it")
+def test_memory_that_was_freed_is_kept_for_the_next_block() -> None:
+    program = """
+import os, numpy as np
+from tfdp.machine import keep_freed_memory
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+if {keeps}: keep_freed_memory()
+before = resident()
+np.ones(100 << 20, np.uint8)
+print(resident() - before)
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    kept = {
+        keeps: int(subprocess.check_output([sys.executable, "-c", program.format(keeps=keeps)], env=environment))
+        for keeps in (False, True)
+    }
+    assert kept[False] < 20 << 20
+    assert kept[True] > 90 << 20
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tfdp.cluster import Cluster, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exits import ConfigError
-from tfdp.machine import available_cores
+from tfdp.machine import available_cores, keep_freed_memory
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
 
 _FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
@@ -95,6 +95,7 @@ def make_strategy(
         if config.reduction == "canonical":
             tf.config.experimental.enable_op_determinism()  # kernels of GPUs add in any order; those of CPUs do not
     else:
+        keep_freed_memory()
         _make_logical_cpus(num_replicas)
         _share_cores(num_replicas * num_side_by_side)
     kind = "GPU" if gpus else "CPU"

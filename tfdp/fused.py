@@ -79,6 +79,24 @@ class Kernels:
 
         return call(x, *weights)
 
+    def apply(self, function: Function, x: tf.Tensor, *constants: Any) -> tf.Tensor:
+        """function(x, *constants), of which x alone has a gradient; compiled, it is computed in float32.
+
+        Args:
+          function: of a module, not made anew at each call: its programs are kept by it.
+          x: a tensor.
+          constants: tensors, numbers or None.
+        """
+        if not self._compiled:
+            return function(x, *constants)
+
+        @tf.custom_gradient
+        def call(x: tf.Tensor) -> tuple[tf.Tensor, Function]:
+            value = _value_program(function, x, constants)
+            return value, lambda upstream: _gradient_program(function, x, constants, upstream)
+
+        return call(x)
+
     def attention(
         self, queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, visible: tf.Tensor, scale: float, causal: bool
     ) -> tf.Tensor:
@@ -104,6 +122,20 @@ class Kernels:
             keys, values, visible = keys[:, :, :end], values[:, :, :end], visible[..., :end, :end]
             mixed.append(_attend(queries[:, :, begin:end], keys, values, visible[..., begin:end, :], scale))
         return _joined(mixed[::-1])
+
+
+@_program
+def _value_program(function: Function, x: tf.Tensor, constants: tuple[Any, ...]) -> tf.Tensor:
+    return tf.cast(function(tf.cast(x, tf.float32), *constants), x.dtype)
+
+
+@_program
+def _gradient_program(function: Function, x: tf.Tensor, constants: tuple[Any, ...], upstream: tf.Tensor) -> tf.Tensor:
+    wide = tf.cast(x, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(wide)
+        value = function(wide, *constants)
+    return tf.cast(tape.gradient(value, wide, tf.cast(upstream, tf.float32)), x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------

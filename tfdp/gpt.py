@@ -124,6 +124,13 @@ def rotate(x: tf.Tensor, cosines: tf.Tensor, sines: tf.Tensor) -> tf.Tensor:
     return tf.concat([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
 
 
+def prepare(x: tf.Tensor, epsilon: float | None, cosines: tf.Tensor | None, sines: tf.Tensor | None) -> tf.Tensor:
+    """Queries or keys before they meet: normalised unless epsilon is None, rotated unless the tables are None."""
+    if epsilon is not None:
+        x = rms_normalise(x, epsilon)
+    return x if cosines is None else rotate(x, cosines, sines)
+
+
 class Attention(keras.layers.Layer):
     """Causal self-attention with one fused projection to queries, keys and values."""
 
@@ -188,13 +195,14 @@ class Attention(keras.layers.Layer):
         shape = [tf.shape(x)[0], tf.shape(x)[1], config.num_heads + 2 * config.kv_heads, config.head_dim]
         heads = tf.transpose(tf.reshape(fused, shape), [0, 2, 1, 3])
         queries, keys, values = tf.split(heads, [config.num_heads, config.kv_heads, config.kv_heads], axis=1)
-        if config.qk_norm:
-            queries, keys = rms_normalise(queries, config.norm_epsilon), rms_normalise(keys, config.norm_epsilon)
+        cosines = sines = None
         if config.position == "rope":
             cosines, sines = tf.gather(self.cosines, positions), tf.gather(self.sines, positions)
             if positions.shape.rank == 2:  # all heads of a row share its positions
                 cosines, sines = cosines[:, tf.newaxis], sines[:, tf.newaxis]
-            queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
+        if config.qk_norm or config.position == "rope":
+            epsilon = config.norm_epsilon if config.qk_norm else None
+            queries, keys = (self._kernels.apply(prepare, x, epsilon, cosines, sines) for x in (queries, keys))
         return queries, keys, values
 
     def _attend(
