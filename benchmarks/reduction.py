@@ -41,7 +41,7 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
         rows,
         microbatch_size,
         StepRules(config.clip_norm, reduction=reduction, verify_every=training.verify_every),
-        Compilation.choose(training.jit_compile, training.precision, False, ModelConfig().model_dim),
+        Compilation.choose(training.jit_compile, training.precision, False, largest=0),
     )
     tokens = np.random.default_rng(0).integers(0, 256, (rows, ModelConfig().context_length + 1)).astype(np.int32)
     batch = {"tokens": tf.constant(tokens), "position": tf.range(rows, dtype=tf.int64)}

@@ -35,7 +35,7 @@ def make_step(strategy: Any, verify_every: int) -> Any:
         training.global_batch_size,
         training.global_batch_size // int(strategy.num_replicas_in_sync),
         StepRules(config.clip_norm, verify_every=verify_every),  # no judge of spikes: one batch for ever ends in noise
-        Compilation.choose(training.jit_compile, training.precision, False, ModelConfig().model_dim),
+        Compilation.choose(training.jit_compile, training.precision, False, largest=0),
     )
 
 

@@ -277,8 +277,8 @@ class TrainingConfig:
     """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always. float16 scales
     the loss, and repeats a step at half the scale where its gradient overflows."""
     jit_compile: bool | Literal["auto"] = "auto"
-    """XLA for the step; auto: on, but on CPUs in bfloat16, and in float32 from 384 wide on, only between the matrix
-    products, which oneDNN computes faster."""
+    """XLA for the step; auto: on, but on CPUs in bfloat16, and in float32 where matrices are large, only between the
+    matrix products, which oneDNN computes faster."""
     loss_chunk_size: int | None = None
     """Tokens that are projected to the vocabulary at once; null: as many as take 128 MiB of logits; 0: all."""
     remat: bool = False

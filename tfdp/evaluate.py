@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from tfdp.config import DistributionConfig, load, require
+from tfdp.estimates import largest_matrix
 from tfdp.exits import run_command
 from tfdp.startup import load_tensorflow
 
@@ -47,8 +48,8 @@ def main() -> None:
     )
     training = run_config.training
     rows = config.rows or training.rows_of_evaluation
-    on_gpu, model_dim = distribution.on_gpu(strategy), run_config.model.model_dim
-    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, model_dim)
+    on_gpu, largest = distribution.on_gpu(strategy), largest_matrix(run_config.model, trained.tokenizer.vocab_size)
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
     evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, compilation)
     result = evaluator()
     found = {

@@ -28,7 +28,7 @@ from tfdp.spikes import Spike
 from tfdp.sums import running_sum, tree_sum
 from tfdp.update import NUM_TOLD, Packed, Update
 
-LARGE_DIM = 384  # from which on oneDNN multiplies faster in float32 than XLA's CPU backend
+LARGE_MATRIX = 500_000  # numbers, from which on oneDNN multiplies faster in float32 than XLA's CPU backend
 PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
@@ -72,14 +72,15 @@ class Compilation:
     update: bool
 
     @classmethod
-    def choose(cls, choice: bool | str, precision: str, on_gpu: bool, model_dim: int) -> "Compilation":
+    def choose(cls, choice: bool | str, precision: str, on_gpu: bool, largest: int) -> "Compilation":
         """Resolves `training.jit_compile`: auto is the whole, but on CPUs the parts where oneDNN's products are faster.
 
         They are in bfloat16, which XLA's CPU backend computes as float32, and in float32 where matrices are large.
+        `largest` is how many numbers the largest matrix has.
         """
         if choice != "auto":
             return cls(whole=bool(choice), parts=False, update=bool(choice))
-        whole = on_gpu or (precision == "float32" and model_dim < LARGE_DIM)
+        whole = on_gpu or (precision == "float32" and largest < LARGE_MATRIX)
         return cls(whole=whole, parts=not whole, update=True)
 
     def __str__(self) -> str:

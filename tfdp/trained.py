@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfdp import checkpoint
 from tfdp.config import find_trainer, import_trainer, load_file
+from tfdp.estimates import largest_matrix
 from tfdp.exits import ConfigError
 from tfdp.gpt import GPT
 from tfdp.runs import RunDirectory
@@ -44,7 +45,8 @@ def load_trained(run_dir: str, which: str) -> TrainedGPT:
     has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
     tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
     training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
-    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, config.model.model_dim)
+    largest = largest_matrix(config.model, tokenizer.vocab_size)
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
     fuse = compilation.parts  # as in training: the same bits
     model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision, fuse=fuse)
     checkpoint.restore(model.named_weights(), saved.weights)

@@ -198,7 +198,7 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     Raises:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
-    from tfdp import data, distribution, losses
+    from tfdp import data, distribution, estimates, losses
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.sequences import sequences_of
@@ -210,7 +210,8 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     side_by_side = num_side_by_side(config, corpus, distribution.num_workers(strategy))
     microbatch_size = distribution.microbatch_size(strategy, training, reduction, side_by_side)
     on_gpu, chunk_size = distribution.on_gpu(strategy), training.loss_chunk_size
-    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, config.model.model_dim)
+    largest = estimates.largest_matrix(config.model, corpus.tokenizer.vocab_size)
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
     with strategy.scope():
         model = GPT(
             config.model,
