@@ -5,7 +5,6 @@ import sys
 from dataclasses import asdict, dataclass
 
 from tfdp.config import DistributionConfig, load, require
-from tfdp.estimates import largest_matrix
 from tfdp.exits import run_command
 from tfdp.startup import load_tensorflow
 
@@ -31,7 +30,6 @@ def main() -> None:
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
     load_tensorflow()
     from tfdp import distribution, sources
-    from tfdp.step import Compilation
     from tfdp.trained import load_trained
 
     strategy = distribution.make_strategy(config.distribution)
@@ -46,11 +44,8 @@ def main() -> None:
         f"must be the text that the run was trained on: its sha256 was {trained.corpus_sha256[:12]}..., "
         f"and is {corpus.corpus_sha256[:12]}... now",
     )
-    training = run_config.training
-    rows = config.rows or training.rows_of_evaluation
-    on_gpu, largest = distribution.on_gpu(strategy), largest_matrix(run_config.model, trained.tokenizer.vocab_size)
-    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
-    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, compilation)
+    rows = config.rows or run_config.training.rows_of_evaluation
+    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, trained.compilation)
     result = evaluator()
     found = {
         "step": trained.step,

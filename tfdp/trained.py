@@ -24,6 +24,7 @@ class TrainedGPT:
     config: Any
     tokenizer: Tokenizer
     model: GPT
+    compilation: Compilation  # as in training: the same bits
     step: int
     corpus_sha256: str
 
@@ -47,10 +48,10 @@ def load_trained(run_dir: str, which: str) -> TrainedGPT:
     training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
     largest = largest_matrix(config.model, tokenizer.vocab_size)
     compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
-    fuse = compilation.parts  # as in training: the same bits
-    model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision, fuse=fuse)
+    model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision, fuse=compilation.parts)
     checkpoint.restore(model.named_weights(), saved.weights)
-    return TrainedGPT(recipe, config, tokenizer, model, saved.step, saved.state["identity"]["corpus_sha256"])
+    corpus_sha256 = saved.state["identity"]["corpus_sha256"]
+    return TrainedGPT(recipe, config, tokenizer, model, compilation, saved.step, corpus_sha256)
 
 
 def _choose_step(run: RunDirectory, which: str) -> int:
