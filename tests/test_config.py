@@ -298,6 +298,16 @@ RULES: list[tuple[type, dict[str, object], str]] = [
     (TrainingConfig, {"profile_steps": "9:9"}, "training.profile_steps (9:9) must be A:B with A < B: try 20:25"),
     (
         DistributionConfig,
+        {"transport": "tcp", "num_replicas": 2},
+        "distribution.num_replicas (2) must be 1 with distribution.transport tcp: try distribution.transport auto",
+    ),
+    (
+        DistributionConfig,
+        {"transport": "tcp", "bytes_per_pack": 0},
+        "distribution.bytes_per_pack (0) must be null with distribution.transport tcp, which sends all in one piece",
+    ),
+    (
+        DistributionConfig,
         {"bytes_per_pack": -1},
         "distribution.bytes_per_pack (-1) must not be negative: try 16777216",
     ),

@@ -29,6 +29,12 @@ def run(tmp_path: Path, corpus: Path, name: str, num_workers: int, **changes: ob
     return tmp_path / name
 
 
+def log_of(tmp_path: Path) -> str:
+    """What the chief of the only job of this folder has printed."""
+    [log] = tmp_path.glob("worker-0-*.log")
+    return log.read_text()
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
     return run(tmp_path_factory.mktemp("one"), corpus_dir, "one", 1, model__dropout=0.1)
@@ -47,14 +53,21 @@ def test_many_workers_are_one_process(
     assert summary(many)["num_workers"] == num_workers
     assert summary(many)["num_replicas"] == num_workers * num_replicas
     assert summary(many)["validation_loss"] == pytest.approx(summary(one)["validation_loss"], rel=1e-5)
+    way = "TCP" if num_replicas == 1 else "gRPC"
+    assert f"{num_workers * num_replicas} replicas on CPU, {num_workers} workers over {way}" in log_of(tmp_path)
 
 
-def test_gradients_travel_in_bfloat16_and_in_packs(tmp_path: Path, corpus_dir: Path, one: Path) -> None:
-    wire = {"distribution__wire_dtype": "bfloat16", "distribution__bytes_per_pack": 1024}
+@pytest.mark.parametrize("bytes_per_pack", [None, 1024])
+def test_gradients_travel_in_bfloat16(tmp_path: Path, corpus_dir: Path, one: Path, bytes_per_pack: int | None) -> None:
+    """Over plain TCP in one piece, and in packs through TensorFlow."""
+    wire: dict[str, object] = {"distribution__wire_dtype": "bfloat16"}
+    if bytes_per_pack:
+        wire["distribution__bytes_per_pack"] = bytes_per_pack
     many = run(tmp_path, corpus_dir, "many", 2, model__dropout=0.1, **wire)
     rows = [json.loads(line) for line in (many / "metrics.jsonl").read_text().splitlines()]
     num_params = int(summary(many)["num_params"])
-    assert rows[0]["num_reductions"] == -(-num_params // 512) + 1  # and what is told of the step
+    num_packs = -(-num_params * 2 // bytes_per_pack) + 1 if bytes_per_pack else 1  # one for what is told of the step
+    assert rows[0]["num_reductions"] == num_packs
     assert num_params * 2 < rows[0]["reduction_bytes"] < num_params * 2 + 1000  # and digests
     np.testing.assert_allclose(losses(many)[:5], losses(one)[:5], rtol=2e-3)
     assert losses(many)[-1] == pytest.approx(losses(one)[-1], rel=0.02)

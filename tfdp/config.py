@@ -364,6 +364,9 @@ class DistributionConfig:
     """Order of the sums over micro-batches and replicas: TensorFlow's, or one tree, for the same bits in any layout."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which gradients travel between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
+    transport: Literal["auto", "tcp", "tensorflow"] = "auto"
+    """How gradients get from worker to worker: tcp, plain connections between CPUs, one replica per worker; tensorflow,
+    its collectives over NCCL or gRPC; auto: tcp where it can be, unless bytes_per_pack is set."""
     bytes_per_pack: int | None = None
     """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: 16 MiB, or 32 MiB between GPUs, or 0
     between two replicas in one memory."""
@@ -394,6 +397,18 @@ class DistributionConfig:
             "distribution.bytes_per_pack",
             self.bytes_per_pack,
             "must not be negative: try 16777216",
+        )
+        require(
+            self.transport != "tcp" or self.num_replicas in (None, 1),
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be 1 with distribution.transport tcp: try distribution.transport auto",
+        )
+        require(
+            self.transport != "tcp" or self.bytes_per_pack is None,
+            "distribution.bytes_per_pack",
+            self.bytes_per_pack,
+            "must be null with distribution.transport tcp, which sends all in one piece",
         )
         require(
             self.peer_timeout_seconds >= 1,

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tfdp.cluster import Cluster, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
+from tfdp.exchange import Exchange, connect
 from tfdp.exits import ConfigError
 from tfdp.machine import available_cores, keep_freed_memory
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
@@ -100,7 +101,7 @@ def make_strategy(
         _share_cores(num_replicas * num_side_by_side)
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
-        return _multi_worker_strategy(cluster, kind, num_replicas)
+        return _multi_worker_strategy(config, cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
@@ -113,7 +114,23 @@ def make_strategy(
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
 
 
-def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.distribute.Strategy:
+class _Workers(tf.distribute.MultiWorkerMirroredStrategy):
+    """MultiWorkerMirroredStrategy, and the connections over which gradients travel past TensorFlow, if there are any.
+
+    Attributes:
+      exchange: with the other workers.
+    """
+
+    exchange: Exchange | None = None
+
+
+def _exchange_of(strategy: tf.distribute.Strategy) -> Exchange | None:
+    return strategy.exchange if isinstance(strategy, _Workers) else None
+
+
+def _multi_worker_strategy(
+    config: DistributionConfig, cluster: Cluster, kind: str, num_local: int
+) -> tf.distribute.Strategy:
     """MultiWorkerMirroredStrategy over `num_local` devices of each worker.
 
     TensorFlow takes all GPUs of a worker but only one CPU, however many logical ones there are. For the time
@@ -139,9 +156,18 @@ def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.di
     original = CollectiveAllReduceExtended._initialize_local_devices
     CollectiveAllReduceExtended._initialize_local_devices = local_devices
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+        strategy = _Workers(resolver, options)
     finally:
         CollectiveAllReduceExtended._initialize_local_devices = original
+    able = kind == "CPU" and num_local == 1
+    strategy.exchange = connect(cluster, able and config.transport != "tensorflow" and config.bytes_per_pack is None)
+    require(
+        config.transport != "tcp" or strategy.exchange is not None,
+        "distribution.transport",
+        config.transport,
+        "needs CPUs, not GPUs, and workers that reach one another at any port: try auto",
+    )
+    return strategy
 
 
 def num_workers(strategy: tf.distribute.Strategy) -> int:
@@ -226,10 +252,11 @@ def num_side_by_side(
 
 
 def describe(strategy: tf.distribute.Strategy) -> str:
-    """Replicas and workers for people: "4 replicas on CPU, 1 worker"."""
+    """Replicas and workers for people: "4 replicas on CPU, 2 workers over gRPC"."""
     replicas, workers = int(strategy.num_replicas_in_sync), num_workers(strategy)
     kind = gpu_names(strategy)[0] if on_gpu(strategy) else "CPU"
-    return f"{replicas} replica{'s' * (replicas > 1)} on {kind}, {workers} worker{'s' * (workers > 1)}"
+    way = "" if workers == 1 else f" over {'TCP' if _exchange_of(strategy) else 'NCCL' if on_gpu(strategy) else 'gRPC'}"
+    return f"{replicas} replica{'s' * (replicas > 1)} on {kind}, {workers} worker{'s' * (workers > 1)}{way}"
 
 
 def describe_batch(strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, num_side_by_side: int) -> str:
@@ -266,8 +293,40 @@ def on_gpu(strategy: tf.distribute.Strategy) -> bool:
     return any("GPU" in device for device in strategy.extended.worker_devices)
 
 
+def sum_step(packs: list[tf.Tensor], told: tf.Tensor, reduction: str = "fast") -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Sums a step's gradients and what is told of it over all replicas: its one reduction. Call it in replica context.
+
+    Args:
+      packs: flat gradients, of one type.
+      told: a float32 vector.
+      reduction: fast or canonical.
+
+    Returns:
+      The sums, as they came. Those of less than float32 are rounded to their type; over TCP once, however many workers.
+    """
+    strategy = tf.distribute.get_replica_context().strategy
+    exchange = _exchange_of(strategy)
+    if exchange is None:
+        *packs, told = replica_sum([*packs, told], reduction)
+        return packs, told
+    dtype, sizes = packs[0].dtype, [int(pack.shape[0]) for pack in packs]
+    workers, bounds = num_workers(strategy), exchange.bounds(sum(sizes))
+    own = bounds[worker_index(strategy) + 1] - bounds[worker_index(strategy)]
+    told_by_all, terms = tf.numpy_function(exchange.scatter, [told, *packs], [tf.float32, dtype])
+    told_by_all = tf.ensure_shape(told_by_all, [workers, *told.shape])
+    part = _sum_rows(tf.ensure_shape(terms, [workers, own]))
+    sums = tf.numpy_function(lambda part: exchange.gather(part, sizes), [part], [dtype] * len(sizes))
+    return [tf.ensure_shape(each, [size]) for each, size in zip(sums, sizes, strict=True)], _sum_rows(told_by_all)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _sum_rows(terms: tf.Tensor) -> tf.Tensor:
+    """The tree of sums.py over the first axis, in float32; one replica of each worker owns one node."""
+    return tf.cast(sum_in_tree(tf.unstack(tf.cast(terms, tf.float32))), terms.dtype)
+
+
 def replica_sum(values: tf.Tensor | Sequence[tf.Tensor], reduction: str = "fast") -> Any:
-    """Sums tensors over all replicas: the one reduction of a step, sent in order. Call it in a replica context.
+    """Sums tensors over all replicas by TensorFlow's collectives, sent in order. Call it in a replica context.
 
     The order of a `fast` sum is TensorFlow's; that of a `canonical` one is the tree of sums.py over the replicas. In
     one process the strategy adds in the tree already, and two terms have one order. Otherwise every replica gathers
@@ -300,12 +359,20 @@ def default_bytes_per_pack(strategy: tf.distribute.Strategy) -> int:
     Over gRPC 16 MiB: TensorFlow's ring cuts a pack of two workers into pieces of 4 MiB, the most that it sends at once
     (42 MB on one machine: 185 ms in packs of 4 MiB, 116 of 16 MiB, 125 in one). Over NCCL more, whose calls cost more.
 
-    0 where two replicas share one memory: laying out their gradients would cost more than adding them.
+    0 where laying gradients end to end would cost more than it saves: over plain TCP, which sends them from where they
+    are, and where two replicas share one memory.
     """
     if on_gpu(strategy):
         return 32 << 20
+    if _exchange_of(strategy) is not None:
+        return 0
     in_memory = num_workers(strategy) == 1 and int(strategy.num_replicas_in_sync) <= 2
     return 0 if in_memory else 16 << 20
+
+
+def num_reductions(strategy: tf.distribute.Strategy, num_packs: int) -> int:
+    """Reductions that `sum_step` makes of so many packs and what is told of the step."""
+    return 1 if _exchange_of(strategy) is not None else num_packs + 1
 
 
 def replica_slots(values: tf.Tensor) -> tf.Tensor:

@@ -122,7 +122,7 @@ class TrainStep:
       recent_losses: of the last steps, the window that spikes are judged by.
       scaling: of the loss, see `loss_scale`.
       reduction_bytes: that each replica hands to the reduction of a step.
-      num_reductions: packs of that reduction.
+      num_reductions: packs of that reduction; over plain TCP, 1.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class TrainStep:
         self._reduces = num_replicas > 1
         num_numbers = sum(math.prod(shape) for shape in shapes)
         self.reduction_bytes = (num_numbers * self._wire_dtype.size + 4 * self._told.size) * self._reduces
-        self.num_reductions = (self._buckets.num_packs + 1) * self._reduces
+        self.num_reductions = distribution.num_reductions(strategy, self._buckets.num_packs) * self._reduces
         self._microbatch_size = microbatch_size
         self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
         self._num_side_by_side = num_side_by_side
@@ -351,7 +351,7 @@ class TrainStep:
         told = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
         if self._reduces:
             packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
-            *gradients, told = distribution.replica_sum([*packs, told], self._rules.reduction)
+            gradients, told = distribution.sum_step(packs, told, self._rules.reduction)
         reduced = _clock(told, *gradients)
         row, digests, stop, written = self._update(gradients, _after(reduced, told), step, limit, scale)
         times = [begun, arrived, computed, reduced, _clock(row, written)]

@@ -129,7 +129,8 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
     cut = distribution.describe_batch(strategy, training, parts.microbatch_size, parts.num_side_by_side)
     say(f"step       {cut} of {context_length} tokens")
     if parts.train_step.num_reductions:
-        say(f"reduction  {parts.train_step.reduction_bytes / 1e6:,.1f} MB in {parts.train_step.num_reductions} packs")
+        count = parts.train_step.num_reductions
+        say(f"reduction  {parts.train_step.reduction_bytes / 1e6:,.1f} MB in {count} pack{'s' * (count > 1)}")
     say(f"run        {run.path}")
     summary = loop.fit(
         Task(
