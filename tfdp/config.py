@@ -280,7 +280,8 @@ class TrainingConfig:
     """XLA for the step; auto: on, but on CPUs in bfloat16, and in float32 where matrices are large, only between the
     matrix products, which oneDNN computes faster."""
     loss_chunk_size: int | None = None
-    """Tokens that are projected to the vocabulary at once; null: as many as take 128 MiB of logits; 0: all."""
+    """Tokens that are projected to the vocabulary at once; null: all if their logits take at most 128 MiB, else as many
+    as take 64; 0: all."""
     remat: bool = False
     """Whether backward computes the activations of each block again instead of keeping them: less memory, more time."""
     log_every: int = 20

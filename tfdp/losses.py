@@ -69,14 +69,16 @@ def projected_cross_entropy(
       features: (rows, time, dim) in the dtype of the products.
       table: float32 (vocab_size, dim).
       targets: int32 (rows, time); negative where there is nothing to predict.
-      chunk_size: tokens whose logits stand in memory at once; None: as many as fit into 128 MiB; 0: all.
+      chunk_size: tokens whose logits stand in memory at once; None: see `default_chunk_size`; 0: all.
       fuse: whether XLA compiles what lies between the products, where it does not compile the whole.
 
     Returns:
       float32 (rows, time), in nats; 0 where there is nothing to predict.
     """
     num_tokens = targets.shape[0] * targets.shape[1]
-    chunk_size = min(num_tokens, default_chunk_size(table.shape[0]) if chunk_size is None else chunk_size or num_tokens)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(num_tokens, table.shape[0])
+    chunk_size = min(num_tokens, chunk_size or num_tokens)
 
     @tf.custom_gradient
     def score(features: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
