@@ -53,17 +53,17 @@ def test_no_argument_gives_the_defaults() -> None:
     config = load()
     assert config == Config()
     assert (config.seed, config.run_dir, config.trainer) == (0, None, "causal_lm")
-    assert (config.model.kv_heads, config.model.head_dim, config.model.hidden_dim) == (4, 32, 512)
+    assert (config.model.kv_heads, config.model.head_dim, config.model.hidden_dim) == (4, 32, 384)
     assert (config.data.source, config.data.tokenizer, config.optimizer.decay_rate) == ("python-stdlib", "auto", 0.01)
 
 
 @pytest.mark.parametrize(
     ("model", "hidden_dim"),
     [
-        (ModelConfig(model_dim=384, num_heads=6), 1536),
-        (ModelConfig(model_dim=128, activation="swiglu"), 384),  # 8/3 * 128 = 341.3, rounded up to 6 * 64
+        (ModelConfig(model_dim=384, num_heads=6, activation="gelu"), 1536),
+        (ModelConfig(model_dim=128), 384),  # 8/3 * 128 = 341.3, rounded up to 6 * 64
         (ModelConfig(model_dim=768, activation="swiglu"), 2048),
-        (ModelConfig(activation="swiglu", mlp_dim=100), 100),
+        (ModelConfig(mlp_dim=100), 100),
     ],
 )
 def test_the_hidden_width_follows_the_activation(model: ModelConfig, hidden_dim: int) -> None:

@@ -269,7 +269,7 @@ def test_bfloat16_reads_on_from_a_cache(position: str) -> None:
 
 # 13 tokens, 2 layers, 16 wide, context 8. GPT-2's shape, MLP 24 wide: embeddings 13*16 + 8*16 = 336; a block
 # 2 norms of 32, attention 16*48+48 + 16*16+16 = 1088, MLP 16*24+24 + 24*16+16 = 808: 1960; the last norm 32.
-GPT2_SHAPE = {"position": "learned", "norm": "layer_norm", "use_bias": True}
+GPT2_SHAPE = {"activation": "gelu", "position": "learned", "norm": "layer_norm", "use_bias": True}
 GPT2_NUM_PARAMS = 336 + 2 * 1960 + 32
 # Llama's shape, 2 of 4 heads for keys and values, untied, MLP 64 wide by default (8/3 * 16 = 43, up to 64): embeddings
 # 2*13*16 = 416; a block 2 gains of 16, attention 16*(16+8+8) + 16*16 = 768, MLP 16*128 + 64*16 = 3072: 3872; a gain 16.
@@ -370,8 +370,12 @@ def test_initial_spread_is_that_of_gpt2(num_layers: int) -> None:
     ("precision", "jit_compile", "fuse"),
     [("float32", False, False), ("float32", True, False), ("float32", False, True), ("bfloat16", False, False)],
 )
-def test_remat_gives_the_same_loss_and_gradients(precision: str, jit_compile: bool, fuse: bool) -> None:
-    config = ModelConfig(num_layers=3, num_heads=2, model_dim=16, context_length=12, dropout=0.2, zero_init=False)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_remat_gives_the_same_loss_and_gradients(
+    activation: Any, precision: str, jit_compile: bool, fuse: bool
+) -> None:
+    shape = {"num_layers": 3, "num_heads": 2, "model_dim": 16, "context_length": 12, "activation": activation}
+    config = ModelConfig(**shape, dropout=0.2, zero_init=False)
     tokens = tf.constant(np.random.default_rng(0).integers(0, 50, (4, 13)), tf.int32)
     found = []
     for remat in (False, True):

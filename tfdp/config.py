@@ -60,7 +60,7 @@ class ModelConfig:
     """How positions enter: a learned table, a fixed sinusoidal table, or rotary embedding of queries and keys."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Normalisation before attention, before the MLP and before the output projection."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "swiglu"] = "swiglu"
     """Non-linearity of the MLP: tanh-approximated GELU, or SwiGLU (a gated pair of projections)."""
     dropout: float = 0.0
     """Fraction of activations dropped after the embedding and each residual branch, in [0, 1)."""
@@ -197,7 +197,7 @@ class OptimizerConfig:
     """Peak learning rate of muon's AdamW part; null: learning_rate. Other rules do not look at it."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
     """After warm-up: constant, linear or cosine decay to final_fraction, or wsd (constant, then linear decay)."""
-    warmup_steps: int = 30
+    warmup_steps: int = 10
     """Steps over which the learning rate rises linearly from 0."""
     final_fraction: float = 0.0
     """Learning rate of the last step as a fraction of the peak (linear, cosine, wsd)."""
@@ -215,7 +215,7 @@ class OptimizerConfig:
     """Decay rate of the second moment of adamw, adam, rmsprop, muon's Adam part, and of lion's momentum."""
     epsilon: float = 1e-8
     """Added to the root of the second moment ("epsilon hat" of Kingma and Ba), by rmsprop under the root."""
-    momentum: float = 0.95
+    momentum: float = 0.9
     """Momentum of the names momentum and muon."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient, applied after the reduction over replicas; null: no clipping."""
@@ -263,7 +263,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, how wide and how precisely to train."""
 
-    steps: int = 500
+    steps: int = 350
     """Optimizer steps of the whole run."""
     global_batch_size: int = 16
     """Sequences per optimizer step, over all replicas and micro-batches."""
@@ -286,7 +286,7 @@ class TrainingConfig:
     """Whether backward computes the activations of each block again instead of keeping them: less memory, more time."""
     log_every: int = 20
     """Steps between two lines of the console and of metrics.jsonl."""
-    evaluate_every: int = 250
+    evaluate_every: int = 150
     """Steps between two passes over the whole validation split (and one at the end); 0: only at the end."""
     evaluation_rows: int | None = None
     """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, else at most 16."""

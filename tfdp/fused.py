@@ -46,7 +46,7 @@ class Kernels:
         return call(x)
 
     def swiglu(self, gate: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-        """silu(gate) * value (Shazeer 2020)."""
+        """silu(gate) * value (Shazeer 2020), computed in float32."""
         if not self._compiled:
             return _swiglu(gate, value)
 
@@ -159,12 +159,11 @@ def _multiply(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
 
 
 def _swiglu(gate: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    return gate * tf.sigmoid(gate) * value
+    wide = tf.cast(gate, tf.float32)  # where TensorFlow may fuse the first two: no rounding lies in between
+    return tf.cast(wide * tf.sigmoid(wide) * tf.cast(value, tf.float32), gate.dtype)
 
 
-@_program
-def _swiglu_program(gate: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    return tf.cast(_swiglu(tf.cast(gate, tf.float32), tf.cast(value, tf.float32)), gate.dtype)
+_swiglu_program = _program(_swiglu)
 
 
 @_program

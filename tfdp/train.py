@@ -16,7 +16,7 @@ def main() -> None:
     trainer = import_trainer(find_trainer(arguments))
     description = (
         "Train a GPT with data parallelism. With no argument: a byte-level GPT on the source code of Python's "
-        "standard library, about two minutes on two CPU cores."
+        "standard library, about a minute and a half on two CPU cores."
     )
     config = load(trainer.Config, arguments, "python -m tfdp.train", description)
     load_tensorflow()
