@@ -1,6 +1,8 @@
 """Sums over workers through sockets, here between threads of one process."""
 
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -9,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tfdp import cluster as clusters
 from tfdp import exchange
 from tfdp.cluster import Cluster
 from tfdp.exchange import Exchange
@@ -73,7 +76,7 @@ def test_each_worker_gets_its_part_from_all_and_all_parts_back(
 def test_a_worker_that_leaves_is_named() -> None:
     staying, leaving = connected(2)
     leaving.close()
-    with pytest.raises(ConnectionError, match=r"exchange of gradients with worker 1 \(127\.0\.0\.1:2\) broke off"):
+    with pytest.raises(ConnectionError, match=r"the connection to worker 1 \(127\.0\.0\.1:2\) broke: "):
         staying.scatter(np.zeros(1, np.float32), np.zeros(1_000_000, np.float32))
     staying.close()
 
@@ -118,7 +121,59 @@ def test_workers_meet_whoever_knocks_meanwhile() -> None:
     close(found)
 
 
+def test_a_greeting_may_come_in_pieces() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as caller:
+        caller.sendall(b"1234")
+        threading.Timer(0.2, lambda: caller.sendall(b"5678")).start()
+        answering, _ = listener.accept()
+        assert exchange._receive(answering, 8, time.monotonic() + 10) == b"12345678"
+        with pytest.raises(TimeoutError):
+            exchange._receive(answering, 8, time.monotonic() + 0.2)
+        answering.close()
+
+
 def test_workers_that_cannot_be_reached_are_missed_by_all_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "_CONNECT_SECONDS", 1.0)
     found = meet(SECRETS[:2], [False, True])
     assert found == [{}, {}]
+
+
+class Board:
+    """The key-value store of the coordination service, between threads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._told: dict[tuple[str, int], str] = {}
+        self._changed = threading.Condition()
+        for name in ("publish", "read", "barrier"):
+            monkeypatch.setattr(clusters, name, getattr(self, name))
+
+    def publish(self, topic: str, index: int, value: str) -> None:
+        with self._changed:
+            self._told[topic, index] = value
+            self._changed.notify_all()
+
+    def read(self, topic: str, index: int) -> str:
+        with self._changed:
+            assert self._changed.wait_for(lambda: (topic, index) in self._told, timeout=20)
+            return self._told[topic, index]
+
+    def barrier(self, _name: str, _timeout_seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_all_are_connected_or_none_is(monkeypatch: pytest.MonkeyPatch, reachable: bool) -> None:
+    Board(monkeypatch)
+    call = exchange._call
+
+    def fail(host: str, port: int, greeting: bytes, end: float) -> socket.socket:
+        if not reachable and greeting.endswith(b"2"):  # worker 2 reaches nobody
+            raise ConnectionRefusedError("no way")
+        return call(host, port, greeting, end)
+
+    monkeypatch.setattr(exchange, "_call", fail)
+    monkeypatch.setattr(exchange, "_CONNECT_SECONDS", 10.0 if reachable else 1.0)
+    found = at_once([lambda index=index: exchange.connect(cluster(3, index)) for index in range(3)])
+    assert [each is not None for each in found] == [reachable] * 3
+    for each in filter(None, found):
+        each.close()

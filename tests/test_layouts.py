@@ -35,7 +35,10 @@ def logged(run_dir: str | None, key: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("optimizer", "jit_compile", "layouts"),
-    [("adamw", False, list(LAYOUTS)), ("muon", True, ["1 replica", "2 replicas", "accumulation 4"])],
+    [
+        ("adamw", False, list(LAYOUTS)),
+        pytest.param("muon", True, ["1 replica", "2 replicas", "accumulation 4"], marks=pytest.mark.slow),
+    ],
 )
 def test_every_layout_gives_the_same_losses(
     tiny_config: Callable[..., Config], optimizer: str, jit_compile: bool, layouts: list[str]

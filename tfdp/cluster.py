@@ -8,6 +8,7 @@ answers, one that is dead refuses, and one that is stopped or cut off stays sile
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -182,9 +183,12 @@ class Watch:
             if not _is_collective_error(error):
                 raise
             lost = self._find_lost(seconds=4.0)
-            if lost is None:
+            if lost is not None:
+                raise PeerLost(self._message(*lost)) from None
+            broken = _BROKEN_LINK.search(str(error))
+            if broken is None:
                 raise
-            raise PeerLost(self._message(*lost)) from None
+            raise PeerLost(f"{broken.group()}; {self._advice}") from None
         finally:
             self._stopped.set()
 
@@ -231,10 +235,22 @@ class Watch:
         return None
 
     def _message(self, peer: int, lost: str) -> str:
+        return f"{self._cluster.name(peer)} {lost}; {self._advice}"
+
+    @property
+    def _advice(self) -> str:
         return (
-            f"{self._cluster.name(peer)} {lost}; the last step done here is {self.step}; "
+            f"the last step done here is {self.step}; "
             f"start all workers again with the same run_dir: they go on from the newest checkpoint"
         )
+
+
+def broken_link(name: str, reason: object) -> str:
+    """Says that the connection to a worker broke, in words that the watch finds in an error of TensorFlow's."""
+    return f"the connection to {name} broke: {reason}."
+
+
+_BROKEN_LINK = re.compile(r"the connection to worker \d+ \(\S+\) broke: [^.]*")
 
 
 def _is_collective_error(error: Exception) -> bool:

@@ -101,7 +101,7 @@ def make_strategy(
         _share_cores(num_replicas * num_side_by_side)
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
-        return _multi_worker_strategy(config, cluster, kind, num_replicas)
+        return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
@@ -128,9 +128,7 @@ def _exchange_of(strategy: tf.distribute.Strategy) -> Exchange | None:
     return strategy.exchange if isinstance(strategy, _Workers) else None
 
 
-def _multi_worker_strategy(
-    config: DistributionConfig, cluster: Cluster, kind: str, num_local: int
-) -> tf.distribute.Strategy:
+def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.distribute.Strategy:
     """MultiWorkerMirroredStrategy over `num_local` devices of each worker.
 
     TensorFlow takes all GPUs of a worker but only one CPU, however many logical ones there are. For the time
@@ -156,18 +154,30 @@ def _multi_worker_strategy(
     original = CollectiveAllReduceExtended._initialize_local_devices
     CollectiveAllReduceExtended._initialize_local_devices = local_devices
     try:
-        strategy = _Workers(resolver, options)
+        return _Workers(resolver, options)
     finally:
         CollectiveAllReduceExtended._initialize_local_devices = original
-    able = kind == "CPU" and num_local == 1
-    strategy.exchange = connect(cluster, able and config.transport != "tensorflow" and config.bytes_per_pack is None)
+
+
+def connect_workers(strategy: tf.distribute.Strategy, config: DistributionConfig, cluster: Cluster) -> None:
+    """Opens the connections over which gradients travel from worker to worker, where they are to.
+
+    Call it once on every worker, after all have agreed on their configuration. Without it, or where workers do not
+    reach one another, gradients go through TensorFlow's collectives.
+
+    Raises:
+      ConfigError: distribution.transport is tcp, which is not possible here.
+    """
+    if not isinstance(strategy, _Workers) or config.transport == "tensorflow":
+        return
+    if not on_gpu(strategy) and num_local_replicas(strategy) == 1 and config.bytes_per_pack is None:
+        strategy.exchange = connect(cluster)
     require(
         config.transport != "tcp" or strategy.exchange is not None,
         "distribution.transport",
         config.transport,
         "needs CPUs, not GPUs, and workers that reach one another at any port: try auto",
     )
-    return strategy
 
 
 def num_workers(strategy: tf.distribute.Strategy) -> int:
@@ -255,8 +265,15 @@ def describe(strategy: tf.distribute.Strategy) -> str:
     """Replicas and workers for people: "4 replicas on CPU, 2 workers over gRPC"."""
     replicas, workers = int(strategy.num_replicas_in_sync), num_workers(strategy)
     kind = gpu_names(strategy)[0] if on_gpu(strategy) else "CPU"
-    way = "" if workers == 1 else f" over {'TCP' if _exchange_of(strategy) else 'NCCL' if on_gpu(strategy) else 'gRPC'}"
+    way = "" if workers == 1 else f" over {transport_of(strategy)}"
     return f"{replicas} replica{'s' * (replicas > 1)} on {kind}, {workers} worker{'s' * (workers > 1)}{way}"
+
+
+def transport_of(strategy: tf.distribute.Strategy) -> str:
+    """What carries gradients from worker to worker: TCP, NCCL or gRPC; "memory" where there is one worker."""
+    if num_workers(strategy) == 1:
+        return "memory"
+    return "TCP" if _exchange_of(strategy) else "NCCL" if on_gpu(strategy) else "gRPC"
 
 
 def describe_batch(strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, num_side_by_side: int) -> str:

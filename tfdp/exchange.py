@@ -25,8 +25,8 @@ from tfdp.cluster import Cluster
 
 _CONNECT_SECONDS = 20.0  # for a connection, once all workers listen
 _GREETING_SECONDS = 5.0  # for the first words of whoever connects
+_KEEP_ALIVE_SECONDS = 30  # of silence, after which the system asks whether the other end is there
 _SECRET_BYTES = 16
-_UNWANTED = "unwanted"  # in place of a secret
 _WELCOME = b"!"
 _MOST_PIECES = 512  # that a system takes at once; Linux: 1024
 _ALIGNMENT = 64  # bytes, from which TensorFlow takes an array's memory as it is
@@ -45,6 +45,9 @@ class Exchange:
         for connection in self._connections.values():
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):  # while workers compile or evaluate, no firewall may forget them
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
 
     def bounds(self, num_numbers: int) -> list[int]:
         """Where the part of each worker begins, and the end."""
@@ -119,38 +122,36 @@ class Exchange:
                     except BlockingIOError:  # not ready after all
                         continue
                     except OSError as error:
-                        name = self._cluster.name(peer)
-                        raise ConnectionError(f"the exchange of gradients with {name} broke off: {error}") from None
+                        raise ConnectionError(clusters.broken_link(self._cluster.name(peer), error)) from None
                     _follow(selector, connection, peer, to_send[peer], to_fill[peer])
 
 
-def connect(cluster: Cluster, wanted: bool) -> Exchange | None:
-    """Connects this worker with all others; each of them has to call it.
+def connect(cluster: Cluster) -> Exchange | None:
+    """Connects this worker with all others; each of them has to call it. None on all, if two do not reach each other.
 
     Ports are the system's choice, told through the coordination service, and with them a secret that whoever connects
     has to know.
-
-    Args:
-      cluster: of this worker.
-      wanted: whether this worker wants connections.
-
-    Returns:
-      None on all workers, if one does not want any or two do not reach one another.
     """
-    host = cluster.addresses[cluster.index].rpartition(":")[0].strip("[]")
-    with _listen(host) as listener:
-        secret = secrets.token_hex(_SECRET_BYTES) if wanted else _UNWANTED
-        clusters.publish("exchange", cluster.index, f"{secret} {listener.getsockname()[1]}")
+    connections: dict[int, socket.socket] = {}
+    secret = secrets.token_hex(_SECRET_BYTES)
+    with contextlib.ExitStack() as held:
+        try:
+            listener = held.enter_context(_listen())
+            port = listener.getsockname()[1]
+        except OSError:
+            port = 0  # which nobody reaches
+        clusters.publish("exchange", cluster.index, f"{secret} {port}")
         told = [clusters.read("exchange", index).split() for index in range(cluster.num_workers)]
-        if any(secret == _UNWANTED for secret, _ in told):
-            return None
-        connections = _meet(cluster, listener, told)
+        if all(int(port) for _, port in told):
+            connections = _meet(cluster, listener, told)
     clusters.publish("exchange_size", cluster.index, str(len(connections)))
     sizes = [int(clusters.read("exchange_size", index)) for index in range(cluster.num_workers)]
     exchange = Exchange(cluster, connections)
     if min(sizes) == len(cluster.peers):
         return exchange
     exchange.close()
+    with contextlib.suppress(Exception):  # nobody ends, as some may who need one, before all have read this
+        clusters.barrier("exchange", _GREETING_SECONDS)
     return None
 
 
@@ -174,13 +175,12 @@ def _meet(cluster: Cluster, listener: socket.socket, told: Sequence[Sequence[str
     return connections
 
 
-def _listen(host: str) -> socket.socket:
-    """At the address that the others know, if it is this machine's own, which behind a gateway it is not."""
-    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-    try:
-        return socket.create_server((host, 0), family=family)
-    except OSError:
-        return socket.create_server(("", 0), family=family)
+def _listen() -> socket.socket:
+    """At all addresses of this machine: its own name may stand for another one here than elsewhere."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _greeting(secret: str, index: int) -> bytes:
@@ -190,8 +190,8 @@ def _greeting(secret: str, index: int) -> bytes:
 def _call(host: str, port: int, greeting: bytes, end: float) -> socket.socket:
     connection = socket.create_connection((host, port), timeout=_remaining(end))
     connection.sendall(greeting)
-    connection.settimeout(_remaining(end))
-    if connection.recv(len(_WELCOME)) != _WELCOME:
+    if _receive(connection, len(_WELCOME), end) != _WELCOME:
+        connection.close()
         raise ConnectionError("the greeting was refused")
     return connection
 
@@ -200,11 +200,23 @@ def _accept(listener: socket.socket, end: float) -> tuple[bytes, socket.socket]:
     """The next connection, and what the other end says first."""
     listener.settimeout(_remaining(end))
     connection, _ = listener.accept()
-    connection.settimeout(min(_GREETING_SECONDS, _remaining(end)))
+    length = len(_greeting(secrets.token_hex(_SECRET_BYTES), 0))
     try:
-        return connection.recv(len(_greeting(secrets.token_hex(_SECRET_BYTES), 0)), socket.MSG_WAITALL), connection
+        return _receive(connection, length, min(end, time.monotonic() + _GREETING_SECONDS)), connection
     except OSError:  # whoever this is, it is none of ours
         return b"", connection
+
+
+def _receive(connection: socket.socket, length: int, end: float) -> bytes:
+    """So many bytes, or fewer, if the other end has no more."""
+    received = b""
+    while len(received) < length:
+        connection.settimeout(_remaining(end))
+        more = connection.recv(length - len(received))
+        if not more:
+            break
+        received += more
+    return received
 
 
 def _remaining(end: float) -> float:

@@ -91,6 +91,7 @@ def train(config: Config) -> dict[str, Any]:
         strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
         with StopSignal() as stop:
             require_agreement(cluster, shared_facts(config, corpus, strategy))
+            distribution.connect_workers(strategy, config.distribution, cluster)
             return _fit(config, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
 
 
@@ -157,7 +158,11 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
                 "microbatch_size": parts.microbatch_size,
                 "parallel_microbatches": parts.num_side_by_side,
             },
-            facts={"num_params": model.num_params(), "corpus_sha256": corpus.corpus_sha256},
+            facts={
+                "num_params": model.num_params(),
+                "corpus_sha256": corpus.corpus_sha256,
+                "transport": distribution.transport_of(strategy),
+            },
             config_yaml=to_yaml(config),
             **process,
         )

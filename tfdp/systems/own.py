@@ -58,6 +58,7 @@ def train(
     recipe, cluster = import_trainer(config.trainer), distribution.find_cluster(config.distribution)
     side_by_side = recipe.num_side_by_side(config, corpus, cluster.num_workers)
     strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
+    distribution.connect_workers(strategy, config.distribution, cluster)
     parts = recipe.build(config, corpus, strategy)
     if distribution.on_gpu(strategy):
         pace.device_memory = metrics.peak_gpu_memory
