@@ -98,7 +98,7 @@ def make_strategy(
     else:
         keep_freed_memory()
         _make_logical_cpus(num_replicas)
-        _share_cores(num_replicas * num_side_by_side)
+        _share_cores(num_replicas * num_side_by_side, config.reduction == "canonical")
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
         return _multi_worker_strategy(cluster, kind, num_replicas)
@@ -443,11 +443,16 @@ def _make_logical_cpus(count: int) -> None:
         ) from None
 
 
-def _share_cores(num_parts: int) -> None:
-    """Gives each part that computes at the same time its share of the threads, unless the user has said how many."""
-    if num_parts == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ:
+def _share_cores(num_parts: int, canonical: bool) -> None:
+    """Gives each part that computes at the same time its share of the threads, unless the user has said how many.
+
+    A canonical run has one thread for each operation, always: where a product sums over more than about 300 terms, XLA
+    and oneDNN add them up in blocks whose size depends on whether they have several.
+    """
+    if not canonical and (num_parts == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ):
         return
     cores = len(available_cores()) or os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # fixed since TensorFlow started in this process
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // num_parts))
-        tf.config.threading.set_inter_op_parallelism_threads(max(2, num_parts))
+        tf.config.threading.set_intra_op_parallelism_threads(1 if canonical else max(1, cores // num_parts))
+        if num_parts > 1:
+            tf.config.threading.set_inter_op_parallelism_threads(max(2, num_parts))
