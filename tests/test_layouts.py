@@ -153,6 +153,7 @@ def test_micro_batches_side_by_side_are_those_one_after_the_other(
         assert found[0][key] == found[1][key], key
 
 
+@pytest.mark.slow
 def test_packs_of_bfloat16_gradients_are_those_of_single_tensors(tiny_config: Callable[..., Config]) -> None:
     """A bfloat16 model has gradients of both kinds: of its matrices, and of its gains."""
     found = []

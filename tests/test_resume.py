@@ -54,6 +54,7 @@ def test_two_halves_are_the_whole_to_the_bit(
     assert rows(config) == rows(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_saved_under_4_replicas_resumed_under_3(
     tiny_config: Callable[..., Config], undisturbed: tuple[Config, dict[str, object]]
 ) -> None:
