@@ -16,9 +16,12 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 
 
 def variants(system: str, num_workers: int, num_replicas: int, gpu: bool) -> tuple[str, ...]:
-    """The precisions, compiled or not, in which a system can run a layout; none where it cannot run it at all."""
+    """The precisions, compiled or not, in which a system can run a layout; none where it cannot run it at all.
+
+    Over several workers tfdp can send gradients in bfloat16 too ("+wire"), as well as in float32.
+    """
     if system == "tfdp":
-        return ("float32", "bfloat16")
+        return ("float32", "bfloat16", *(("bfloat16+wire",) if num_workers > 1 else ()))
     if system == "pytorch_ddp":
         return ("float32", "bfloat16") if num_workers > 1 and num_replicas == 1 else ()
     if (num_workers, num_replicas) != (1, 1):

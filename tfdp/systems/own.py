@@ -30,10 +30,10 @@ class _Shards:
     validation: Split
 
 
-def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
+def run(shape: Shape, variant: str, num_replicas: int, pace: Pace) -> None:
     """Trains steps as they are asked for; never returns."""
     load_tensorflow()
-    train(_config(shape, precision, num_replicas), token_ids(shape), shape.vocab_size, pace)
+    train(_config(shape, variant, num_replicas), token_ids(shape), shape.vocab_size, pace)
 
 
 def train(
@@ -91,12 +91,14 @@ def model_config(shape: Shape) -> ModelConfig:
     )
 
 
-def _config(shape: Shape, precision: Any, num_replicas: int) -> Any:
+def _config(shape: Shape, variant: str, num_replicas: int) -> Any:
+    precision: Any
+    precision, _, wire = variant.partition("+")
     return import_trainer("causal_lm").Config(
         model=model_config(shape),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, schedule="constant", warmup_steps=0),
         training=TrainingConfig(
             steps=1_000_000, global_batch_size=shape.num_rows, precision=precision, sample_tokens=0
         ),
-        distribution=DistributionConfig(num_replicas=num_replicas),
+        distribution=DistributionConfig(num_replicas=num_replicas, wire_dtype="bfloat16" if wire else "float32"),
     )
