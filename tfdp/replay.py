@@ -196,7 +196,8 @@ class Replayer:
                 f"must be the text that the run was trained on: its sha256 was {trained_on[:12]}..., "
                 f"and is {corpus.corpus_sha256[:12]}... now",
             )
-        self.strategy = distribution.make_strategy(self.config.distribution)
+        side_by_side = run.recipe.num_side_by_side(self.config, corpus, num_workers=1)
+        self.strategy = distribution.make_strategy(self.config.distribution, num_side_by_side=side_by_side)
         self._parts = run.recipe.build(self.config, corpus, self.strategy)
         self._weights, self._optimizer = self._parts.model.named_weights(), self._parts.optimizer.named_state()
         self._initial = checkpoint.Checkpoint(
