@@ -18,7 +18,7 @@ class Config:
     checkpoint: str = "best"
     """Which checkpoint: best (lowest validation loss), newest, or a step."""
     rows: int | None = None
-    """Sequences per forward pass on each replica; null: as in training, which gives the same loss to the bit."""
+    """Sequences per forward pass on each replica; null: as in training, where threads still move the last digits."""
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:
