@@ -21,11 +21,13 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, resource
 from tensorflow_datasets.text.wikipedia import Wikipedia
 
+from tfdp import datasets
 from tfdp.corpus import documents
 from tfdp.exits import ConfigError
 
 PACKAGES = ("apache_beam", "mwparserfromhell", "mwxml")  # that wikipedia's builder imports
 MISSING = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -63,8 +65,7 @@ def _texts(source: str) -> list[str]:
 def test_tiny_shakespeare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # prints much more to stderr than a pipe holds
     text = "".join(f"ROMEO:\nLine {number}, où?\n\n" for number in range(50))
-    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    _downloaded(folder, "tiny_shakespeare", url, text.encode())
+    _downloaded(folder, "tiny_shakespeare", SHAKESPEARE, text.encode())
     first = int(len(text) * 0.9)
     second = first + int((len(text) - first) * 0.5)
     expected = [text[:first], text[first:second], text[second:]]
@@ -98,6 +99,27 @@ def test_lm1b_prepared_by_two_at_once(folder: Path) -> None:
         whole, parts = pool.map(_texts, ["tfds:lm1b:train:text", "tfds:lm1b:1.1.0:train[25%:75%]+test"])
     assert whole == train
     assert parts == train[10:30] + test
+
+
+def test_prepared_by_another_process_just_after_the_builder_was_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "ROMEO:\nIn short.\n" * 30
+    _downloaded(folder, "tiny_shakespeare", SHAKESPEARE, text.encode())
+    made: list[tfds.core.DatasetBuilder] = []
+
+    def make_and_let_another_prepare(*_: object) -> tfds.core.DatasetBuilder:
+        made.append(tfds.builder("tiny_shakespeare", data_dir=folder))
+        if len(made) == 1:
+            tfds.builder("tiny_shakespeare", data_dir=folder).download_and_prepare()
+            assert made[0].is_prepared() and not made[0].info.splits
+        return made[-1]
+
+    monkeypatch.setattr(datasets, "_builder", make_and_let_another_prepare)
+    address = "tiny_shakespeare:train"
+    found = list(datasets._read(datasets.parse(address, "data.source"), "data.source", address))
+    assert b"".join(found).decode() == text[: int(len(text) * 0.9)]
+    assert len(made) == 2
 
 
 ARTICLES = [(f"Title {number}", f"Article {number} à propos.\n\nSecond paragraph.") for number in range(20)]

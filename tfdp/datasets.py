@@ -120,9 +120,10 @@ def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
     tfds.disable_progress_bar()
     shown = f"{key} (tfds:{address})"
     builder = _builder(tfds, wanted, shown)
-    if not builder.is_prepared():
+    # One that was made before another process had prepared the data knows no split, and never learns of them.
+    if not (builder.is_prepared() and builder.info.splits):
         _prepare(builder, shown)
-        builder = _builder(tfds, wanted, shown)  # one made before another process prepared the data knows no split
+        builder = _builder(tfds, wanted, shown)
     field = _field(tfds, builder, wanted.field, shown)
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     try:
