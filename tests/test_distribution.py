@@ -1,6 +1,9 @@
 """Strategies, replicas, and the workers that the environment names."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -75,6 +78,22 @@ def test_micro_batches_are_computed_side_by_side_where_it_pays(
     monkeypatch.setattr(distribution, "available_cores", lambda: list(range(cores)))
     config, sizes = DistributionConfig(num_replicas=num_local), TrainingConfig(**training)  # type: ignore[arg-type]
     assert distribution.num_side_by_side(config, sizes, 1, num_params, context_length) == expected
+
+
+def test_the_threads_that_a_launcher_has_given_are_shared_too() -> None:
+    program = """
+import tensorflow as tf
+from tfdp import distribution
+from tfdp.config import DistributionConfig, TrainingConfig
+side_by_side = distribution.num_side_by_side(DistributionConfig(), TrainingConfig(global_batch_size=8), 1, 1000, 64)
+distribution.make_strategy(DistributionConfig(), num_side_by_side=side_by_side)
+print(side_by_side, tf.config.threading.get_intra_op_parallelism_threads())
+print(distribution.num_side_by_side(DistributionConfig(num_replicas=2), TrainingConfig(global_batch_size=8), 1, 9, 64))
+"""
+    environment = {**os.environ, "TF_NUM_INTRAOP_THREADS": "4", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() == ["4", "1", "2"]
 
 
 def test_micro_batches_that_cannot_be_grouped_are_refused() -> None:

@@ -369,8 +369,8 @@ class DistributionConfig:
     """How gradients get from worker to worker: tcp, plain connections between CPUs, one replica per worker; tensorflow,
     its collectives over NCCL or gRPC; auto: tcp where it can be, unless bytes_per_pack is set."""
     bytes_per_pack: int | None = None
-    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: 16 MiB, or 32 MiB between GPUs, or 0
-    between two replicas in one memory."""
+    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: over TCP all of them, else 16 MiB,
+    or 32 MiB between GPUs, or 0 between two replicas in one memory."""
     peer_timeout_seconds: float = 60.0
     """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
 

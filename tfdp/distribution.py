@@ -250,7 +250,7 @@ def num_side_by_side(
         rule = f"must divide the {count} {unit} of a replica: try 1"
         require(count % chosen == 0, "training.parallel_microbatches", chosen, rule)
         return chosen
-    cores = 1 if gpus else max(1, len(available_cores()) // num_local)
+    cores = 1 if gpus else max(1, _num_threads() // num_local)
     width = 1 << cores.bit_length() - 1
     while width > 1:
         tokens = (training.microbatch_size or share // width) * context_length
@@ -443,16 +443,21 @@ def _make_logical_cpus(count: int) -> None:
         ) from None
 
 
+def _num_threads() -> int:
+    """Threads that this process has for its operations: as many as the launcher or the user has set, or its cores."""
+    given = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
+    return (int(given) if given.isdigit() else 0) or len(available_cores()) or os.cpu_count() or 1
+
+
 def _share_cores(num_parts: int, canonical: bool) -> None:
-    """Gives each part that computes at the same time its share of the threads, unless the user has said how many.
+    """Gives each part that computes at the same time its share of the threads of this process.
 
     A canonical run has one thread for each operation, always: where a product sums over more than about 300 terms, XLA
     and oneDNN add them up in blocks whose size depends on whether they have several.
     """
-    if not canonical and (num_parts == 1 or "TF_NUM_INTRAOP_THREADS" in os.environ):
+    if not canonical and num_parts == 1:
         return
-    cores = len(available_cores()) or os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # fixed since TensorFlow started in this process
-        tf.config.threading.set_intra_op_parallelism_threads(1 if canonical else max(1, cores // num_parts))
+        tf.config.threading.set_intra_op_parallelism_threads(1 if canonical else max(1, _num_threads() // num_parts))
         if num_parts > 1:
             tf.config.threading.set_inter_op_parallelism_threads(max(2, num_parts))

@@ -88,17 +88,19 @@ def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: 
     if config.qk_norm or config.position == "rope":  # queries and keys before and after
         block += (config.num_heads + config.kv_heads) * config.head_dim
     kept = config.num_layers * (dim if training.remat else block) + (block if training.remat else 0)
-    chunk_size = training.loss_chunk_size
-    chunk = default_chunk_size(num_tokens, vocab_size) if chunk_size is None else chunk_size or num_tokens
-    return each * num_tokens * kept + min(num_tokens, chunk) * vocab_size * (4 + 4 + each)
+    chunk = loss_chunk_size(training.loss_chunk_size, num_tokens, vocab_size)
+    return each * num_tokens * kept + chunk * vocab_size * (4 + 4 + each)
 
 
-def default_chunk_size(num_tokens: int, vocab_size: int) -> int:
-    """Tokens whose logits stand in memory at once: all, if in float32 they fit into `LOGITS_BYTES`.
+def loss_chunk_size(wanted: int | None, num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose logits stand in memory at once, from `training.loss_chunk_size`: 0 wants all of them.
 
-    Else a power of two that takes half of that at most: each chunk adds to the gradient of the whole table, but its
-    logits and their gradients are soon most of a step's memory, in each micro-batch that is computed side by side.
+    None wants all if their logits in float32 fit into `LOGITS_BYTES`, else a power of two that takes half of that at
+    most: each chunk adds to the gradient of the whole table, but its logits and their gradients are soon most of a
+    step's memory, in each micro-batch that is computed side by side.
     """
+    if wanted is not None:
+        return min(num_tokens, wanted or num_tokens)
     most = LOGITS_BYTES // (4 * vocab_size)
     return num_tokens if num_tokens <= most else 1 << max(0, (most // 2).bit_length() - 1)
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from tfdp.config import DistributionConfig, load, require
 from tfdp.exits import run_command
@@ -18,7 +18,8 @@ class Config:
     checkpoint: str = "best"
     """Which checkpoint: best (lowest validation loss), newest, or a step."""
     rows: int | None = None
-    """Sequences per forward pass on each replica; null: as in training, where threads still move the last digits."""
+    """Sequences per forward pass on each replica; null: as in training, and on as many replicas and cores the loss is
+    the same to the bit."""
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:
@@ -30,12 +31,11 @@ def main() -> None:
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
     load_tensorflow()
     from tfdp import distribution, sources
-    from tfdp.trained import load_trained
+    from tfdp.trained import TrainedGPT
 
-    strategy = distribution.make_strategy(config.distribution)
-    with strategy.scope():
-        trained = load_trained(config.run_dir, config.checkpoint)
-    run_config = trained.config
+    trained = TrainedGPT.open(config.run_dir, config.checkpoint)
+    layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
+    run_config = replace(trained.config, distribution=layout)
     corpus = sources.open_corpus(run_config.data, distribution.cache_dir(run_config.data))
     require(
         corpus.corpus_sha256 == trained.corpus_sha256,
@@ -45,7 +45,12 @@ def main() -> None:
         f"and is {corpus.corpus_sha256[:12]}... now",
     )
     rows = config.rows or run_config.training.rows_of_evaluation
-    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, trained.model, rows, trained.compilation)
+    side_by_side = trained.recipe.num_side_by_side(run_config, corpus, num_workers=1)
+    strategy = distribution.make_strategy(layout, num_side_by_side=side_by_side)
+    with strategy.scope():
+        model = trained.make_model()
+    compilation = trained.compilation
+    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, model, rows, compilation, side_by_side)
     result = evaluator()
     found = {
         "step": trained.step,

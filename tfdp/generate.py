@@ -25,13 +25,13 @@ def main() -> None:
     config = load(Config, sys.argv[1:], "python -m tfdp.generate", description)
     load_tensorflow()
     from tfdp.sampling import Sampler
-    from tfdp.trained import load_trained
+    from tfdp.trained import TrainedGPT
 
-    trained = load_trained(config.run_dir, config.checkpoint)
+    trained = TrainedGPT.open(config.run_dir, config.checkpoint)
     seen = trained.config.model.context_length
     if len(trained.tokenizer.encode(config.prompt)) > seen:
         print(f"note: the model sees the last {seen} tokens of the prompt", file=sys.stderr)
-    sampler = Sampler(trained.model, trained.tokenizer)
+    sampler = Sampler(trained.make_model(), trained.tokenizer)
     print(config.prompt + sampler.text(config.prompt, config))
 
 

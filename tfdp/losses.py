@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from tfdp.dropout import sequence_keys
-from tfdp.estimates import default_chunk_size
+from tfdp.estimates import loss_chunk_size
 from tfdp.sums import fixed_sum
 
 Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of valid tokens
@@ -69,22 +69,20 @@ def projected_cross_entropy(
       features: (rows, time, dim) in the dtype of the products.
       table: float32 (vocab_size, dim).
       targets: int32 (rows, time); negative where there is nothing to predict.
-      chunk_size: tokens whose logits stand in memory at once; None: see `default_chunk_size`; 0: all.
+      chunk_size: tokens whose logits stand in memory at once; None, 0: see `loss_chunk_size`.
       fuse: whether XLA compiles what lies between the products, where it does not compile the whole.
 
     Returns:
       float32 (rows, time), in nats; 0 where there is nothing to predict.
     """
     num_tokens = targets.shape[0] * targets.shape[1]
-    if chunk_size is None:
-        chunk_size = default_chunk_size(num_tokens, table.shape[0])
-    chunk_size = min(num_tokens, chunk_size or num_tokens)
+    size = loss_chunk_size(chunk_size, num_tokens, table.shape[0])
 
     @tf.custom_gradient
     def score(features: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
         flat, flat_targets = tf.reshape(features, [num_tokens, -1]), tf.reshape(targets, [num_tokens])
         projection = tf.cast(table, features.dtype)
-        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, chunk_size, fuse)
+        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, size, fuse)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             first = tf.reshape(upstream, [-1])[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdp import checkpoint
+from tfdp.checkpoint import Tensors, restore
 from tfdp.config import find_trainer, import_trainer, load_file
 from tfdp.estimates import largest_matrix
 from tfdp.exits import ConfigError
@@ -18,40 +18,45 @@ from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 @dataclass(frozen=True)
 class TrainedGPT:
-    """A model with the weights of one checkpoint, and the configuration that it was trained with."""
+    """One checkpoint of a run, and what it was trained with; no device is touched before the model is made."""
 
     recipe: ModuleType
     config: Any
     tokenizer: Tokenizer
-    model: GPT
     compilation: Compilation  # as in training: the same bits
+    weights: Tensors
     step: int
-    corpus_sha256: str
+    corpus_sha256: str  # of the text that it was trained on
 
+    @classmethod
+    def open(cls, run_dir: str, which: str) -> "TrainedGPT":
+        """Reads a checkpoint.
 
-def load_trained(run_dir: str, which: str) -> TrainedGPT:
-    """Loads the model of a run; call it inside the scope of the strategy that will use it.
+        Args:
+          run_dir: the directory of a run.
+          which: "best" (lowest validation loss), "newest", or a step.
 
-    Args:
-      run_dir: the directory of a run.
-      which: "best" (lowest validation loss), "newest", or a step.
+        Raises:
+          ConfigError: no such run or checkpoint, or a damaged one.
+        """
+        run = RunDirectory.open(run_dir)
+        recipe = import_trainer(find_trainer(["--config", str(run.config_path)]))
+        config = load_file(recipe.Config, run.config_path)
+        saved = run.checkpoints().load(_choose_step(run, which))
+        has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
+        tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
+        training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
+        largest = largest_matrix(config.model, tokenizer.vocab_size)
+        compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
+        corpus_sha256 = saved.state["identity"]["corpus_sha256"]
+        return cls(recipe, config, tokenizer, compilation, saved.weights, saved.step, corpus_sha256)
 
-    Raises:
-      ConfigError: no such run or checkpoint, or a damaged one.
-    """
-    run = RunDirectory.open(run_dir)
-    recipe = import_trainer(find_trainer(["--config", str(run.config_path)]))
-    config = load_file(recipe.Config, run.config_path)
-    saved = run.checkpoints().load(_choose_step(run, which))
-    has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
-    tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
-    training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
-    largest = largest_matrix(config.model, tokenizer.vocab_size)
-    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
-    model = GPT(config.model, tokenizer.vocab_size, config.seed, training.precision, fuse=compilation.parts)
-    checkpoint.restore(model.named_weights(), saved.weights)
-    corpus_sha256 = saved.state["identity"]["corpus_sha256"]
-    return TrainedGPT(recipe, config, tokenizer, model, compilation, saved.step, corpus_sha256)
+    def make_model(self) -> GPT:
+        """The model with its trained weights; call it inside the scope of the strategy that will use it."""
+        config, vocab_size = self.config, self.tokenizer.vocab_size
+        model = GPT(config.model, vocab_size, config.seed, config.training.precision, fuse=self.compilation.parts)
+        restore(model.named_weights(), self.weights)
+        return model
 
 
 def _choose_step(run: RunDirectory, which: str) -> int:
