@@ -51,14 +51,20 @@ def values_of(variables: list[keras.Variable]) -> list[tf.Tensor]:
     return [tf.convert_to_tensor(variable.value) for variable in variables]
 
 
-def run(optimizer: Optimizer, gradients_at: Callable[[int], list[np.ndarray]], num_steps: int) -> list[np.ndarray]:
+def run(
+    optimizer: Optimizer, gradients_at: Callable[[int], list[np.ndarray]], num_steps: int, num_groups: int = 1
+) -> list[np.ndarray]:
     """The weights after some updates, carried from tensor to tensor."""
-    weights, state = values_of(optimizer.weights), values_of(optimizer.state)
-    for step in range(num_steps):
-        rate, now = tf.constant(LEARNING_RATES[step]), tf.constant(step, tf.int64)
-        gradients = [tf.constant(gradient) for gradient in gradients_at(step)]
-        weights, state = optimizer.update(weights, state, gradients, rate, now)
-    return [weight.numpy() for weight in weights]
+    found: dict[int, np.ndarray] = {}
+    for group in optimizer.groups(num_groups):
+        weights, state = values_of(group.weights), values_of(group.state)
+        for step in range(num_steps):
+            rate, now = tf.constant(LEARNING_RATES[step]), tf.constant(step, tf.int64)
+            gradients = gradients_at(step)
+            own = [tf.constant(gradients[index]) for index in group.indices]
+            weights, state = optimizer.update(group, weights, state, own, rate, now)
+        found.update(zip(group.indices, [weight.numpy() for weight in weights], strict=True))
+    return [found[index] for index in range(len(optimizer.weights))]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -199,6 +205,19 @@ def test_an_update_has_no_side_effects(name: str) -> None:
     for variable, value in zip(variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
     for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_groups", [2, 9])
+def test_groups_give_the_same_bits(name: str, num_groups: int) -> None:
+    optimizer = Optimizer(make_config(name), make_weights())
+    groups = optimizer.groups(num_groups)
+    owned = [variable for group in groups for variable in group.state]
+    assert sorted(map(id, owned)) == sorted(map(id, optimizer.state))
+    assert len(groups) == (1 if name == "adafactor" else min(num_groups, len(SHAPES)))
+    expected = run(optimizer, make_gradients, 3)
+    for one, other in zip(run(optimizer, make_gradients, 3, num_groups), expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -2,12 +2,13 @@
 
 Keras computes; tfdp decides when. A Keras optimizer on the TensorFlow backend sums gradients over the
 replicas once more and updates variable by variable through the strategy. Here its arithmetic runs on plain
-tensors instead (the stateless path that Keras has for JAX), so a whole update is one function of
+tensors instead (in the stateless scope that Keras has for JAX), so an update is one function of
 (weights, state, gradients) that XLA can fuse, and nothing is reduced or clipped behind the step's back.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
@@ -46,7 +47,6 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
 class _Pure:
     """Puts Keras's backend-free methods back in front of the TensorFlow backend's distributed ones."""
 
-    stateless_apply = BaseOptimizer.stateless_apply
     assign = BaseOptimizer.assign
     assign_add = BaseOptimizer.assign_add
     assign_sub = BaseOptimizer.assign_sub
@@ -61,6 +61,15 @@ def _pure(base: type[keras.optimizers.Optimizer]) -> type[keras.optimizers.Optim
     # Muon brings a decay rule of its own, for its two parts; it is free of the backend already.
     own = {name: base.__dict__[name] for name in ("_apply_weight_decay",) if name in base.__dict__}
     return type(base.__name__, (_Pure, base), own)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Weights that are updated together."""
+
+    indices: list[int]  # of the weights, ascending
+    weights: list[keras.Variable]
+    state: list[keras.Variable]
 
 
 class Optimizer:
@@ -79,7 +88,31 @@ class Optimizer:
         given = (self._keras.iterations, self._keras._learning_rate)  # arguments of `update`, not state
         self.state = [variable for variable in self._keras.variables if all(variable is not v for v in given)]
 
-    def owner(self, variable: keras.Variable) -> int | None:
+    def groups(self, count: int) -> list[Group]:
+        """Cuts the weights into groups of about equal size, each weight with its state.
+
+        There is one group where it cannot be told which weight each variable of the state belongs to.
+        """
+        owners = [self._owner(variable) for variable in self.state]
+        if count == 1 or None in owners:
+            return [Group(list(range(len(self.weights))), self.weights, self.state)]
+        sizes = [math.prod(weight.shape) for weight in self.weights]
+        filled, members = [0] * count, [set[int]() for _ in range(count)]
+        for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+            least = filled.index(min(filled))
+            filled[least] += sizes[index]
+            members[least].add(index)
+        return [
+            Group(
+                sorted(chosen),
+                [self.weights[index] for index in sorted(chosen)],
+                [variable for variable, owner in zip(self.state, owners, strict=True) if owner in chosen],
+            )
+            for chosen in members
+            if chosen
+        ]
+
+    def _owner(self, variable: keras.Variable) -> int | None:
         """The index of the weight that a variable of the state belongs to, which Keras puts into its name."""
         prefixes = [weight.path.replace("/", "_") + "_" for weight in self.weights]
         fitting = [index for index, prefix in enumerate(prefixes) if variable.name.startswith(prefix)]
@@ -91,30 +124,38 @@ class Optimizer:
 
     def update(
         self,
+        group: Group,
         weights: Sequence[tf.Tensor],
         state: Sequence[tf.Tensor],
         gradients: Sequence[tf.Tensor],
         learning_rate: tf.Tensor,
         step: tf.Tensor,
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """One update, without side effects.
+        """One update of a group, without side effects.
 
         Args:
-          weights, gradients: float32 tensors in the order of `self.weights`.
-          state: tensors in the order of `self.state`.
+          group: one of `groups`.
+          weights, gradients: float32 tensors in the order of the group's weights.
+          state: tensors in the order of its state.
           learning_rate: float32 scalar.
           step: int64 scalar, the number of updates before this one.
 
         Returns:
           The new weights and the new state.
         """
-        values = {id(variable): value for variable, value in zip(self.state, state, strict=True)}
-        values[id(self._keras.iterations)] = tf.cast(step, self._keras.iterations.dtype)
-        values[id(self._keras._learning_rate)] = learning_rate
-        ordered = [values[id(variable)] for variable in self._keras.variables]
-        new_weights, new_values = self._keras.stateless_apply(ordered, list(gradients), list(weights))
-        updated = {id(variable): value for variable, value in zip(self._keras.variables, new_values, strict=True)}
-        return list(new_weights), [updated[id(variable)] for variable in self.state]
+        iterations = self._keras.iterations
+        values = [
+            *zip(group.weights, weights, strict=True),
+            *zip(group.state, state, strict=True),
+            (iterations, tf.cast(step, iterations.dtype)),
+            (self._keras._learning_rate, learning_rate),
+        ]
+        with keras.StatelessScope(state_mapping=values) as scope:
+            self._keras.apply(list(gradients), group.weights)
+        return (
+            [scope.get_current_value(weight) for weight in group.weights],
+            [scope.get_current_value(variable) for variable in group.state],
+        )
 
 
 def decays(weight: keras.Variable, config: OptimizerConfig) -> bool:

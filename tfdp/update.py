@@ -5,14 +5,14 @@ write each weight over its old value, in one pass over memory.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from tfdp import sentinel
 from tfdp.buckets import Buckets
-from tfdp.optimizer import Optimizer, Schedule
+from tfdp.optimizer import Group, Optimizer, Schedule
 from tfdp.sums import fixed_sum
 
 NUM_TOLD = 6  # numbers of a row, before those of each source
@@ -65,7 +65,7 @@ class Update:
             tf.function(
                 lambda *sums, group=group: self._apply_group(group, *sums), jit_compile=compiled, autograph=False
             )
-            for group in _groups(optimizer, num_groups if compiled else 1)
+            for group in optimizer.groups(num_groups if compiled else 1)
         ]
 
     def __call__(
@@ -98,7 +98,7 @@ class Update:
         loss = loss_sum / tf.maximum(count, 1.0)
         # A factor, because XLA computes a product again in each pass that needs it, and writes quotients to memory.
         factor = 1.0 / (tf.maximum(count, 1.0) * scale)
-        squares = tf.stack([fixed_sum(tf.square(gradient)) for gradient in self._scaled(packs, factor)])
+        squares = tf.stack([fixed_sum(tf.square(_scaled(total, factor))) for total in self._sums(packs)])
         grad_norm = tf.sqrt(fixed_sum(squares))
         good = tf.concat([tf.math.is_finite(tf.concat([squares, [loss]], axis=0)), [loss <= limit]], axis=0)
         all_good = tf.reduce_all(good)
@@ -110,52 +110,27 @@ class Update:
         return tf.concat([row, loss_sums, counts], axis=0), factor, applies, digests, stop
 
     def _apply_group(
-        self,
-        group: Collection[int],
-        packs: list[tf.Tensor],
-        factor: tf.Tensor,
-        learning_rate: tf.Tensor,
-        step: tf.Tensor,
+        self, group: Group, packs: list[tf.Tensor], factor: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        """Updates the variables of a group, by their index; what belongs to the others is never computed."""
-        variables = [*self._optimizer.weights, *self._optimizer.state]
-        split = len(self._optimizer.weights)
-        gradients = self._scaled(packs, factor)
-        old = [
-            tf.convert_to_tensor(variable.value) if index in group else tf.zeros(variable.shape, variable.dtype)
-            for index, variable in enumerate(variables)
-        ]
-        weights, state = self._optimizer.update(old[:split], old[split:], gradients, learning_rate, step)
+        """Updates the weights of a group and their state; returns a number that is there once they are written."""
+        sums = self._sums(packs)
+        gradients = [_scaled(sums[index], factor) for index in group.indices]
+        weights = [tf.convert_to_tensor(weight.value) for weight in group.weights]
+        state = [tf.convert_to_tensor(variable.value) for variable in group.state]
+        weights, state = self._optimizer.update(group, weights, state, gradients, learning_rate, step)
         done = tf.constant(0.0)
-        for index, (variable, after) in enumerate(zip(variables, [*weights, *state], strict=True)):
-            if index in group:
-                assign_in_replica(variable, after)
-                done = tf.cast(tf.reshape(after, [-1])[0], tf.float32)
+        for variable, after in zip([*group.weights, *group.state], [*weights, *state], strict=True):
+            assign_in_replica(variable, after)
+            done = tf.cast(tf.reshape(after, [-1])[0], tf.float32)
         return done
 
-    def _scaled(self, packs: list[tf.Tensor], factor: tf.Tensor) -> list[tf.Tensor]:
-        sums = packs if self._buckets is None else self._buckets.unpack(packs)
-        return [tf.cast(gradient, tf.float32) * factor for gradient in sums]
+    def _sums(self, packs: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The summed gradients, one for each weight."""
+        return packs if self._buckets is None else self._buckets.unpack(packs)
 
 
-def _groups(optimizer: Optimizer, count: int) -> list[frozenset[int]]:
-    """Cuts the variables (weights, then state) into groups of about equal size, each weight with its state.
-
-    There is one group where it cannot be told which weight each variable of the state belongs to.
-    """
-    owners = [optimizer.owner(variable) for variable in optimizer.state]
-    if count == 1 or None in owners:
-        return [frozenset(range(len(optimizer.weights) + len(optimizer.state)))]
-    sizes, groups = [0] * count, [set[int]() for _ in range(count)]
-    place: dict[int, int] = {}
-    largest_first = sorted(range(len(optimizer.weights)), key=lambda index: -math.prod(optimizer.weights[index].shape))
-    for index in largest_first:
-        place[index] = sizes.index(min(sizes))
-        sizes[place[index]] += math.prod(optimizer.weights[index].shape)
-        groups[place[index]].add(index)
-    for offset, owner in enumerate(owners):
-        groups[place[owner]].add(len(optimizer.weights) + offset)  # type: ignore[index]
-    return [frozenset(group) for group in groups if group]
+def _scaled(total: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    return tf.cast(total, tf.float32) * factor
 
 
 def assign_in_replica(variable: keras.Variable, value: tf.Tensor) -> None:
