@@ -30,6 +30,7 @@ import safetensors
 import safetensors.numpy
 
 from tfdp.exits import ConfigError
+from tfdp.files import sync_folder
 
 Tensors = dict[str, np.ndarray]
 Variables = Mapping[str, keras.Variable]
@@ -90,10 +91,10 @@ class CheckpointFolder:
         }
         state = {**checkpoint.state, "files": digests}
         _write_synced(scratch / "state.json", [json.dumps(state, indent=1).encode()])
-        _sync_folder(scratch)
+        sync_folder(scratch)
         self._discard(final)
         os.rename(scratch, final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._prune()
         return final
 
@@ -310,11 +311,3 @@ def _write_synced(path: Path, parts: Iterable[bytes | memoryview], paced: bool =
         file.flush()
         os.fsync(file.fileno())
     return total.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 t
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdp.estimates import duration
+from tfdp.files import write_whole
 from tfdp.machine import find_gpu
 
 
@@ -268,6 +268,4 @@ def _drop_rows_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed process
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, "".join(kept))

@@ -11,7 +11,6 @@ killed goes on with the parts that it has. For part N its folder holds
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +23,7 @@ import numpy as np
 from tfdp.cleaning import Cleaner, Cleaning
 from tfdp.corpus import Document
 from tfdp.exits import ConfigError
+from tfdp.files import replacing
 from tfdp.processes import make_pool
 from tfdp.tokenizer import Tokenizer, open_tokenizer
 
@@ -232,31 +232,13 @@ def _encode_document(entry: np.void, data: bytes, name: str, tokenizer: Tokenize
 
 
 def _write(part: Part, tokens: np.ndarray, index: np.ndarray, names: list[str]) -> None:
-    with _replacing(part.tokens_path) as scratch:
+    with replacing(part.tokens_path) as scratch:
         tokens.tofile(scratch)
-    with _replacing(part.index_path) as scratch, scratch.open("wb") as file:
+    with replacing(part.index_path) as scratch, scratch.open("wb") as file:
         np.save(file, index)
     lengths = [part.tokens_path.stat().st_size, part.index_path.stat().st_size]
-    with _replacing(part.facts_path) as scratch:
+    with replacing(part.facts_path) as scratch:
         scratch.write_text(json.dumps({"digest": part.digest, "lengths": lengths, "names": names}), encoding="utf-8")
-
-
-class _replacing:  # noqa: N801  a context, named as contextlib names its own
-    """A file to write beside `path`, which takes its name once it is on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._scratch = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self._scratch
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._scratch.unlink(missing_ok=True)
-            return
-        with self._scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._scratch, self._path)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import heapq
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from tfdp import bpe
 from tfdp.cleaning import Cleaner, Cleaning, fingerprint
 from tfdp.corpus import Document, documents, licence_of
 from tfdp.exits import ConfigError
+from tfdp.files import write_whole
 from tfdp.overlap import Overlap
 from tfdp.parts import LEFT_OUT, Encoding, Part, encode_all, stretches
 from tfdp.processes import make_pool
@@ -182,7 +182,7 @@ def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher,
     parts_folder = folder / "parts"
     (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of shards that are damaged
     parts_folder.mkdir(exist_ok=True)
-    _write_whole(folder / "recipe.json", json.dumps(facts, indent=1))
+    write_whole(folder / "recipe.json", json.dumps(facts, indent=1))
     try:
         _make_parts_and_join(recipe, facts, folder, watcher, num_processes)
     except ConfigError:
@@ -222,7 +222,7 @@ def _make_parts_and_join(
         "overlap": None,
         "recipe": facts,
     }
-    _write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def _measure_overlap(folder: Path, num_processes: int) -> None:
     result = _overlap_of(folder).result(np.logical_or.reduce(marks))
     manifest = read_manifest(folder)
     manifest["overlap"] = {**asdict(result), "fraction": round(result.fraction, 9), "told": result.describe()}
-    _write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
     _overlap_of.cache_clear()
 
 
@@ -417,9 +417,3 @@ def _overlap_of(folder: Path) -> Overlap:
     shards = open_shards(folder)
     validation = shards.validation
     return Overlap(validation.byte_chunks(shards.tokenizer.token_bytes, 0, validation.num_tokens), validation.num_bytes)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

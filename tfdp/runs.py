@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tfdp.checkpoint import CheckpointFolder
 from tfdp.exits import ConfigError
+from tfdp.files import write_whole
 
 RUNS = Path("runs")
 
@@ -49,7 +50,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.config_path, config_yaml)
+            write_whole(self.config_path, config_yaml)
             self.summary_path.unlink(missing_ok=True)
             if self.path.parent == RUNS:
                 _point(RUNS / "latest", self.path.name)
@@ -89,13 +90,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json whole or not at all."""
-        _write_whole(self.summary_path, json.dumps(dict(summary), indent=1) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+        write_whole(self.summary_path, json.dumps(dict(summary), indent=1) + "\n")
 
 
 def _point(link: Path, target: str) -> None:
