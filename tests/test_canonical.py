@@ -1,14 +1,23 @@
 """One run, any layout, to the last bit: `distribution.reduction: canonical`."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from workers import start, tiny_arguments
 
+from tfdp import distribution
+from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
 from tfdp.exits import ConfigError
+from tfdp.gpt import GPT
+from tfdp.losses import next_token_loss
+from tfdp.optimizer import Optimizer, make_schedule
+from tfdp.step import StepRules, TrainStep
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -101,6 +110,54 @@ def test_a_run_that_moves_between_workers_keeps_its_bits(tmp_path: Path, corpus_
     for key in DIGESTS:
         assert summary(tmp_path / "moved")[key] == summary(still)[key], key
     assert [row["loss"] for row in rows_of(tmp_path / "moved")] == [row["loss"] for row in rows_of(still)]
+
+
+# Layouts of 4 micro-batches, by everything that may change from one to another: (replicas, side by side, rules).
+WAYS: dict[str, tuple[int, int, dict[str, object]]] = {
+    "1 replica": (1, 1, {}),
+    "2 replicas, one pack": (2, 2, {"bytes_per_pack": 1 << 24}),
+    "4 replicas, small packs": (4, 1, {"bytes_per_pack": 1024}),
+    "2 replicas, compared at every step": (2, 1, {"verify_every": 1}),
+}
+
+
+def update_programs(num_replicas: int, side_by_side: int, optimizer: str, compiled: bool, **rules: object) -> Counter:
+    """What TensorFlow hands to the compiler for the update, for all replicas: each program, and how often."""
+    strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas, reduction="canonical"))
+    config = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
+    with strategy.scope():
+        model = GPT(ModelConfig(num_layers=1, num_heads=2, model_dim=16, context_length=8), 32)
+        update = Optimizer(config, model.trainable_variables)
+    schedule = make_schedule(config, 10)
+    ways = StepRules(**{"clip_norm": 1.0, "reduction": "canonical", **rules})  # type: ignore[arg-type]
+    step = TrainStep(strategy, next_token_loss(model), update, schedule, 4, 1, ways, compiled, 1, side_by_side)
+    rows = {"tokens": np.zeros((4, 9), np.int32), "position": np.arange(4), "source": np.zeros(4, np.int32)}
+    dataset = tf.data.Dataset.from_tensor_slices(rows).repeat().batch(4, drop_remainder=True)
+    batches = iter(strategy.experimental_distribute_dataset(dataset))
+    numbers = (tf.constant(0, tf.int64), tf.constant(1), tf.constant(step.recent_losses), tf.constant(step.scaling))
+    library = step._run.get_concrete_function(batches, *numbers).graph.as_graph_def().library.function
+    chosen = [function for function in library if re.search("measure_sums|apply_group", function.signature.name)]
+    assert all(function.attr["_XlaMustCompile"].b for function in chosen), "a program that XLA does not compile"
+    return Counter(normalised(function) for function in chosen)
+
+
+def normalised(program: object) -> str:
+    """A program without the number that TensorFlow gives to each function."""
+    return re.sub(r"(inference_\w+?)_\d+", r"\1", str(program))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "compiled"), [("muon", True), pytest.param("lion", False, marks=pytest.mark.slow)]
+)
+def test_the_update_is_the_same_programs_in_every_layout(optimizer: str, compiled: bool) -> None:
+    """Equal digests may be luck; equal programs on equal numbers are not."""
+    expected: Counter | None = None
+    for name, (num_replicas, side_by_side, rules) in WAYS.items():
+        found = update_programs(num_replicas, side_by_side, optimizer, compiled, **rules)
+        assert sum(found.values()) % num_replicas == 0
+        each = Counter({program: count // num_replicas for program, count in found.items()})
+        expected = expected or each
+        assert each == expected, name
 
 
 GPT2_LIKE = {"norm": "layer_norm", "use_bias": True, "position": "learned", "tie_embeddings": True, "qk_norm": False}

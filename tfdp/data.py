@@ -21,6 +21,7 @@ from tfdp.shards import ABSENT
 # "tokens": (rows, context_length + 1) int32; "position": (rows,) int64; "source": (rows,) int32
 Batch = dict[str, tf.Tensor]
 Partition = Literal["shuffled", "block", "row"]
+_PREFETCHED = 4  # elements that are read before a step asks for them
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,10 @@ def _distribute(
     # replicas one after the other. A worker's own rows, batched by the global size, therefore reach its
     # replicas in the right shares and in order, and one element lasts for as many steps as there are workers.
     dataset = located.batch(global_batch_size, drop_remainder=True)
-    dataset = _map(dataset, batch, num_parallel_calls=1, deterministic=True).prefetch(tf.data.AUTOTUNE)
+    dataset = _map(dataset, batch, num_parallel_calls=1, deterministic=True).prefetch(_PREFETCHED)
     options = tf.data.Options()
+    # There is nothing to tune; and the thread that would tune looks up once a minute at last, and does not always
+    # notice that its iterator is gone: whoever lets go of the iterator waits for that (TensorFlow 2.21).
+    options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return strategy.experimental_distribute_dataset(dataset.with_options(options))

@@ -29,6 +29,7 @@ from tfdp.sums import running_sum, tree_sum
 from tfdp.update import NUM_TOLD, Packed, Update
 
 LARGE_MATRIX = 500_000  # numbers, from which on oneDNN multiplies faster in float32 than XLA's CPU backend
+UPDATE_GROUPS = 4  # of weights on CPUs, which several cores update at the same time
 PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
@@ -164,10 +165,10 @@ class TrainStep:
         if isinstance(compilation, bool):
             compilation = Compilation(whole=compilation, parts=False, update=compilation)
         self._microbatch = tf.function(self._microbatch_sums, jit_compile=compilation.whole, autograph=False)
-        buckets = self._buckets if self._reduces else None
-        self._update = Update(
-            optimizer, schedule, rules.clip_norm, self._told, buckets, compilation.update, num_side_by_side
-        )
+        # Canonical promises bits: XLA alone leaves the arithmetic of the update as it is, whatever surrounds it.
+        compiled = compilation.update or rules.reduction == "canonical"
+        num_groups = 1 if distribution.on_gpu(strategy) else UPDATE_GROUPS
+        self._update = Update(optimizer, schedule, rules.clip_norm, compiled, num_groups)
         # integers: XLA gives the same bits everywhere
         self._digests = tf.function(self._own_digests, jit_compile=True, autograph=False)
         self._gather_digests = tf.function(
@@ -351,9 +352,12 @@ class TrainStep:
         told = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
         if self._reduces:
             packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
-            gradients, told = distribution.sum_step(packs, told, self._rules.reduction)
+            packs, told = distribution.sum_step(packs, told, self._rules.reduction)
+            gradients = self._buckets.unpack(packs)
         reduced = _clock(told, *gradients)
-        row, digests, stop, written = self._update(gradients, _after(reduced, told), step, limit, scale)
+        loss_sums, counts, stop, digests = self._told.unpack(_after(reduced, told))
+        agreed = sentinel.agree(digests)
+        row, written = self._update(gradients, (loss_sums, counts), agreed, step, limit, scale)
         times = [begun, arrived, computed, reduced, _clock(row, written)]
         return row, digests, stop, tf.stack([after - before for before, after in pairwise(times)])
 

@@ -2,16 +2,20 @@
 
 The decision is taken before anything is written: an update that is refused does not run at all, so one that runs can
 write each weight over its old value, in one pass over memory.
+
+The arithmetic stands in programs of its own: one that measures, and one for each group of weights. What they take is
+the same in every layout: one summed gradient for each weight, and the sums of losses and tokens. So they are the same
+programs, and give the same bits, whoever has summed, in whatever packs. A compiler fuses what it finds together, and
+rounds as it fuses: it must not find the packs of a reduction, nor the digests of so many replicas.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfdp import sentinel
-from tfdp.buckets import Buckets
 from tfdp.optimizer import Group, Optimizer, Schedule
 from tfdp.sums import fixed_sum
 
@@ -42,10 +46,10 @@ class Update:
       optimizer: with the weights.
       schedule: the learning rate by step.
       clip_norm: largest global norm of the mean gradient; None: no clipping.
-      told: how the small sums are laid out: losses and tokens of each source, stop requests, digests.
-      buckets: how the gradients are laid out; None: one by one.
-      compiled: whether XLA compiles the update.
-      num_groups: parts of the weights that are updated at the same time, each on cores of its own.
+      compiled: whether XLA compiles the update. Where it does not, TensorFlow's graph optimizer rewrites the update
+        together with what surrounds it, so the bits depend on the layout.
+      num_groups: parts of the weights, each a program of its own, which may run at the same time. It must not depend
+        on the layout: another cut is another set of programs.
     """
 
     def __init__(
@@ -53,52 +57,71 @@ class Update:
         optimizer: Optimizer,
         schedule: Schedule,
         clip_norm: float | None,
-        told: Packed,
-        buckets: Buckets | None,
         compiled: bool,
         num_groups: int = 1,
     ) -> None:
-        self._optimizer, self._schedule, self._clip_norm = optimizer, schedule, clip_norm
-        self._told, self._buckets = told, buckets
+        self._optimizer, self._schedule, self._clip_norm, self._compiled = optimizer, schedule, clip_norm, compiled
         self._measure = tf.function(self._measure_sums, jit_compile=compiled, autograph=False)
-        self._groups = [
-            tf.function(
-                lambda *sums, group=group: self._apply_group(group, *sums), jit_compile=compiled, autograph=False
-            )
-            for group in optimizer.groups(num_groups if compiled else 1)
-        ]
+        self._groups = [(group, self._program_of(group)) for group in optimizer.groups(num_groups if compiled else 1)]
+
+    def _program_of(self, group: Group) -> Callable[..., tf.Tensor]:
+        def apply_group(*sums: Any) -> tf.Tensor:
+            return self._apply_group(group, *sums)
+
+        return tf.function(apply_group, jit_compile=self._compiled, autograph=False)
 
     def __call__(
-        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor, scale: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Divides, clips and applies the sums over all replicas; `scale` is that of the loss.
+        self,
+        gradients: Sequence[tf.Tensor],
+        losses: tuple[tf.Tensor, tf.Tensor],
+        agreed: tf.Tensor,
+        step: tf.Tensor,
+        limit: tf.Tensor,
+        scale: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Divides, clips and applies sums over all replicas.
 
         Nothing is applied where something is not finite, the loss is above the limit, or the replicas disagree.
+
+        Args:
+          gradients: summed, one for each weight.
+          losses: sums of losses and numbers of tokens, (num_sources,) each.
+          agreed: whether all replicas hold the same, bool scalar.
+          step: int64 scalar, the number of updates before this one.
+          limit: the largest loss that is no spike.
+          scale: of the loss whose gradients these are.
 
         Returns:
           The row (loss, grad_norm, learning_rate, num_tokens, refused, limit, losses and tokens of each source),
           where refused is the index of the first tensor that is not finite (the number of weights stands for the
-          loss, one more for a loss above the limit) or -1; the digests of all replicas; the number of replicas that
-          were asked to stop; and a number that is there once the weights are written.
+          loss, one more for a loss above the limit) or -1; and a number that is there once the weights are written.
         """
-        row, factor, applies, digests, stop = self._measure(packs, told, step, limit, scale)
+        row, factor, good = self._measure(gradients, *losses, step, limit, scale)
 
         def apply() -> tf.Tensor:
-            return tf.add_n([group(packs, factor, row[2], step) for group in self._groups])
+            written = [
+                function([gradients[index] for index in group.indices], factor, row[2], step)
+                for group, function in self._groups
+            ]
+            return tf.add_n(written)
 
-        return row, digests, stop, tf.cond(applies, apply, lambda: tf.constant(0.0))
+        return row, tf.cond(good & agreed, apply, lambda: tf.constant(0.0))
 
     def _measure_sums(
-        self, packs: list[tf.Tensor], told: tf.Tensor, step: tf.Tensor, limit: tf.Tensor, scale: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
-        """The row, the factor that turns sums into clipped means, whether the update applies, the digests and the stop
-        requests."""
-        loss_sums, counts, stop, digests = self._told.unpack(told)
+        self,
+        gradients: Sequence[tf.Tensor],
+        loss_sums: tf.Tensor,
+        counts: tf.Tensor,
+        step: tf.Tensor,
+        limit: tf.Tensor,
+        scale: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The row, the factor that turns sums into clipped means, and whether nothing is wrong with the numbers."""
         loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
         loss = loss_sum / tf.maximum(count, 1.0)
         # A factor, because XLA computes a product again in each pass that needs it, and writes quotients to memory.
         factor = 1.0 / (tf.maximum(count, 1.0) * scale)
-        squares = tf.stack([fixed_sum(tf.square(_scaled(total, factor))) for total in self._sums(packs)])
+        squares = tf.stack([fixed_sum(tf.square(_scaled(total, factor))) for total in gradients])
         grad_norm = tf.sqrt(fixed_sum(squares))
         good = tf.concat([tf.math.is_finite(tf.concat([squares, [loss]], axis=0)), [loss <= limit]], axis=0)
         all_good = tf.reduce_all(good)
@@ -106,15 +129,13 @@ class Update:
         if self._clip_norm is not None:
             factor = factor * tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
         row = tf.stack([loss, grad_norm, self._schedule(step), count, tf.cast(refused, tf.float32), limit])
-        applies = all_good & sentinel.agree(digests)
-        return tf.concat([row, loss_sums, counts], axis=0), factor, applies, digests, stop
+        return tf.concat([row, loss_sums, counts], axis=0), factor, all_good
 
     def _apply_group(
-        self, group: Group, packs: list[tf.Tensor], factor: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
+        self, group: Group, sums: Sequence[tf.Tensor], factor: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         """Updates the weights of a group and their state; returns a number that is there once they are written."""
-        sums = self._sums(packs)
-        gradients = [_scaled(sums[index], factor) for index in group.indices]
+        gradients = [_scaled(total, factor) for total in sums]
         weights = [tf.convert_to_tensor(weight.value) for weight in group.weights]
         state = [tf.convert_to_tensor(variable.value) for variable in group.state]
         weights, state = self._optimizer.update(group, weights, state, gradients, learning_rate, step)
@@ -123,10 +144,6 @@ class Update:
             assign_in_replica(variable, after)
             done = tf.cast(tf.reshape(after, [-1])[0], tf.float32)
         return done
-
-    def _sums(self, packs: list[tf.Tensor]) -> list[tf.Tensor]:
-        """The summed gradients, one for each weight."""
-        return packs if self._buckets is None else self._buckets.unpack(packs)
 
 
 def _scaled(total: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
