@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-slow check format clean
+.PHONY: train test test-slow test-full check format clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m tfdp.train $(ARGS)
@@ -15,7 +15,11 @@ test: check
 	$(BIN)/python -m pytest -m "not slow and multiworker" $(ARGS) || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not full" $(ARGS)
+
+# Whole grids and long fuzzing, an hour and more: by hand, before a release.
+test-full: $(VENV)/.installed
+	$(BIN)/python -m pytest -m full $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -164,7 +164,12 @@ class TrainStep:
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
             compilation = Compilation(whole=compilation, parts=False, update=compilation)
-        self._microbatch = tf.function(self._microbatch_sums, jit_compile=compilation.whole, autograph=False)
+        # Canonical: a micro-batch stays a function of its own, so that the graph optimizer sees no more than that of it,
+        # whether it stands in a loop or alone. (XLA's are never inlined.)
+        alone = {"_noinline": True} if rules.reduction == "canonical" else None
+        self._microbatch = tf.function(
+            self._microbatch_sums, jit_compile=compilation.whole, autograph=False, experimental_attributes=alone
+        )
         # Canonical promises bits: XLA alone leaves the arithmetic of the update as it is, whatever surrounds it.
         compiled = compilation.update or rules.reduction == "canonical"
         num_groups = 1 if distribution.on_gpu(strategy) else UPDATE_GROUPS
