@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from tfdp import inputs
 from tfdp.exits import ConfigError
+from tfdp.messages import shown
 
 MODEL_FILE = "sentencepiece.model"
 
@@ -42,10 +44,11 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, key: str) -> "SentencePieceTokenizer":
+        where = f"{key} ({shown(path)})"
         try:
-            return cls(path.read_bytes(), f"{key} ({path})")
+            return cls(inputs.read(path), where)
         except OSError as error:
-            raise ConfigError(f"{key} ({path}) must be a readable SentencePiece model: {error.strerror}") from None
+            raise ConfigError(f"{where} must be a readable SentencePiece model: {error.strerror}") from None
 
     @property
     def name(self) -> str:
