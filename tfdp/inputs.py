@@ -82,7 +82,9 @@ def find(pattern: str, key: str, source: str) -> list[str]:
             status = require_regular(path)
         except OSError as error:
             raise ConfigError(f"{key}: {shown(Path(path))} must be readable: {error.strerror}") from None
-        names.setdefault((status.st_dev, status.st_ino), []).append(path)
+        # Size and time besides, because some network file systems make up the numbers of files.
+        file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        names.setdefault(file, []).append(path)
     root = common_folder(paths)
     return sorted(_own_name(same, root) if len(same) > 1 else same[0] for same in names.values())
 
