@@ -103,6 +103,7 @@ def test_merges_in_any_order_give_the_ids_of_the_reference(kind: str) -> None:
         ({"ab": 257.0}, ["a b"], "vocab.json must map tokens to ids"),
         ({"ab": None}, ["a b"], "vocab.json must map tokens to ids"),
         ({"ab": 66}, ["a b"], "the token ab must have an id of its own, and shares 66 with A"),
+        ({"!": BYTES["A"]}, [], "the token A must have an id of its own, and shares 66 with !"),
         ({"x\ny": 0}, [], r"the token x\ny must have an id of its own, and shares 0 with <|endoftext|>"),
         ({"\ud800": 257}, [], r"the token \ud800 must be Unicode: it has half of a surrogate pair"),
         ({"": 257}, [" a"], "merge 0 ( a) must be two tokens that make a third"),
