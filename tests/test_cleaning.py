@@ -173,3 +173,15 @@ def test_a_wrong_file_of_stop_words_is_named(tmp_path: Path, content: bytes | No
     with pytest.raises(ConfigError) as caught:
         Cleaner(Cleaning(stop_words=str(path)))
     assert str(caught.value) == f"cleaning.stop_words ({path}) {rule}"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b", "a\nb", "a\udcffb"])
+def test_a_name_that_cannot_be_is_one_short_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^cleaning.stop_words \(.*\) must be a file that can be read: ") as caught:
+        Cleaner(Cleaning(stop_words=name))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_stop_words_below_the_home_folder(stop_words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(stop_words).parent))
+    assert cleaned("the end", stop_words="~/words.txt") == " end"

@@ -63,11 +63,21 @@ def test_text_is_kept_byte_for_byte(tmp_path: Path) -> None:
     assert document.text.encode() == content
 
 
-@pytest.mark.parametrize("pattern", ["none-*.txt", "", "folder"])
-def test_a_pattern_without_files_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("none-*.txt", ": check the path, and quote the pattern"),
+        ("", ": check the path, and quote the pattern"),
+        ("folder", ", and is a folder: name those in it, such as folder/**/*"),
+        ("folder/**/*", ": check the path, and quote the pattern"),
+    ],
+)
+def test_a_pattern_without_files_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, message: str
+) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    message = f"data.source (text:{pattern}) must match at least one file: check the path, and quote the pattern"
+    message = f"data.source (text:{pattern}) must match at least one file{message}"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         list(documents(f"text:{pattern}"))
 

@@ -64,10 +64,16 @@ def test_addresses(address: str, expected: Address) -> None:
     assert parse(address, "data.source") == expected
 
 
-@pytest.mark.parametrize("address", ["", "a:b:c:d", ":train"])
+@pytest.mark.parametrize("address", ["", "a:b:c:d", ":train", "a:b:c:d\n" + "e" * 1000])
 def test_addresses_that_are_none(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"must be tfds:NAME"):
+    with pytest.raises(ConfigError, match=r"must be tfds:NAME") as caught:
         parse(address, "data.source")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+def test_a_prepared_folder_below_the_home_folder(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(prepared.parent))
+    assert sorted(document.text for document in documents(f"tfds:~/{prepared.name}:test")) == sorted(TEXTS[:5])
 
 
 def test_a_split_is_read_whole_in_a_fixed_order(prepared: Path) -> None:

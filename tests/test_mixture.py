@@ -62,6 +62,13 @@ def test_a_mixture_that_cannot_be_is_refused(source: str) -> None:
         DataConfig(source=source)
 
 
+@pytest.mark.parametrize("weight", ["9" * 400, "0." + "3" * 400, "9" * 5000, "0." + "3" * 5000])
+def test_a_weight_of_hundreds_of_digits_is_one_short_line(weight: str) -> None:
+    with pytest.raises(ConfigError, match=r"^data.source \(.*\) must have weights with fewer digits") as caught:
+        mixture.parse(f"{weight} * text:a + 1 * text:b")
+    assert len(str(caught.value)) < 300
+
+
 # --- The order -------------------------------------------------------------------------------------
 
 

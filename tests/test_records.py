@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -52,6 +53,19 @@ def test_empty_lines_and_a_last_line_without_its_end(tmp_path: Path) -> None:
         (b'{"text": "\\ud800"}\n', r"line 1, field text must be Unicode: half of a surrogate pair at character 0"),
         (b"[" * 100_000 + b"\n", r"line 1, must be one JSON object"),
         (b"\0\0\0\n", r"line 1, must be one JSON object"),
+        (
+            b'{"text": "a"}\n{"text": "b", "id": 1, "text": "c"}\n',
+            r"line 2, must be one JSON object: the key text stands",
+        ),
+        (b'{"text": "a", "m": [{"x": 1, "x": 2}]}\n', r"line 1, must be one JSON object: the key x stands there twice"),
+        (
+            b'{"text": ' + b"[" * 2000 + b"]" * 2000 + b"}\n",
+            r"line 1, must be one JSON object: its brackets are nested",
+        ),
+        (b'{"text": ' + b"9" * 400 + b"}\n", r"line 1, field text must be text, and is int"),
+        (b'{"text": ' + b"9" * 5000 + b"}\n", r"line 1, must be one JSON object: Exceeds the limit"),
+        (b'{"a\\nb": "a"}\n', r"line 1, must have the field text: it has a\\nb; name one as"),
+        (b'{"' + b"k" * 5000 + b'": "a"}\n', r"line 1, must have the field text: it has k+\.\.\.k+; name one as"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -129,3 +143,60 @@ def test_records_of_one_value_alone(tmp_path: Path, kind: str) -> None:
     assert texts(f"{kind}:{path}:label=7") == []
     with pytest.raises(ConfigError, match=r"must have the (field|column) none"):
         texts(f"{kind}:{path}:none=1")
+
+
+def test_a_byte_order_mark_before_json_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "\xef\xbb\xbfb"}\r\n')
+    assert texts(f"jsonl:{tmp_path}/a.jsonl") == ["a", "\ufeffb"]
+
+
+def nested_rows(kind: str, path: Path, rows: list[dict[str, Any]]) -> str:
+    """A file of records of a kind, as a source."""
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return f"{kind}:{path}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_dot_is_part_of_a_name_or_leads_to_a_field_of_a_field(tmp_path: Path, kind: str) -> None:
+    row = {"a.b": "literal", "a": {"b": "nested", "c.d": {"e": "below"}, "f": {"g": "deep"}}, "x.y": {"z": "mixed"}}
+    source = nested_rows(kind, tmp_path / "a", [row, row])
+    assert texts(f"{source}:a.b") == ["literal"] * 2
+    assert texts(f"{source}:a.c.d.e") == ["below"] * 2
+    assert texts(f"{source}:a.f.g") == ["deep"] * 2
+    assert texts(f"{source}:x.y.z:a.c.d.e=below") == ["mixed"] * 2
+    assert texts(f"{source}:a.b:x.y.z=none") == []
+    for missing in ("a.x", "a.b.c", "x", "x.y.z.z", "a.c", "a..b", "."):
+        with pytest.raises(
+            ConfigError, match=r"(line 1,|a) must (have the (field|column)|be a JSON object with the field)"
+        ):
+            texts(f"{source}:{missing}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_names_with_blanks_and_values_with_colons_stand_in_quotes(tmp_path: Path, kind: str) -> None:
+    rows = [{"Review Text": f"text {index}", "at": f"1{index}:00", "a/b": "https://x"} for index in range(3)]
+    source = nested_rows(kind, tmp_path / "a", rows)
+    assert texts(f'{source}:"Review Text"') == ["text 0", "text 1", "text 2"]
+    assert texts(f'{source}:"Review Text":at="11:00"') == ["text 1"]
+    assert texts(f'{source}:"Review Text":"a/b"="https://x"') == ["text 0", "text 1", "text 2"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_condition_compares_any_value_as_json_writes_it(tmp_path: Path, kind: str) -> None:
+    values = {
+        "b": True,
+        "n": None,
+        "i": -3,
+        "f": 0.5,
+        "l": ["a", 1] if kind == "jsonl" else ["a", "b"],
+        "d": {"x": 1.0},
+    }
+    rows = [{"text": "yes", **values}, {"text": "no", **dict.fromkeys(values), "n": None}]
+    source = nested_rows(kind, tmp_path / "a", rows)
+    for name, value in values.items():
+        expected = ["yes", "no"] if name == "n" else ["yes"]
+        assert texts(f"{source}:{name}={json.dumps(json.dumps(value))}") == expected  # in quotes: it may have a colon
+    assert texts(f"{source}:b=null") == ["no"]

@@ -1,10 +1,13 @@
 """Text to ids and back."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tfdp.exits import ConfigError
-from tfdp.tokenizer import ByteTokenizer, make_tokenizer
+from tfdp.tokenizer import ByteTokenizer, make_tokenizer, save_tokenizer, size_to_train
 
 TEXTS = {
     "empty": "",
@@ -67,3 +70,46 @@ def test_an_unknown_tokenizer_is_refused() -> None:
         ConfigError, match=r"^data.tokenizer \(words\) must be one of bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or "
     ):
         make_tokenizer("words")
+
+
+@pytest.mark.parametrize("name", ["vocabulary.json", "merges.txt", "tokenizer.tfdp.json"])
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_tokenizers_folder_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "vocabulary.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="it is a pipe, not a regular file"):
+        make_tokenizer(f"bpe:{tmp_path}")
+
+
+@pytest.mark.parametrize("size", ["0", "256", "1048577", "9" * 400, "9" * 5000, "0" * 5000])
+def test_a_size_that_cannot_be_is_one_short_line(size: str) -> None:
+    for find in (make_tokenizer, size_to_train):
+        with pytest.raises(ConfigError, match=r"^tokenizer \(bpe:.*\) must name 257 to 1,048,576 tokens") as caught:
+            find(f"bpe:{size}")
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["bpe:²", "bpe:٣٠٠", "bpe:-5", "bpe:" + "a" * 300, "bpe:a\0b", "gpt2:" + "a/" * 3000])
+def test_what_is_no_size_is_a_folder_that_is_not_there(name: str) -> None:
+    assert size_to_train(name) is None
+    with pytest.raises(ConfigError, match=r"^data.tokenizer \(.*\) must be a folder with vocabulary.json") as caught:
+        make_tokenizer(name)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"kind": "none"}', '{"kind": "bpe"}', '{"kind": "bpe", "pattern": []}']
+)
+def test_a_folder_that_says_nothing_of_its_tokenizer_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.tfdp.json").write_text(content)
+    with pytest.raises(ConfigError, match="must be a tokenizer that tfdp wrote, but ") as caught:
+        make_tokenizer(f"bpe:{tmp_path}")
+    assert str(caught.value).isprintable()
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tokenizer(ByteTokenizer(), tmp_path / "saved")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert make_tokenizer("bpe:~/saved").fingerprint == ByteTokenizer.fingerprint

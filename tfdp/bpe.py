@@ -1,7 +1,8 @@
 """Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019, GPT-2).
 
 A vocabulary trained here has end-of-text as id 0, the 256 bytes next, and the merges after them in their order, so it
-encodes any text. It is stored as `vocabulary.json` and `merges.txt`, which keras_nlp's BytePairTokenizer loads.
+encodes any text. It is stored as `vocabulary.json` and `merges.txt`, which keras_nlp's BytePairTokenizer loads. Others
+may have more tokens, such as <|pad|>, and gaps between the ids; their ids are those of the library `tokenizers`.
 
 Text is cut into pieces by a pattern first, and merged inside them only. There are two patterns: `gpt2`, as its
 authors published it, and `keras`, which cuts as the graph path of keras_nlp.tokenizers.BytePairTokenizer does. They
@@ -9,6 +10,7 @@ differ in a few runs of white space: keras_nlp keeps "\\n\\n" before a word whol
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from tfdp import vocabulary as vocabularies
 from tfdp.exits import ConfigError
-
-END_OF_TEXT = "<|endoftext|>"
-VOCABULARY_FILE, MERGES_FILE = "vocabulary.json", "merges.txt"
+from tfdp.messages import shown
+from tfdp.vocabulary import END_OF_TEXT, LARGEST_SIZE, MERGES_FILE, VOCABULARY_FILE, byte_characters, bytes_of
 
 _GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WIDE_SPACES = r"\x{a0}\x{2009}\x{202f}\x{3000}"
@@ -62,14 +64,17 @@ class BytePairTokenizer:
       vocabulary: token -> id, tokens written as GPT-2 writes bytes.
       merges: pairs of tokens, "left right", the earliest first.
       pattern: keras or gpt2.
+      where: what to blame: the configuration key, and where the vocabulary comes from.
 
     Raises:
-      ConfigError: a byte has no token, a merge makes no token, or there is no end of text.
+      ConfigError: a byte has no token, a merge makes no token, ids are not distinct, or there is no end of text.
     """
 
-    def __init__(self, vocabulary: dict[str, int], merges: list[str], pattern: str) -> None:
+    def __init__(
+        self, vocabulary: dict[str, int], merges: list[str], pattern: str, where: str = "data.tokenizer"
+    ) -> None:
+        vocabularies.check(vocabulary, merges, where)
         self.vocabulary, self.merges, self.pattern = vocabulary, merges, pattern
-        self._check()
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[END_OF_TEXT]
 
@@ -98,12 +103,11 @@ class BytePairTokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each id; none for the end of text."""
-        to_byte = {char: byte for byte, char in enumerate(_byte_characters())}
+        """The bytes of each id; none for the end of text, and for an id without a token."""
         table = [b""] * self.vocab_size
         for token, index in self.vocabulary.items():
             if token != END_OF_TEXT:
-                table[index] = bytes(to_byte[char] for char in token)
+                table[index] = bytes_of(token)
         return table
 
     def save(self, folder: Path) -> None:
@@ -142,10 +146,20 @@ class BytePairTokenizer:
 
     @cached_property
     def _ranks_are_merges(self) -> bool:
-        """Whether ids grow in the order of the merges, each with a token of its own: what tiktoken rests on."""
-        made = [self.vocabulary["".join(merge.split(" "))] for merge in self.merges]
-        single = [self.vocabulary[char] for char in _byte_characters()]
-        return all(low < high for low, high in zip([max(single), *made], made, strict=False))
+        """Whether tiktoken, which joins two pieces whenever they make a token, joins them as the merges do.
+
+        It does if ids grow in the order of the merges, each with a token of its own, and the merges make each token of
+        its bytes: then no two pieces other than those of its merge can ever make it.
+        """
+        made = self._made_tokens
+        ids = [max(self.vocabulary[char] for char in byte_characters()), *(self.vocabulary[token] for token in made)]
+        in_order = all(low < high for low, high in itertools.pairwise(ids))
+        return in_order and all(len(self._reference.model.tokenize(token)) == 1 for token in made)
+
+    @cached_property
+    def _made_tokens(self) -> list[str]:
+        """What the merges make, in their order."""
+        return [merge.replace(" ", "") for merge in self.merges]
 
     @cached_property
     def _tiktoken(self) -> Any:
@@ -154,24 +168,14 @@ class BytePairTokenizer:
     def _make_tiktoken(self, pattern: str) -> Any:
         import tiktoken
 
-        ranks = {data: index for index, data in enumerate(self.token_bytes) if data}
+        tokens = [*byte_characters(), *self._made_tokens]
+        ranks = {bytes_of(token): self.vocabulary[token] for token in tokens}
         return tiktoken.Encoding("tfdp", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @cached_property
     def _reference(self) -> Any:
         """The same vocabulary in `tokenizers`: slower, and indifferent to the order of the ids."""
         return reference(self.vocabulary, self.merges, self.pattern)
-
-    def _check(self) -> None:
-        if END_OF_TEXT not in self.vocabulary:
-            raise ConfigError(f"data.tokenizer: the vocabulary must have the token {END_OF_TEXT}")
-        missing = [char for char in _byte_characters() if char not in self.vocabulary]
-        if missing:
-            raise ConfigError(f"data.tokenizer: the vocabulary must have all 256 bytes: {missing[0]!r} is not in it")
-        for number, merge in enumerate(self.merges):
-            parts = merge.split(" ")
-            if len(parts) != 2 or any(part not in self.vocabulary for part in (*parts, "".join(parts))):
-                raise ConfigError(f"data.tokenizer: merge {number} ({merge}) must be two tokens that make a third")
 
 
 class _Pieces(dict[str, bytes]):
@@ -195,9 +199,8 @@ def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
     """
     from tokenizers import trainers
 
-    if vocab_size < 257 or vocab_size > 1 << 20:
-        raise ConfigError(f"tokenizer (bpe:{vocab_size}) must name 257 to 1,048,576 tokens: try bpe:8192")
-    alphabet = _byte_characters()
+    checked_size(str(vocab_size))
+    alphabet = byte_characters()
     learner = reference({}, [], "keras")
     learner.train_from_iterator(
         texts,
@@ -210,23 +213,22 @@ def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
     return BytePairTokenizer(dict(sorted(model["vocab"].items(), key=lambda item: item[1])), merges, "keras")
 
 
+def checked_size(digits: str) -> int:
+    """The number of tokens to train. Raises `ConfigError` where it has no room for the bytes, or is too large."""
+    size = int(digits) if len(digits) <= 20 else 0
+    if not 257 <= size <= LARGEST_SIZE:
+        raise ConfigError(f"tokenizer (bpe:{shown(digits)}) must name 257 to {LARGEST_SIZE:,} tokens: try bpe:8192")
+    return size
+
+
 def load(folder: Path, pattern: str, key: str) -> BytePairTokenizer:
     """Reads a vocabulary and its merges: vocabulary.json, vocab.json or encoder.json; merges.txt or vocab.bpe.
 
     Raises:
       ConfigError: a file is missing or not what it should be.
     """
-    vocabulary_path = _first_file(folder, (VOCABULARY_FILE, "vocab.json", "encoder.json"), key)
-    merges_path = _first_file(folder, (MERGES_FILE, "vocab.bpe"), key)
-    try:
-        vocabulary = json.loads(vocabulary_path.read_text(encoding="utf-8"))
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {folder} must hold a vocabulary in JSON and merges in UTF-8: {error}") from None
-    if not isinstance(vocabulary, dict) or not all(type(index) is int and index >= 0 for index in vocabulary.values()):
-        raise ConfigError(f"{key}: {vocabulary_path} must map tokens to ids")
-    merges = [line for number, line in enumerate(lines) if line and not (number == 0 and line.startswith("#version"))]
-    return BytePairTokenizer(vocabulary, merges, pattern)
+    where = f"{key} ({shown(folder)})"
+    return BytePairTokenizer(*vocabularies.read(folder, where), pattern, where)
 
 
 def reference(vocabulary: dict[str, int], merges: list[str], pattern: str) -> Any:
@@ -255,17 +257,3 @@ def segments(text: str, size: int = 1 << 20) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:] if start else text
-
-
-def _byte_characters() -> list[str]:
-    """The character that GPT-2 writes for each byte: itself where it is printable, else one from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _first_file(folder: Path, names: tuple[str, ...], key: str) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"{key} ({folder}) must be a folder with {' or '.join(names)}")

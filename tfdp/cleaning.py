@@ -11,11 +11,12 @@ import re
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from tfdp import inputs
 from tfdp.config import require
 from tfdp.exits import ConfigError
+from tfdp.messages import shown
 
 TOO_SHORT, TOO_LONG = "too short", "too long"
 
@@ -162,7 +163,7 @@ def _fold(word: str) -> str:
 def _read_stop_words(cleaning: Cleaning) -> set[str]:
     if cleaning.stop_words is None:
         return set()
-    where = f"cleaning.stop_words ({cleaning.stop_words})"
+    where = f"cleaning.stop_words ({shown(inputs.path_of(cleaning.stop_words))})"
     try:
         lines = _read(cleaning.stop_words).decode("utf-8").removeprefix("\ufeff").splitlines()
     except UnicodeDecodeError as error:
@@ -171,7 +172,9 @@ def _read_stop_words(cleaning: Cleaning) -> set[str]:
     for number, line in enumerate(lines, 1):
         word = _normalise(line.strip(), cleaning.unicode) if cleaning.unicode else line.strip()
         if word and not _word_pattern().fullmatch(word):
-            raise ConfigError(f"{where} must have one word a line, of letters and digits: line {number} is {word!r}")
+            raise ConfigError(
+                f"{where} must have one word a line, of letters and digits: line {number} is '{shown(word)}'"
+            )
         words.add(_fold(word))
     words.discard("")
     if not words:
@@ -179,9 +182,11 @@ def _read_stop_words(cleaning: Cleaning) -> set[str]:
     return words
 
 
-def _read(path: str) -> bytes:
+def _read(name: str) -> bytes:
+    path = inputs.path_of(name)
     try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        message = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cleaning.stop_words ({path}) must be a file that can be read: {message}") from None
+        return inputs.read(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cleaning.stop_words ({shown(path)}) must be a file that can be read: {error.strerror}"
+        ) from None

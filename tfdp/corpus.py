@@ -3,27 +3,29 @@
 A source is named by a string: `python-stdlib`, or `KIND:ADDRESS`:
 
     text:GLOB               UTF-8 files, one document each
-    jsonl:GLOB[:FIELD][:KEY=VALUE]      JSON objects, one a line, plain, .gz, .xz or .zst; FIELD is text by default
+    jsonl:GLOB[:FIELD][:KEY=VALUE]      JSON objects, one a line; FIELD is text by default
     parquet:GLOB[:COLUMN][:KEY=VALUE]   Parquet tables; COLUMN is text by default
     tfds:NAME[/CONFIG][:SPLIT][:FIELD]   a data set of TensorFlow Datasets, or the folder of a prepared one
 
 KEY=VALUE takes the records with that value alone, such as one class: classes are weighed as sources of a mixture are.
+`tfdp/addresses.py` has the grammar, `tfdp/inputs.py` says which files a GLOB means, and `tfdp/compression.py` which
+compressed ones are read.
 Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.
 """
 
-import difflib
-import glob
 import os
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tfdp import addresses, compression, inputs
 from tfdp.config import require
 from tfdp.exits import ConfigError
-from tfdp.records import DEFAULT_FIELD, json_lines, parquet_rows
+from tfdp.json_lines import json_lines
+from tfdp.messages import nearest, shown
+from tfdp.parquet import parquet_rows
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,14 @@ def documents(source: str, key: str = "data.source") -> Iterator[Document]:
     Raises:
       ConfigError: an unknown kind, a missing file, or a file that is not UTF-8 (naming file and byte).
     """
+    require(
+        "\0" not in source and _is_unicode(source), key, source, "must be UTF-8 without NUL: match such names by * or ?"
+    )
     kind, _, address = source.partition(":")
     if kind not in SOURCES:
-        near = difflib.get_close_matches(kind, SOURCES, n=1)
-        hint = f"did you mean {near[0]}?" if near else "try text:PATH/*.txt"
-        raise ConfigError(f"{key} ({source}) must begin with one of {', '.join(SOURCES)}: {hint}")
+        near = nearest(kind, SOURCES)
+        hint = f"did you mean {near}?" if near else "try text:PATH/*.txt"
+        raise ConfigError(f"{key} ({shown(source)}) must begin with one of {', '.join(SOURCES)}: {hint}")
     return SOURCES[kind](address, key)
 
 
@@ -81,17 +86,17 @@ def _text_files(pattern: str, key: str) -> Iterator[Document]:
 
 def _json_lines(address: str, key: str) -> Iterator[Document]:
     """One field of the JSON objects in the files that match a glob pattern; a document is named FILE:LINE."""
-    pattern, field, only = _pattern_and_field(address)
-    for name, path in _files(pattern, key, f"jsonl:{address}"):
-        for number, text in json_lines(path, field, key, only):
+    parts = addresses.parse(address, key)
+    for name, path in _files(parts.pattern, key, f"jsonl:{address}"):
+        for number, text in json_lines(path, parts.field, key, parts.only):
             yield Document(f"{name}:{number}", text)
 
 
 def _parquet(address: str, key: str) -> Iterator[Document]:
     """One column of the Parquet files that match a glob pattern; a document is named FILE:ROW."""
-    pattern, column, only = _pattern_and_field(address)
-    for name, path in _files(pattern, key, f"parquet:{address}"):
-        for number, text in parquet_rows(path, column, key, only):
+    parts = addresses.parse(address, key)
+    for name, path in _files(parts.pattern, key, f"parquet:{address}"):
+        for number, text in parquet_rows(path, parts.field, key, parts.only):
             yield Document(f"{name}:{number}", text)
 
 
@@ -103,38 +108,31 @@ def _tfds(address: str, key: str) -> Iterator[Document]:
         yield Document(str(number), text)
 
 
-def _pattern_and_field(address: str) -> tuple[str, str, tuple[str, str] | None]:
-    """Splits GLOB[:FIELD][:KEY=VALUE]; what follows a colon is one of the two if it could not be part of a path."""
-    only = None
-    if condition := re.fullmatch(r"(.+):([\w.-]+)=([^:/]*)", address):
-        address, only = condition[1], (condition[2], condition[3])
-    pattern, _, field = address.rpartition(":")
-    named = bool(pattern and re.fullmatch(r"[\w.-]+", field))
-    return (pattern, field, only) if named else (address, DEFAULT_FIELD, only)
-
-
 def _files(pattern: str, key: str, source: str) -> list[tuple[str, Path]]:
-    """The files that match a glob pattern, sorted by path, with their names below the folder that all share."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())
-    require(bool(paths), key, source, "must match at least one file: check the path, and quote the pattern")
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    """The files that a pattern matches, sorted by path, with their names below the folder that all share."""
+    paths = inputs.find(pattern, key, source)
+    root = inputs.common_folder(paths)
     names = [os.path.relpath(os.path.abspath(path), root) for path in paths]
-    shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
-    return [(name, Path(path)) for name, path in zip(shown, paths, strict=True)]
+    visible = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
+    return [(name, Path(path)) for name, path in zip(visible, paths, strict=True)]
 
 
 def _read_utf8(path: Path, key: str) -> str:
     try:
-        data = path.read_bytes()
+        data = b"".join(compression.chunks(path))
     except OSError as error:
-        raise ConfigError(f"{key}: {path} must be readable: {error.strerror}") from None
+        raise ConfigError(f"{key}: {shown(path)} must be readable: {error.strerror}") from None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{key}: {path} must be UTF-8: byte {error.start} is 0x{data[error.start]:02x} ({error.reason}); "
+            f"{key}: {shown(path)} must be UTF-8: byte {error.start} is 0x{data[error.start]:02x} ({error.reason}); "
             f"convert the file with `iconv -t UTF-8`"
         ) from None
+
+
+def _is_unicode(text: str) -> bool:
+    return not any(0xD800 <= ord(char) < 0xE000 for char in text)
 
 
 SOURCES: dict[str, Callable[[str, str], Iterator[Document]]] = {

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tfdp import inputs, messages
 from tfdp.exits import ConfigError
 
 _TEXT, _MISTAKE = b"T", b"M"  # the kinds of frames: a text, or the line to end with
@@ -41,9 +42,13 @@ def parse(address: str, key: str) -> Address:
     if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
         name = f"{name}:{rest.pop(0)}"
     if not name or len(rest) > 2:
-        raise ConfigError(f"{key} (tfds:{address}) must be {_FORM}, such as tfds:lm1b:train[:90%]:text")
+        raise ConfigError(f"{_told(address, key)} must be {_FORM}, such as tfds:lm1b:train[:90%]:text")
     split, field = [*rest, "", ""][:2]
     return Address(name, split or "train", field or None)
+
+
+def _told(address: str, key: str) -> str:
+    return f"{key} ({messages.shown(f'tfds:{address}')})"
 
 
 def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
@@ -71,7 +76,7 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
             if process.wait() != 0:
                 printed.seek(0)
                 last = printed.read().decode(errors="replace").strip().splitlines()[-1:]
-                raise ConfigError(f"{key} (tfds:{address}) could not be read: {' '.join(last) or process.returncode}")
+                raise ConfigError(f"{_told(address, key)} could not be read: {' '.join(last) or process.returncode}")
         finally:
             process.kill()
 
@@ -102,7 +107,7 @@ def main() -> int:
                 data.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ConfigError(
-                    f"{key} (tfds:{address}), example {number}, must be UTF-8: {error.reason} at byte {error.start}"
+                    f"{_told(address, key)}, example {number}, must be UTF-8: {error.reason} at byte {error.start}"
                 ) from None
             write(_TEXT, data)
     except ConfigError as error:
@@ -118,7 +123,7 @@ def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    shown = f"{key} (tfds:{address})"
+    shown = _told(address, key)
     builder = _builder(tfds, wanted, shown)
     # One that was made before another process had prepared the data knows no split, and never learns of them.
     if not (builder.is_prepared() and builder.info.splits):
@@ -138,15 +143,17 @@ def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
 
 def _builder(tfds: Any, wanted: Address, shown: str) -> Any:
     try:
-        if Path(wanted.name).is_dir():
-            return tfds.builder_from_directory(wanted.name)
+        if os.path.isdir(folder := inputs.path_of(wanted.name)):
+            return tfds.builder_from_directory(folder)
         return tfds.builder(wanted.name)
     except tfds.core.registered.DatasetNotFoundError as error:
         near = re.search(r"Did you mean: (.*?)\s*(?:\n|$)", str(error))
         hint = f"did you mean {near.group(1)}?" if near else "name one of tfds.list_builders(), or a prepared folder"
         raise ConfigError(f"{shown} must be a data set of TensorFlow Datasets: {hint}") from None
     except Exception as error:  # each data set has errors of its own
-        raise ConfigError(f"{shown} could not be opened: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(
+            f"{shown} could not be opened: {messages.one_line(' '.join(str(error).split()))[:200]}"
+        ) from None
 
 
 def _prepare(builder: Any, shown: str) -> None:

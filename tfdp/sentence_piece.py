@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from tfdp import inputs
 from tfdp.exits import ConfigError
+from tfdp.messages import one_line, shown
 
 MODEL_FILE = "sentencepiece.model"
 
@@ -33,19 +35,24 @@ class SentencePieceTokenizer:
         self._processor: Any = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
+            self.vocab_size = int(self._processor.vocab_size())
+            self._pieces = [self._processor.IdToPiece(index) for index in range(self.vocab_size)]
+        except UnicodeDecodeError as error:  # in a piece, or in the library's message on one
+            raise ConfigError(f"{key} must be a SentencePiece model with pieces of UTF-8: {error.reason}") from None
         except RuntimeError as error:
-            raise ConfigError(f"{key} must be a SentencePiece model: {' '.join(str(error).split())}") from None
-        self.vocab_size = int(self._processor.vocab_size())
+            reason = one_line(" ".join(str(error).split()))
+            raise ConfigError(f"{key} must be a SentencePiece model: {reason}") from None
         self.end_of_text = int(self._processor.eos_id())
         if self.end_of_text < 0:
             raise ConfigError(f"{key} must be a SentencePiece model with an end of sentence: train it with --eos_id")
 
     @classmethod
     def from_file(cls, path: Path, key: str) -> "SentencePieceTokenizer":
+        where = f"{key} ({shown(path)})"
         try:
-            return cls(path.read_bytes(), f"{key} ({path})")
+            return cls(inputs.read(path), where)
         except OSError as error:
-            raise ConfigError(f"{key} ({path}) must be a readable SentencePiece model: {error.strerror}") from None
+            raise ConfigError(f"{where} must be a readable SentencePiece model: {error.strerror}") from None
 
     @property
     def name(self) -> str:
@@ -75,8 +82,7 @@ class SentencePieceTokenizer:
         """The bytes that each id stands for; none for control pieces."""
         processor = self._processor
         table = []
-        for index in range(self.vocab_size):
-            piece = processor.IdToPiece(index)
+        for index, piece in enumerate(self._pieces):
             if processor.IsControl(index) or processor.IsUnknown(index):
                 table.append(b"")
             elif processor.IsByte(index):

@@ -18,8 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
-from tfdp import bpe
+from tfdp import bpe, inputs, strict_json
 from tfdp.exits import ConfigError
+from tfdp.messages import shown
 from tfdp.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 
 FORMS = "bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
@@ -87,19 +88,23 @@ def make_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
     kind, _, address = name.partition(":")
     if name == "bytes":
         return ByteTokenizer()
-    if kind in ("bpe", "gpt2") and (Path(address) / _KIND_FILE).is_file():
-        return open_tokenizer(Path(address), key)
-    if kind in ("bpe", "gpt2") and address and size_to_train(name) is None:
-        return bpe.load(Path(address), "keras" if kind == "bpe" else "gpt2", key)
-    if kind == "sentencepiece" and address:
-        return SentencePieceTokenizer.from_file(Path(address), key)
-    raise ConfigError(f"{key} ({name}) must be one of {FORMS}")
+    if address and size_to_train(name) is None:
+        path = inputs.path_of(address)
+        if kind in ("bpe", "gpt2") and os.path.lexists(path / _KIND_FILE):
+            return open_tokenizer(path, key)
+        if kind in ("bpe", "gpt2"):
+            return bpe.load(path, "keras" if kind == "bpe" else "gpt2", key)
+        if kind == "sentencepiece":
+            return SentencePieceTokenizer.from_file(path, key)
+    raise ConfigError(f"{key} ({shown(name)}) must be one of {FORMS}")
 
 
 def size_to_train(name: str) -> int | None:
-    """The number of tokens of bpe:SIZE; None for a tokenizer that exists."""
+    """The number of tokens of bpe:SIZE; None for a tokenizer that exists. Raises `ConfigError` for a wrong number."""
     kind, _, address = name.partition(":")
-    return int(address) if kind == "bpe" and address.isdigit() else None
+    if kind != "bpe" or not (address.isascii() and address.isdigit()):
+        return None
+    return bpe.checked_size(address)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -127,12 +132,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def open_tokenizer(folder: Path, key: str = "tokenizer") -> Tokenizer:
     """Reads what `save_tokenizer` wrote. Raises `ConfigError` for a folder that is not such."""
+    where = f"{key} ({shown(folder)})"
     try:
-        kind = json.loads((folder / _KIND_FILE).read_text())
+        told = strict_json.parse(inputs.read(folder / _KIND_FILE))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key} ({folder}) must be a tokenizer that tfdp wrote: {error}") from None
-    if kind["kind"] == "bpe":
-        return bpe.load(folder, kind["pattern"], key)
-    if kind["kind"] == "sentencepiece":
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {_KIND_FILE}: {reason}") from None
+    kind, pattern = (told.get("kind"), told.get("pattern")) if isinstance(told, dict) else (None, None)
+    if kind == "bpe" and pattern in list(bpe.PATTERNS):
+        return bpe.load(folder, pattern, key)
+    if kind == "sentencepiece":
         return SentencePieceTokenizer.from_file(folder / MODEL_FILE, key)
-    return ByteTokenizer()
+    if kind == "bytes":
+        return ByteTokenizer()
+    raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {_KIND_FILE} names none that there is")
