@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdp import parts, preparation
+from tfdp import joining, parts
 from tfdp.cleaning import Cleaning
+from tfdp.config import DataConfig
 from tfdp.exits import ConfigError
 from tfdp.preparation import Recipe, prepare
 from tfdp.shards import Split, open_shards, read_manifest
+from tfdp.sources import open_corpus
 from tfdp.tokenizer import ByteTokenizer, make_tokenizer
 
 WORDS = ["return", "self.value", "import", "for", "lambda", "été", "漢字", "😀", "0", "+=", "(", "\n", "\n\t", "\r\n"]
@@ -224,7 +226,7 @@ def test_a_source_that_changes_on_the_way_is_noticed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_joined_index", stop)
+        patch.setattr(joining, "joined_index", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe(source), tmp_path / "out")
     write_jsonl(tmp_path / "a.jsonl", 100_000, seed=1)
@@ -256,6 +258,65 @@ def test_a_sentencepiece_model_prepares_text(tmp_path: Path) -> None:
     assert make_tokenizer(name).decode(reference.EncodeAsIds("the value")) == "the value"
     assert found.tokenizer.end_of_text == reference.eos_id()
     assert found.train.num_bytes + found.validation.num_bytes == path.stat().st_size
+
+
+# --- Few documents -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_a_note_beside_one_book_is_not_the_validation_split(tmp_path: Path, small_parts: None, tokenizer: str) -> None:
+    (tmp_path / "text").mkdir()
+    book = "".join(f"line {number} of été 漢字\n" for number in range(3000))
+    (tmp_path / "text" / "book.txt").write_text(book)
+    (tmp_path / "text" / "note.txt").write_text("a note")
+    found = prepare(recipe(f"text:{tmp_path}/text/*.txt", tokenizer), tmp_path / "out")
+    (begin,), (end, note) = texts(found.train, found.tokenizer), texts(found.validation, found.tokenizer)
+    assert (begin + end, note) == (book, "a note")
+    assert begin.endswith("\n")
+    total = found.train.num_bytes + found.validation.num_bytes
+    assert total == len(book.encode()) + 6
+    assert found.validation.num_bytes == len((end + note).encode()) == pytest.approx(0.1 * total, abs=40)
+    assert found.train.documents_between(0, found.train.num_tokens) == ["book.txt"]
+    assert found.validation.documents_between(0, found.validation.num_tokens) == ["book.txt", "note.txt"]
+
+
+def test_one_more_file_leaves_the_validation_split_nearly_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(3):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"book {number}\n" * (10_000 + number))
+    before = prepare(recipe(f"text:{tmp_path}/text/*.txt"), tmp_path / "before")
+    (tmp_path / "text" / "note.txt").write_text("a note")
+    after = prepare(recipe(f"text:{tmp_path}/text/*.txt"), tmp_path / "after")
+    assert texts(before.validation, before.tokenizer) == ["book 0\n" * 10_000]
+    assert sorted(texts(after.validation, after.tokenizer)) == ["a note", "book 0\n" * 10_000]
+
+
+def test_a_short_validation_split_is_explained(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"a text of few words, {number}")
+    corpus = open_corpus(DataConfig(source=f"text:{tmp_path}/*.txt"), tmp_path / "cache")
+    with pytest.raises(ConfigError) as caught:
+        corpus.check_lengths(30)
+    assert str(caught.value) == (
+        f"model.context_length (30) must fit into the validation split, which has 24 tokens (1 of the 3 documents of "
+        f"text:{tmp_path}/*.txt; the largest for training has 22 tokens): try data.validation_source, "
+        f"a context_length of 23, or more text"
+    )
+    for number in range(3, 10):
+        (tmp_path / f"{number}.txt").write_text(f"a text of few words, {number}")
+    prepare(recipe(f"text:{tmp_path}/*.txt"), tmp_path / "out")
+    corpus = open_corpus(DataConfig(source=f"tokens:{tmp_path}/out"), tmp_path / "cache")
+    with pytest.raises(
+        ConfigError, match=r"\): try tfdp.prepare --validation_fraction 0\.3, tfdp.prepare --validation_"
+    ):
+        corpus.check_lengths(30)
+
+
+def test_a_document_that_cleaning_leaves_alone_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a line\n" * 100)
+    (tmp_path / "b.txt").write_text("short")
+    found = prepare(recipe(f"text:{tmp_path}/*.txt", cleaning=Cleaning(min_chars=10)), tmp_path / "out")
+    assert (found.train.num_bytes, found.validation.num_bytes) == (630, 70)
 
 
 # --- Input as it comes -----------------------------------------------------------------------------
@@ -298,6 +359,7 @@ def test_a_mistake_on_the_command_line_is_exit_code_2(tmp_path: Path) -> None:
 
 def test_nul_bytes_empty_documents_and_a_long_one_are_kept(tmp_path: Path) -> None:
     contents = {"0.txt": "a\0b\0", "1.txt": "", "2.txt": "\n" * 10, "3.txt": "word " * 400_000, "4.txt": "last"}
+    contents["5.txt"] = "another " * 400_000
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
     for tokenizer in ("bytes", "bpe:300"):
@@ -315,4 +377,4 @@ def test_a_document_of_a_hundred_megabytes_is_kept(tmp_path: Path) -> None:
     assert size > 100_000_000
     found = prepare(recipe(f"text:{tmp_path}/*.txt", "bpe:1000"), tmp_path / "out", num_processes=2)
     assert found.train.num_bytes + found.validation.num_bytes == size + 5
-    assert found.train.num_documents + found.validation.num_documents == 2
+    assert found.train.num_documents + found.validation.num_documents == 3, "the end of the large one is held out"

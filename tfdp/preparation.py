@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from tfdp import bpe
+from tfdp import bpe, joining
 from tfdp.cleaning import Cleaner, Cleaning, fingerprint
 from tfdp.corpus import Document, documents, licence_of
 from tfdp.exits import ConfigError
 from tfdp.files import write_whole
 from tfdp.overlap import Overlap
-from tfdp.parts import LEFT_OUT, Encoding, Part, encode_all, stretches
+from tfdp.parts import Encoding, Part, encode_all, stretches
 from tfdp.processes import make_pool
 from tfdp.shards import (
     FORMAT_VERSION,
@@ -203,8 +203,8 @@ def _make_parts_and_join(
     encoding = Encoding(folder / "parts", folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
     labelled = _labelled_documents(recipe, digest)
     parts = encode_all(stretches(labelled), encoding, num_processes, watcher.part)
-    index = _joined_index(parts, recipe.cleaning.duplicates)
-    splits = _split_of_documents(parts, index, recipe.validation_fraction)
+    index = joining.joined_index(parts, recipe.cleaning.duplicates)
+    choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)
     manifest = {
         "version": FORMAT_VERSION,
         **{key: value for key, value in recipe.facts().items() if key != "tokenizer"},
@@ -214,9 +214,9 @@ def _make_parts_and_join(
         "dtype": dtype,
         "corpus_sha256": digest.hexdigest(),
         "num_documents_read": len(index),
-        "left_out": _count_left_out(index),
+        "left_out": joining.count_left_out(index),
         "splits": {
-            name: _join(parts, index, splits == number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
+            name: joining.join(parts, index, choice, number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
             for number, name in enumerate(SPLITS)
         },
         "overlap": None,
@@ -312,78 +312,6 @@ def _sample(all_documents: Iterable[Document]) -> list[str]:
         while size - len(chosen[0][1]) >= SAMPLE_BYTES:
             size -= len(heapq.heappop(chosen)[1])
     return [text for _, text in sorted(chosen, reverse=True)]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Choosing
-# ---------------------------------------------------------------------------------------------------
-
-
-def _joined_index(parts: list[Part], without_duplicates: bool) -> np.ndarray:
-    """The records of all documents in order; of duplicates, all but the first are marked as left out."""
-    index = np.concatenate([part.index() for part in parts])
-    if without_duplicates:
-        counted = np.flatnonzero(index["left_out"] == 0)
-        _, first = np.unique(index["text_digest"][counted], axis=0, return_index=True)
-        again = np.ones(len(counted), dtype=bool)
-        again[first] = False
-        index["left_out"][counted[again]] = LEFT_OUT.index("duplicate")
-    return index
-
-
-def _split_of_documents(parts: list[Part], index: np.ndarray, fraction: float) -> np.ndarray:
-    """The number of the split of each document, in `SPLITS`; -1 for one that is left out."""
-    labels = np.repeat([SPLITS.index(part.split or "train") for part in parts], [part.num_documents for part in parts])
-    splits = np.where(index["left_out"] == 0, labels, -1)
-    if all(part.split == "" for part in parts):
-        splits[_held_out(index, fraction)] = SPLITS.index("validation")
-    return splits
-
-
-def _held_out(index: np.ndarray, fraction: float) -> np.ndarray:
-    """Documents for validation, by the hash of their names: each that still fits into the fraction of all bytes.
-
-    So the choice depends neither on a seed nor on the order of files. At least one is taken: else the shortest.
-    """
-    candidates = np.flatnonzero((index["left_out"] == 0) & (index["num_bytes"] > 0))
-    ranked = candidates[np.argsort(index["name_rank"][candidates], kind="stable")]
-    sizes = index["num_bytes"][ranked]
-    left, chosen = fraction * float(sizes.sum()), []
-    for document, size in zip(ranked.tolist(), sizes.tolist(), strict=True):
-        if size <= left:
-            chosen.append(document)
-            left -= size
-    if not chosen and len(ranked):
-        chosen = [int(ranked[np.argmin(sizes)])]
-    return np.array(chosen, dtype=np.int64)
-
-
-def _count_left_out(index: np.ndarray) -> dict[str, int]:
-    counts = np.bincount(index["left_out"], minlength=len(LEFT_OUT))
-    return {reason: int(count) for reason, count in zip(LEFT_OUT, counts, strict=True) if reason and count}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Joining
-# ---------------------------------------------------------------------------------------------------
-
-
-def _join(parts: list[Part], index: np.ndarray, wanted: np.ndarray, writer: SplitWriter) -> dict[str, Any]:
-    """Writes the wanted documents of all parts as one split; returns its part of the manifest."""
-    first = 0
-    for part in parts:
-        of_part = slice(first, first + part.num_documents)
-        first += part.num_documents
-        here = wanted[of_part]
-        if not here.any():
-            continue
-        lengths = index["num_tokens"][of_part]
-        ids = np.fromfile(part.tokens_path, dtype=writer.dtype)
-        names = [name for name, keep in zip(part.names(), here.tolist(), strict=True) if keep]
-        writer.add(
-            ids[np.repeat(here, lengths + 1)], lengths[here], names, int(index["num_bytes"][of_part][here].sum())
-        )
-    return writer.finish()
 
 
 def _measure_overlap(folder: Path, num_processes: int) -> None:

@@ -97,6 +97,11 @@ class Split:
         assert self._index is not None, "a split without an index does not know its documents"
         return np.load(self._index[0], mmap_mode="r")
 
+    @property
+    def largest_document(self) -> int:
+        """Tokens of the largest document, without its end of text."""
+        return int(np.diff(self.document_starts, append=self.num_tokens).max(initial=1)) - 1
+
     def documents_between(self, begin: int, stop: int) -> list[str]:
         """The names of the documents that have a token in [begin, stop), in order; ends of text belong to none."""
         assert self._index is not None, "a split without an index does not know its documents"
