@@ -18,8 +18,10 @@ from tfdp import joining, parts
 from tfdp.cleaning import Cleaning
 from tfdp.config import DataConfig
 from tfdp.exits import ConfigError
-from tfdp.preparation import Recipe, prepare
-from tfdp.shards import Split, open_shards, read_manifest
+from tfdp.manifest import read_manifest
+from tfdp.preparation import prepare
+from tfdp.reading import Recipe
+from tfdp.shards import Split, open_shards
 from tfdp.sources import open_corpus
 from tfdp.tokenizer import ByteTokenizer, make_tokenizer
 
@@ -48,11 +50,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files but the lock."""
+    """Of all files but the lock, and but what tells times and inodes of the others."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name not in (".lock", "verified.json")
     }
 
 
@@ -260,7 +262,33 @@ def test_a_sentencepiece_model_prepares_text(tmp_path: Path) -> None:
     assert found.train.num_bytes + found.validation.num_bytes == path.stat().st_size
 
 
-# --- Few documents -----------------------------------------------------------------------
+# --- Damage on the way ---------------------------------------------------------------------------
+
+
+def test_a_bit_that_flips_in_an_unfinished_preparation_does_not_show(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write_jsonl(tmp_path / "a.jsonl", 100_000), tmp_path / "out"
+    prepare(recipe(source), tmp_path / "alone")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    generator = random.Random(5)
+    for _ in range(20):
+        with monkeypatch.context() as patch:
+            patch.setattr(joining, "joined_index", stop)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(recipe(source), output)
+        for path in sorted((output / "parts").iterdir()):
+            data = bytearray(path.read_bytes())
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+            path.write_bytes(data)
+    prepare(recipe(source), output)
+    assert digests(output) == digests(tmp_path / "alone")
+
+
+# --- Few documents, and none -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])

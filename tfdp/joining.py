@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from tfdp.held_out import choose, cut_point
+from tfdp.manifest import SPLITS
 from tfdp.parts import INDEX, LEFT_OUT, Part
-from tfdp.shards import SPLITS, SplitWriter
+from tfdp.shard_writer import SplitWriter
 from tfdp.tokenizer import Tokenizer
 
 

@@ -7,11 +7,9 @@ are joined into the shards of `tfdp/shards.py`; the manifest is written last, th
 import contextlib
 import fcntl
 import hashlib
-import heapq
 import json
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,71 +17,45 @@ from typing import Any
 import numpy as np
 
 from tfdp import bpe, joining
-from tfdp.cleaning import Cleaner, Cleaning, fingerprint
-from tfdp.corpus import Document, documents, licence_of
+from tfdp.cleaning import Cleaner
+from tfdp.corpus import documents, licence_of
 from tfdp.exits import ConfigError
 from tfdp.files import write_whole
-from tfdp.overlap import Overlap
-from tfdp.parts import Encoding, Part, encode_all, stretches
-from tfdp.processes import make_pool
-from tfdp.shards import (
+from tfdp.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     SPLITS,
     TOKENIZER_FOLDER,
-    SplitWriter,
-    TokenShards,
-    is_complete,
-    open_shards,
+    list_files,
     read_manifest,
+    write_manifest,
 )
+from tfdp.overlap import Overlap
+from tfdp.parts import PARTS_FOLDER, Encoding, Part, encode_all, stretches
+from tfdp.processes import make_pool
+from tfdp.reading import Recipe, labelled_documents, sample
+from tfdp.shard_folder import (
+    RECIPE_FILE,
+    remove_scaffold,
+    remove_shards,
+    remove_tokenizer,
+)
+from tfdp.shard_writer import SplitWriter
+from tfdp.shards import DamagedShards, TokenShards, note, open_shards, open_tokenizer_of
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer, save_tokenizer, size_to_train
 
-SAMPLE_BYTES = 32 << 20  # of text, that a vocabulary is trained on
 _OVERLAP_TOKENS = 16 << 20  # whose text one process looks through at a time
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What shards are made from.
-
-    Attributes:
-      source, validation_source: as `data.source` names them; without the second, documents are held out.
-      validation_fraction: of the bytes, to hold out.
-      tokenizer: a name as `tfdp/tokenizer.py` lists them.
-      cleaning: of each document.
-      licence: of the text, if known.
-      section: of the configuration that these keys come from, with its dot; to name what is wrong.
-    """
-
-    source: str
-    validation_source: str | None
-    validation_fraction: float
-    tokenizer: str
-    cleaning: Cleaning = Cleaning()
-    licence: str | None = None
-    section: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """What the bytes of the shards follow from, with the content of the files it names."""
-        size = size_to_train(self.tokenizer)
-        held_out = self.validation_fraction if self.validation_source is None else None
-        return {
-            "source": self.source,
-            "validation_source": self.validation_source,
-            "validation_fraction": held_out,
-            "tokenizer": f"bpe:{size}"
-            if size
-            else make_tokenizer(self.tokenizer, f"{self.section}tokenizer").fingerprint,
-            "cleaning": fingerprint(self.cleaning),
-        }
-
-
 class Watcher:
-    """Is told how a preparation gets on; this one says nothing."""
+    """Is told how a preparation gets on; this one says only what must not be missed."""
 
     def say(self, line: str) -> None:
         """A line worth reading."""
+
+    def warn(self, line: str) -> None:
+        """A line that tells of damage, or why nothing happens for a while."""
+        note(line)
 
     def part(self, part: Part) -> None:
         """A part is there."""
@@ -115,33 +87,20 @@ def prepare(
     Raises:
       ConfigError: a mistake in the source, or a folder that holds something else or cannot be written.
     """
-    watcher = watcher or Watcher()
-    facts = facts or recipe.facts()
-
-    def is_done() -> bool:
-        return _is_made(folder, facts) and not (overlap and read_manifest(folder)["overlap"] is None)
-
+    watcher, facts = watcher or Watcher(), facts or recipe.facts()
     try:
-        if is_done():
+        found = _made(folder, facts, key, watcher)
+        if found and _is_finished(folder, overlap):
             watcher.say(f"{folder} is prepared already")
-            return open_shards(folder)
+            return found
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, watcher):
-            if not _is_made(folder, facts):
+            if not _made(folder, facts, key, watcher, is_mended=True):
                 _make(recipe, facts, folder, watcher, num_processes)
-            if not is_done():
-                _measure_overlap(folder, num_processes)
+            _finish(folder, overlap, num_processes)
     except OSError as error:
         raise ConfigError(f"{key} ({folder}) must be a folder that can be written: {error}") from None
-    return open_shards(folder)
-
-
-def corpus_sha256(recipe: Recipe) -> str:
-    """Reads the sources and digests names and texts in order: what shards of them are found again by."""
-    digest = hashlib.sha256()
-    for _ in _labelled_documents(recipe, digest):
-        pass
-    return digest.hexdigest()
+    return open_shards(folder, key, say=watcher.warn)
 
 
 @contextlib.contextmanager
@@ -155,8 +114,36 @@ def _lock(folder: Path, watcher: Watcher) -> Iterator[None]:
         yield  # the lock ends with the file, and with this process
 
 
-def _is_made(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether the folder holds these shards whole. Raises `ConfigError` where it holds, or was to hold, others."""
+def _made(
+    folder: Path, facts: dict[str, Any], key: str, watcher: Watcher, is_mended: bool = False
+) -> TokenShards | None:
+    """The shards, if the folder holds them whole. Raises `ConfigError` where it holds, or was to hold, others.
+
+    Where they are damaged and will be mended at once, the watcher hears of it.
+    """
+    _require_same(folder, facts)
+    try:
+        return open_shards(folder, key, say=watcher.warn)
+    except DamagedShards as error:
+        if is_mended and (folder / MANIFEST_FILE).exists():
+            watcher.warn(f"{error}: that is done now")
+        return None
+
+
+def _is_finished(folder: Path, overlap: bool) -> bool:
+    """Whether nothing is left to do in a folder of whole shards."""
+    return not (folder / RECIPE_FILE).exists() and not (overlap and read_manifest(folder)["overlap"] is None)
+
+
+def _finish(folder: Path, overlap: bool, num_processes: int) -> None:
+    """Does what is left to do in a folder of whole shards."""
+    remove_scaffold(folder)
+    if not _is_finished(folder, overlap):
+        _measure_overlap(folder, num_processes)
+
+
+def _require_same(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a folder that holds, or was to hold, the shards of another recipe."""
     for state, read in (("shards", _recipe_of_manifest), ("an unfinished preparation", _begun_recipe)):
         try:
             found = read(folder)
@@ -167,7 +154,6 @@ def _is_made(folder: Path, facts: dict[str, Any]) -> bool:
             raise ConfigError(
                 f"{folder} holds {state} of something else ({'; '.join(changed)}): name another folder, or remove it"
             )
-    return is_complete(folder)
 
 
 def _recipe_of_manifest(folder: Path) -> dict[str, Any]:
@@ -175,23 +161,33 @@ def _recipe_of_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _begun_recipe(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "recipe.json").read_text()))
+    return dict(json.loads((folder / RECIPE_FILE).read_text()))
 
 
 def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher, num_processes: int) -> None:
-    parts_folder = folder / "parts"
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of shards that are damaged
-    parts_folder.mkdir(exist_ok=True)
-    write_whole(folder / "recipe.json", json.dumps(facts, indent=1))
+    """Makes the shards, or what is left to make of them."""
+    is_resumed = (folder / RECIPE_FILE).exists()
+    write_whole(folder / RECIPE_FILE, json.dumps(facts, indent=1))  # first: it marks the rest as ours
+    if not is_resumed and not _has_tokenizer(folder):
+        remove_tokenizer(folder)
+    had_tokenizer = (folder / TOKENIZER_FOLDER).exists()
+    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     try:
         _make_parts_and_join(recipe, facts, folder, watcher, num_processes)
     except ConfigError:
-        if not any(parts_folder.glob("*.json")):  # nothing is done yet, and what is wrong may be the recipe
-            shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-            (folder / "recipe.json").unlink()
+        if not any((folder / PARTS_FOLDER).glob("*.json")):  # nothing is done yet, and what is wrong may be the recipe
+            if not had_tokenizer:
+                remove_tokenizer(folder)
+            remove_scaffold(folder)
         raise
-    shutil.rmtree(parts_folder)
-    (folder / "recipe.json").unlink()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer of damaged shards is whole."""
+    try:
+        return bool(open_tokenizer_of(folder, "output"))
+    except ConfigError:
+        return False
 
 
 def _make_parts_and_join(
@@ -200,78 +196,37 @@ def _make_parts_and_join(
     tokenizer = _tokenizer(recipe, folder, watcher)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32).newbyteorder("<").str
     digest = hashlib.sha256()
-    encoding = Encoding(folder / "parts", folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
-    labelled = _labelled_documents(recipe, digest)
+    encoding = Encoding(folder / PARTS_FOLDER, folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
+    labelled = labelled_documents(recipe, digest)
     parts = encode_all(stretches(labelled), encoding, num_processes, watcher.part)
     index = joining.joined_index(parts, recipe.cleaning.duplicates)
     choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)
-    manifest = {
+    remove_shards(folder)  # damaged ones, whose source is there, as is now known
+    splits = {
+        name: joining.join(parts, index, choice, number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
+        for number, name in enumerate(SPLITS)
+    }
+    found = {"corpus_sha256": digest.hexdigest(), "num_documents_read": len(index)}
+    found["left_out"] = joining.count_left_out(index)
+    write_manifest(folder, _manifest(recipe, facts, folder, tokenizer, dtype, {**found, "splits": splits}))
+
+
+def _manifest(
+    recipe: Recipe, facts: dict[str, Any], folder: Path, tokenizer: Tokenizer, dtype: str, found: dict[str, Any]
+) -> dict[str, Any]:
+    tokenizer_files = sorted(f"{TOKENIZER_FOLDER}/{path.name}" for path in (folder / TOKENIZER_FOLDER).iterdir())
+    return {
         "version": FORMAT_VERSION,
         **{key: value for key, value in recipe.facts().items() if key != "tokenizer"},
         "licence": recipe.licence or licence_of(recipe.source),
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_files": list_files(folder, tokenizer_files),
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype,
-        "corpus_sha256": digest.hexdigest(),
-        "num_documents_read": len(index),
-        "left_out": joining.count_left_out(index),
-        "splits": {
-            name: joining.join(parts, index, choice, number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
-            for number, name in enumerate(SPLITS)
-        },
+        **found,
         "overlap": None,
         "recipe": facts,
     }
-    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------
-
-
-def _labelled_documents(recipe: Recipe, digest: "hashlib._Hash") -> Iterator[tuple[str, Document]]:
-    """Yields (split, document) in order, the split empty where it is decided later; digests what it reads.
-
-    A source that is one document is cut in two, unless there is a source for validation.
-    """
-
-    def read(source: str, key: str) -> Iterator[Document]:
-        for document in documents(source, key):
-            text = document.text.encode()
-            digest.update(f"{len(document.name)} {document.name} {len(text)} ".encode())
-            digest.update(text)
-            yield document
-
-    key, validation_key = f"{recipe.section}source", f"{recipe.section}validation_source"
-    if recipe.validation_source is not None:
-        yield from (("train", document) for document in read(recipe.source, key))
-        digest.update(b"validation")
-        yield from (("validation", document) for document in read(recipe.validation_source, validation_key))
-        return
-    held: list[Document] = []  # until it is known whether a second one has text
-    with_text = 0
-    for document in read(recipe.source, key):
-        if with_text < 2:
-            held.append(document)
-            with_text += bool(document.text)
-            if with_text == 2:
-                yield from (("", document) for document in held)
-        else:
-            yield "", document
-    if with_text < 2:
-        digest.update(repr(recipe.validation_fraction).encode())
-        for document in held:
-            yield from _cut(document, recipe.validation_fraction) if document.text else [("train", document)]
-
-
-def _cut(document: Document, validation_fraction: float) -> Iterator[tuple[str, Document]]:
-    """Cuts a corpus that is one document, at the last line break before its validation part."""
-    cut = round(len(document.text) * (1.0 - validation_fraction))
-    near = cut - (len(document.text) - cut) // 2  # no line break for long: cut inside the line
-    cut = document.text.rfind("\n", near, cut) + 1 or cut
-    yield "train", Document(document.name, document.text[:cut])
-    yield "validation", Document(document.name, document.text[cut:])
 
 
 def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
@@ -284,34 +239,16 @@ def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
         tokenizer = make_tokenizer(recipe.tokenizer, f"{recipe.section}tokenizer")
     else:
         watcher.say(f"reading {recipe.source} to train {recipe.tokenizer}")
-        sample = _sample(document for document in documents(recipe.source, f"{recipe.section}source") if document.text)
-        num_bytes = sum(len(text.encode()) for text in sample)
-        watcher.say(f"training {recipe.tokenizer} on {len(sample):,} documents, {num_bytes / 1e6:,.1f} MB")
+        texts = sample(document for document in documents(recipe.source, f"{recipe.section}source") if document.text)
+        num_bytes = sum(len(text.encode()) for text in texts)
+        watcher.say(f"training {recipe.tokenizer} on {len(texts):,} documents, {num_bytes / 1e6:,.1f} MB")
         cleaner = Cleaner(recipe.cleaning)
-        cleaned = (cleaner.clean(text)[0] for text in sample)
+        cleaned = (cleaner.clean(text)[0] for text in texts)
         tokenizer = bpe.train((piece for text in cleaned for piece in bpe.segments(text, 1 << 14)), size)
         if tokenizer.vocab_size < size:
             watcher.say(f"the text has pairs for {tokenizer.vocab_size:,} tokens only, not {size:,}")
     save_tokenizer(tokenizer, home)
     return tokenizer
-
-
-def _sample(all_documents: Iterable[Document]) -> list[str]:
-    """Texts of up to `SAMPLE_BYTES`: of all documents, those whose names hash lowest, in the order of the hashes.
-
-    A single document that is larger gives its beginning.
-    """
-    chosen: list[tuple[int, str]] = []  # a heap, the highest hash first
-    size = 0
-    for document in all_documents:
-        rank = int.from_bytes(hashlib.sha256(f"sample {document.name}".encode()).digest()[:8])
-        if size >= SAMPLE_BYTES and rank > -chosen[0][0]:
-            continue
-        heapq.heappush(chosen, (-rank, document.text[:SAMPLE_BYTES]))
-        size += len(document.text[:SAMPLE_BYTES])
-        while size - len(chosen[0][1]) >= SAMPLE_BYTES:
-            size -= len(heapq.heappop(chosen)[1])
-    return [text for _, text in sorted(chosen, reverse=True)]
 
 
 def _measure_overlap(folder: Path, num_processes: int) -> None:
@@ -326,7 +263,7 @@ def _measure_overlap(folder: Path, num_processes: int) -> None:
     result = _overlap_of(folder).result(np.logical_or.reduce(marks))
     manifest = read_manifest(folder)
     manifest["overlap"] = {**asdict(result), "fraction": round(result.fraction, 9), "told": result.describe()}
-    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_manifest(folder, manifest)
     _overlap_of.cache_clear()
 
 

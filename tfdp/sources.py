@@ -11,8 +11,10 @@ from pathlib import Path
 from tfdp import mixture
 from tfdp.config import DataConfig
 from tfdp.exits import ConfigError
-from tfdp.preparation import Recipe, corpus_sha256, prepare
-from tfdp.shards import FORMAT_VERSION, SPLITS, Split, TokenShards, open_shards
+from tfdp.manifest import FORMAT_VERSION, SPLITS
+from tfdp.preparation import prepare
+from tfdp.reading import Recipe, corpus_sha256
+from tfdp.shards import Split, TokenShards, open_shards, open_tokenizer_of
 from tfdp.tokenizer import Tokenizer, make_tokenizer, size_to_train
 
 TOKENS = "tokens:"
@@ -131,7 +133,7 @@ def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
       ConfigError: a source is wrong or empty, or their tokenizers differ.
     """
     named = mixture.parse(config.source)
-    opened = {name: _open_tokens(name) for name, _ in named if name.startswith(TOKENS)}
+    opened = {name: open_shards(*_folder_and_key(name), cache_dir) for name, _ in named if name.startswith(TOKENS)}
     _check(config, [name for name, _ in named], opened)
     recipe_tokenizer = _tokenizer_name(config, list(opened))
     sources = [
@@ -156,13 +158,13 @@ def expected_vocab_size(config: DataConfig) -> int:
     """
     tokens = [name for name, _ in mixture.parse(config.source) if name.startswith(TOKENS)]
     if config.tokenizer == "auto" and tokens:
-        return _open_tokens(tokens[0]).tokenizer.vocab_size
+        return open_tokenizer_of(*_folder_and_key(tokens[0])).vocab_size
     size = size_to_train(config.tokenizer)
     return size or make_tokenizer(_tokenizer_name(config, [])).vocab_size
 
 
-def _open_tokens(name: str) -> TokenShards:
-    return open_shards(Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}")
+def _folder_and_key(name: str) -> tuple[Path, str]:
+    return Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}"
 
 
 def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards]) -> None:

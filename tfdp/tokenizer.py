@@ -23,7 +23,7 @@ from tfdp.exits import ConfigError
 from tfdp.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 
 FORMS = "bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
-_KIND_FILE = "tokenizer.tfdp.json"
+KIND_FILE = "tokenizer.tfdp.json"
 
 
 class Tokenizer(Protocol):
@@ -87,7 +87,7 @@ def make_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
     kind, _, address = name.partition(":")
     if name == "bytes":
         return ByteTokenizer()
-    if kind in ("bpe", "gpt2") and (Path(address) / _KIND_FILE).is_file():
+    if kind in ("bpe", "gpt2") and (Path(address) / KIND_FILE).is_file():
         return open_tokenizer(Path(address), key)
     if kind in ("bpe", "gpt2") and address and size_to_train(name) is None:
         return bpe.load(Path(address), "keras" if kind == "bpe" else "gpt2", key)
@@ -116,7 +116,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         elif isinstance(tokenizer, SentencePieceTokenizer):
             tokenizer.save(scratch)
             kind = {"kind": "sentencepiece"}
-        (scratch / _KIND_FILE).write_text(json.dumps(kind))
+        (scratch / KIND_FILE).write_text(json.dumps(kind))
         os.rename(scratch, folder)
     except OSError:
         if not folder.exists():
@@ -128,11 +128,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def open_tokenizer(folder: Path, key: str = "tokenizer") -> Tokenizer:
     """Reads what `save_tokenizer` wrote. Raises `ConfigError` for a folder that is not such."""
     try:
-        kind = json.loads((folder / _KIND_FILE).read_text())
-    except (OSError, ValueError) as error:
+        told = json.loads((folder / KIND_FILE).read_text())
+        kind, pattern = told["kind"], told.get("pattern")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{key} ({folder}) must be a tokenizer that tfdp wrote: {error}") from None
-    if kind["kind"] == "bpe":
-        return bpe.load(folder, kind["pattern"], key)
-    if kind["kind"] == "sentencepiece":
+    if kind == "bpe" and pattern in list(bpe.PATTERNS):
+        return bpe.load(folder, pattern, key)
+    if kind == "sentencepiece":
         return SentencePieceTokenizer.from_file(folder / MODEL_FILE, key)
-    return ByteTokenizer()
+    if kind == "bytes":
+        return ByteTokenizer()
+    raise ConfigError(f"{key} ({folder}) must be a tokenizer that tfdp wrote: {KIND_FILE} names no kind of tokenizer")
