@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdp import joining, parts
+from tfdp import bpe, joining, parts, preparation, shard_folder
 from tfdp.cleaning import Cleaning
 from tfdp.config import DataConfig
 from tfdp.exits import ConfigError
@@ -23,7 +23,7 @@ from tfdp.preparation import prepare
 from tfdp.reading import Recipe
 from tfdp.shards import Split, open_shards
 from tfdp.sources import open_corpus
-from tfdp.tokenizer import ByteTokenizer, make_tokenizer
+from tfdp.tokenizer import ByteTokenizer, make_tokenizer, save_tokenizer
 
 WORDS = ["return", "self.value", "import", "for", "lambda", "été", "漢字", "😀", "0", "+=", "(", "\n", "\n\t", "\r\n"]
 
@@ -262,7 +262,105 @@ def test_a_sentencepiece_model_prepares_text(tmp_path: Path) -> None:
     assert found.train.num_bytes + found.validation.num_bytes == path.stat().st_size
 
 
-# --- Damage on the way ---------------------------------------------------------------------------
+# --- Whose a folder is -----------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that lies in a folder, but for the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "tokenizer", "output", "told"),
+    [
+        ("jsonl:corp/parts/*.jsonl", "bytes", "corp", "but has parts/a.jsonl: name a new folder"),
+        ("jsonl:corp/parts/*.jsonl", "bytes", "corp/parts", "but has a.jsonl: name a new folder"),
+        ("jsonl:corp/parts/*.jsonl", "gpt2:sh/tokenizer", "sh", "but has tokenizer/merges.txt, tokenizer/vocab.json:"),
+        ("jsonl:corp/parts/*.jsonl", "bpe:trained/tokenizer", "trained", "but has tokenizer/merges.txt, "),
+        ("jsonl:corp/parts/*.jsonl", "bytes", "web", "but has manifest.json: name a new folder"),
+        ("jsonl:corp/parts/*.jsonl", "bytes", "numbered", "but has parts/0000000.json: name a new folder"),
+        ("jsonl:corp/parts/*.jsonl", "bytes", "linked", "but has train-00000.bin: name a new folder"),
+        ("jsonl:corp/parts/*.jsonl", "bytes", "notes", "but has 1.txt, 2.txt, 3.txt and 1 more: name a new folder"),
+        ("jsonl:corp/parts/*.jsonl", "bytes", "corp/parts/a.jsonl", "must be a folder that can be written:"),
+        ("jsonl:corp/**/*.jsonl", "bytes", "corp/new", "/corp/new/train.documents.jsonl becomes text:"),
+        ("jsonl:corp/*/*.jsonl", "bytes", "corp/new", "/corp/new/train.documents.jsonl becomes text:"),
+        ("text:**", "bytes", "corp/new", "becomes text: name a folder elsewhere"),
+        ("jsonl:corp/parts/a.jsonl", "gpt2:new/tokenizer", "new", "must be a folder with vocabulary.json or "),
+    ],
+)
+def test_what_is_not_its_own_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, tokenizer: str, output: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("corp/parts", "sh/tokenizer", "trained", "web", "numbered/parts", "linked", "notes"):
+        Path(name).mkdir(parents=True)
+    write_jsonl(Path("corp/parts/a.jsonl"), 3000)
+    vocabulary = bpe.train(["a text for a vocabulary"], 270)
+    vocabulary.save(Path("sh/tokenizer"))
+    Path("sh/tokenizer/vocabulary.json").rename("sh/tokenizer/vocab.json")
+    save_tokenizer(vocabulary, Path("trained/tokenizer"))
+    Path("web/manifest.json").write_text('{"name": "an app", "version": 4}')
+    Path("numbered/parts/0000000.json").write_text("{}")
+    Path("precious").write_text("precious")
+    Path("linked/train-00000.bin").symlink_to("../precious")
+    for number in range(1, 5):
+        Path(f"notes/{number}.txt").write_text("a note")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        prepare(recipe(source, tokenizer), Path(output))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.rglob(".lock"))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_a_preparation_knows_its_own_files_at_any_moment(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    source, output = write_jsonl(tmp_path / "a.jsonl", 60_000), tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        assert shard_folder.foreign_entries(output) == []
+        raise KeyboardInterrupt
+
+    for module, name in ((preparation, "encode_all"), (joining, "join"), (preparation, "remove_scaffold")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(recipe(source, tokenizer), output)
+    prepare(recipe(source, tokenizer), output, overlap=True)
+    assert shard_folder.foreign_entries(output) == []
+    assert not (output / "parts").exists() and not (output / "recipe.json").exists()
+    (output / "README").write_text("mine")
+    assert shard_folder.foreign_entries(output) == ["README"]
+    prepare(recipe(source, tokenizer), output)  # nothing is left to do, so nothing is in the way
+    (output / "manifest.json").write_text("damaged")
+    with pytest.raises(ConfigError, match="but has README: name a new folder"):
+        prepare(recipe(source, tokenizer), output)
+    (output / "README").unlink()
+    prepare(recipe(source, tokenizer), output, overlap=True)
+    prepare(recipe(source, tokenizer), tmp_path / "alone", overlap=True)
+    assert digests(output) == digests(tmp_path / "alone")
+
+
+def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 20_000)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    prepare(recipe(source), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "manifest.json").is_file()
+
+
+def test_a_cache_inside_of_what_is_read_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", 20_000)
+    config = DataConfig(source=f"jsonl:{tmp_path}/**/*.jsonl")
+    with pytest.raises(ConfigError, match=r"^data\.cache_dir \(.*\) must lie outside of what data\.source \(jsonl:"):
+        open_corpus(config, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_bit_that_flips_in_an_unfinished_preparation_does_not_show(

@@ -57,6 +57,14 @@ def licence_of(source: str) -> str | None:
     return "PSF-2.0" if source == "python-stdlib" else None
 
 
+def files_pattern(source: str) -> str | None:
+    """The glob pattern of the files that a source reads; None where it names none."""
+    kind, _, address = source.partition(":")
+    if kind == "text":
+        return address
+    return _pattern_and_field(address)[0] if kind in ("jsonl", "parquet") else None
+
+
 def _python_stdlib(address: str, key: str) -> Iterator[Document]:
     """The standard library of the running Python, by module name, its tests left out."""
     require(not address, key, f"python-stdlib:{address}", "must have nothing after python-stdlib")

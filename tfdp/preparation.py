@@ -1,7 +1,8 @@
 """Documents -> token shards, once: by all cores, restartable where it stopped, safe when started twice at once.
 
 A folder in the making holds `recipe.json`, the tokenizer and `parts/` (`tfdp/parts.py`). When all parts are there they
-are joined into the shards of `tfdp/shards.py`; the manifest is written last, then the parts go.
+are joined into the shards of `tfdp/shards.py`; the manifest is written last, then the parts go. A folder that holds
+anything else is left alone (`tfdp/shard_folder.py`).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from tfdp import bpe, joining
 from tfdp.cleaning import Cleaner
-from tfdp.corpus import documents, licence_of
+from tfdp.corpus import documents, files_pattern, licence_of
 from tfdp.exits import ConfigError
 from tfdp.files import write_whole
 from tfdp.manifest import (
@@ -36,6 +37,8 @@ from tfdp.processes import make_pool
 from tfdp.reading import Recipe, labelled_documents, sample
 from tfdp.shard_folder import (
     RECIPE_FILE,
+    foreign_entries,
+    own_file_read_by,
     remove_scaffold,
     remove_shards,
     remove_tokenizer,
@@ -93,6 +96,8 @@ def prepare(
         if found and _is_finished(folder, overlap):
             watcher.say(f"{folder} is prepared already")
             return found
+        if not found:
+            _require_room(recipe, folder, key)
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, watcher):
             if not _made(folder, facts, key, watcher, is_mended=True):
@@ -162,6 +167,27 @@ def _recipe_of_manifest(folder: Path) -> dict[str, Any]:
 
 def _begun_recipe(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / RECIPE_FILE).read_text()))
+
+
+def _require_room(recipe: Recipe, folder: Path, key: str) -> None:
+    """Raises `ConfigError` for a folder that holds something else, or is in the way of what the recipe reads."""
+    if folder.is_dir() and (foreign := foreign_entries(folder)):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ConfigError(
+            f"{key} ({folder}) must hold only what a preparation writes, but has {', '.join(foreign[:3])}{more}: "
+            f"name a new folder"
+        )
+    for name, source in (("source", recipe.source), ("validation_source", recipe.validation_source)):
+        pattern = files_pattern(source) if source else None
+        if pattern and (read := own_file_read_by(pattern, folder)):
+            raise ConfigError(
+                f"{key} ({folder}) must lie outside of what {recipe.section}{name} ({source}) reads, or {read} becomes "
+                f"text: name a folder elsewhere"
+            )
+    vocabulary = None if size_to_train(recipe.tokenizer) else recipe.tokenizer.partition(":")[2]
+    for name, path in (("tokenizer", vocabulary), ("cleaning.stop_words", recipe.cleaning.stop_words)):
+        if path and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{key} ({folder}) must not be where {name} ({path}) lies: name a new folder")
 
 
 def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher, num_processes: int) -> None:
