@@ -438,6 +438,76 @@ def test_a_short_validation_split_is_explained(tmp_path: Path) -> None:
         corpus.check_lengths(30)
 
 
+NO_TEXT = {
+    "jsonl:none.jsonl": "it holds no documents: name another source",
+    "jsonl:none.jsonl.gz": "it holds no documents: name another source",
+    "jsonl:none.jsonl.zst": "it holds no documents: name another source",
+    "parquet:none.parquet": "it holds no documents: name another source",
+    "jsonl:some.jsonl:text:label=x": "3 records read, none with label=x: check the key and its value",
+    "parquet:some.parquet:text:label=x": "2 records read, none with label=x: check the key and its value",
+    "jsonl:some.jsonl:nothing": "none of its 3 documents holds text: name another source",
+    "text:empty.txt": "none of its 1 documents holds text: name another source",
+    "jsonl:some.jsonl": "cleaning left out all 3 documents (2 too short, 1 too long): loosen cleaning, or name another",
+    "jsonl:some.jsonl:space": "cleaning left out all 3 documents (3 too short): loosen cleaning, or name another",
+}
+
+
+def write_sources_without_text() -> None:
+    """Into the working directory."""
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    Path("none.jsonl").write_text("")
+    Path("none.jsonl.gz").write_bytes(gzip.compress(b""))
+    Path("none.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b""))
+    Path("empty.txt").write_text("")
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "none.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": ["c", "d"]}), "some.parquet")
+    records = [{"text": text, "label": "good", "nothing": "", "space": " "} for text in ("one", "two", "3" * 99)]
+    Path("some.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+
+
+@pytest.mark.parametrize("source", NO_TEXT)
+@pytest.mark.parametrize("key", ["source", "validation_source"])
+def test_no_text_is_one_line_and_the_next_command_finds_no_trace_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sources_without_text()
+    good = write_jsonl(Path("good.jsonl"), 20_000)
+    cleaning = Cleaning(min_chars=10, max_chars=50) if NO_TEXT[source].startswith("cleaning") else Cleaning()
+    if key == "source":
+        wrong = recipe(source, "bpe:300", cleaning=cleaning)
+    elif cleaning == Cleaning():
+        wrong = Recipe(good, source, 0.1, "bpe:300")
+    else:
+        Path("good.jsonl").write_text('{"text": "neither short nor long"}\n' * 40)
+        wrong = Recipe(good, source, 0.1, "bpe:300", cleaning)
+    with pytest.raises(ConfigError) as caught:
+        prepare(wrong, Path("out"))
+    assert str(caught.value).startswith(f"{key} ({source}) must not be empty: {NO_TEXT[source]}")
+    assert "\n" not in str(caught.value)
+    assert tree(Path("out")) == {}
+    write_jsonl(Path("good.jsonl"), 20_000)
+    assert prepare(recipe(good), Path("out")).train.num_bytes > 10_000
+
+
+def test_only_copies_of_the_training_text_are_no_validation_text(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", 5_000)
+    both = Recipe(source, source, 0.1, "bytes", Cleaning(duplicates=True))
+    with pytest.raises(ConfigError, match=r"^validation_source \(.*\) must not be empty: .* \(\d+ duplicate\): loosen"):
+        prepare(both, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("text", "split"), [("x", "train"), ("\n", "train")])
+def test_a_text_too_short_for_two_splits_is_refused(tmp_path: Path, text: str, split: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ConfigError, match=f"must hold text for both splits, and all of its 1 bytes are for {split}: "):
+        prepare(recipe(f"text:{tmp_path}/a.txt"), tmp_path / "out")
+    assert tree(tmp_path / "out") == {}
+
+
 def test_a_document_that_cleaning_leaves_alone_is_cut(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a line\n" * 100)
     (tmp_path / "b.txt").write_text("short")

@@ -164,11 +164,6 @@ def test_a_document_that_moves_to_the_validation_source_moves_in_the_shards(tmp_
         assert [len(text) for text in texts(found.validation)] == sizes
 
 
-def test_a_corpus_without_text_gives_empty_splits(tmp_path: Path) -> None:
-    found = prepare(tmp_path / "cache", write_corpus(tmp_path / "text", [0]))
-    assert (found.train.num_bytes, found.validation.num_bytes) == (0, 0)
-
-
 # --- The cache -------------------------------------------------------------------------------------
 
 

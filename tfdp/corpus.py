@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tfdp.config import require
 from tfdp.exits import ConfigError
-from tfdp.records import DEFAULT_FIELD, json_lines, parquet_rows
+from tfdp.records import DEFAULT_FIELD, json_lines, num_json_lines, num_parquet_rows, parquet_rows
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ def files_pattern(source: str) -> str | None:
     if kind == "text":
         return address
     return _pattern_and_field(address)[0] if kind in ("jsonl", "parquet") else None
+
+
+def condition_of(source: str) -> tuple[str, str] | None:
+    """The KEY and the VALUE of the records that a source takes; None where it takes all."""
+    kind, _, address = source.partition(":")
+    return _pattern_and_field(address)[2] if kind in ("jsonl", "parquet") else None
+
+
+def num_records(source: str, key: str) -> int:
+    """The records in the files of a jsonl or parquet source, whatever its condition."""
+    kind, _, address = source.partition(":")
+    count = num_json_lines if kind == "jsonl" else num_parquet_rows
+    return sum(count(path) for _, path in _files(_pattern_and_field(address)[0], key, source))
 
 
 def _python_stdlib(address: str, key: str) -> Iterator[Document]:

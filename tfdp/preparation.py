@@ -34,7 +34,7 @@ from tfdp.manifest import (
 from tfdp.overlap import Overlap
 from tfdp.parts import PARTS_FOLDER, Encoding, Part, encode_all, stretches
 from tfdp.processes import make_pool
-from tfdp.reading import Recipe, labelled_documents, sample
+from tfdp.reading import NoText, Recipe, labelled_documents, require_both, require_text, sample
 from tfdp.shard_folder import (
     RECIPE_FILE,
     foreign_entries,
@@ -191,7 +191,7 @@ def _require_room(recipe: Recipe, folder: Path, key: str) -> None:
 
 
 def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher, num_processes: int) -> None:
-    """Makes the shards, or what is left to make of them."""
+    """Makes the shards, or what is left to make of them; where there is no text, nothing of it stays."""
     is_resumed = (folder / RECIPE_FILE).exists()
     write_whole(folder / RECIPE_FILE, json.dumps(facts, indent=1))  # first: it marks the rest as ours
     if not is_resumed and not _has_tokenizer(folder):
@@ -200,8 +200,9 @@ def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher,
     (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     try:
         _make_parts_and_join(recipe, facts, folder, watcher, num_processes)
-    except ConfigError:
-        if not any((folder / PARTS_FOLDER).glob("*.json")):  # nothing is done yet, and what is wrong may be the recipe
+    except ConfigError as error:
+        # Where nothing is done yet, or there is no text, the recipe may be wrong: another one may have the folder.
+        if isinstance(error, NoText) or not any((folder / PARTS_FOLDER).glob("*.json")):
             if not had_tokenizer:
                 remove_tokenizer(folder)
             remove_scaffold(folder)
@@ -226,7 +227,9 @@ def _make_parts_and_join(
     labelled = labelled_documents(recipe, digest)
     parts = encode_all(stretches(labelled), encoding, num_processes, watcher.part)
     index = joining.joined_index(parts, recipe.cleaning.duplicates)
+    require_text(recipe, index, joining.labels_of(parts))
     choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)
+    require_both(recipe, index, choice)
     remove_shards(folder)  # damaged ones, whose source is there, as is now known
     splits = {
         name: joining.join(parts, index, choice, number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))

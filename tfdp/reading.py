@@ -1,4 +1,4 @@
-"""What shards are made from: the documents of a recipe in their order."""
+"""What shards are made from: the documents of a recipe in their order, and whether there is text in them."""
 
 import hashlib
 import heapq
@@ -6,8 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from tfdp import joining
 from tfdp.cleaning import Cleaning, fingerprint
-from tfdp.corpus import Document, documents
+from tfdp.corpus import Document, condition_of, documents, num_records
+from tfdp.exits import ConfigError
+from tfdp.manifest import SPLITS
 from tfdp.tokenizer import make_tokenizer, size_to_train
 
 SAMPLE_BYTES = 32 << 20  # of text, that a vocabulary is trained on
@@ -47,6 +52,10 @@ class Recipe:
             else make_tokenizer(self.tokenizer, f"{self.section}tokenizer").fingerprint,
             "cleaning": fingerprint(self.cleaning),
         }
+
+
+class NoText(ConfigError):
+    """A source of which no text is left."""
 
 
 def corpus_sha256(recipe: Recipe) -> str:
@@ -117,3 +126,42 @@ def sample(all_documents: Iterable[Document]) -> list[str]:
         while size - len(chosen[0][1]) >= SAMPLE_BYTES:
             size -= len(heapq.heappop(chosen)[1])
     return [text for _, text in sorted(chosen, reverse=True)]
+
+
+def require_text(recipe: Recipe, index: np.ndarray, labels: np.ndarray) -> None:
+    """Raises `NoText` for a source of which no text is left, saying what was found."""
+    sources = [("source", recipe.source, labels >= 0)]
+    if recipe.validation_source is not None:
+        sources = [
+            ("source", recipe.source, labels == 0),
+            ("validation_source", recipe.validation_source, labels == 1),
+        ]
+    for name, source, of_source in sources:
+        found = index[of_source]
+        if not np.any(found["num_bytes"][found["left_out"] == 0]):
+            key = f"{recipe.section}{name}"
+            raise NoText(f"{key} ({source}) must not be empty: {_what_was_found(source, key, found)}")
+
+
+def require_both(recipe: Recipe, index: np.ndarray, choice: joining.Choice) -> None:
+    """Raises `NoText` for a text so short that one split gets none of it."""
+    sizes = [choice.num_bytes(index, number) for number in range(len(SPLITS))]
+    if not all(sizes):
+        raise NoText(
+            f"{recipe.section}source ({recipe.source}) must hold text for both splits, and all of its {sum(sizes):,} "
+            f"bytes are for {SPLITS[int(sizes[0] == 0)]}: name more text, or a validation_source"
+        )
+
+
+def _what_was_found(source: str, key: str, index: np.ndarray) -> str:
+    """Why a source gives no text, and what to do."""
+    if not len(index):
+        if (condition := condition_of(source)) and (count := num_records(source, key)):
+            return f"{count:,} records read, none with {'='.join(condition)}: check the key and its value"
+        return "it holds no documents: name another source"
+    left_out = joining.count_left_out(index)
+    num_empty = len(index) - sum(left_out.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in {**left_out, "empty": num_empty}.items() if count)
+    if left_out:
+        return f"cleaning left out all {len(index):,} documents ({reasons}): loosen cleaning, or name another source"
+    return f"none of its {len(index):,} documents holds text: name another source"

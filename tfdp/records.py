@@ -46,6 +46,11 @@ def json_lines(path: Path, field: str, key: str, only: Condition = None) -> Iter
         raise ConfigError(f"{key}: {path} must be whole and readable, but after line {number}: {message}") from None
 
 
+def num_json_lines(path: Path) -> int:
+    """The lines with a record in a file that `json_lines` has read."""
+    return sum(1 for line in _lines(path) if line.strip())
+
+
 def _parse(line: bytes, where: str) -> object:
     try:
         return json.loads(line)
@@ -142,6 +147,13 @@ def parquet_rows(path: Path, column: str, key: str, only: Condition = None) -> I
     except (pyarrow.ArrowException, OSError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"{key}: {path} must be a whole Parquet file, but after row {number}: {message}") from None
+
+
+def num_parquet_rows(path: Path) -> int:
+    """The rows of a file that `parquet_rows` has read."""
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
 def _from_arrow(value: Any) -> Any:
