@@ -347,6 +347,18 @@ def test_a_preparation_knows_its_own_files_at_any_moment(
     assert digests(output) == digests(tmp_path / "alone")
 
 
+def test_a_tokenizer_is_not_read_from_the_folder_that_is_made(tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "a.jsonl", 20_000), tmp_path / "out"
+    prepare(recipe(source, "bpe:300"), output)
+    (output / "manifest.json").write_text("damaged")  # so that it would be made again, tokenizer and all
+    before = tree(output)
+    with pytest.raises(
+        ConfigError, match=r"^output \(.*\) must not be where tokenizer \(.*/tokenizer\) lies: name a new"
+    ):
+        prepare(recipe(source, f"bpe:{output}/tokenizer"), output)
+    assert tree(output) == before
+
+
 def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", 20_000)
     (tmp_path / "real").mkdir()
