@@ -23,9 +23,9 @@ from pathlib import Path
 from tfdp import addresses, compression, inputs
 from tfdp.config import require
 from tfdp.exits import ConfigError
-from tfdp.json_lines import json_lines
+from tfdp.json_lines import json_lines, num_json_lines
 from tfdp.messages import nearest, shown
-from tfdp.parquet import parquet_rows
+from tfdp.parquet import num_parquet_rows, parquet_rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,27 @@ def documents(source: str, key: str = "data.source") -> Iterator[Document]:
 def licence_of(source: str) -> str | None:
     """The licence of a source's text as an SPDX identifier, where it is known."""
     return "PSF-2.0" if source == "python-stdlib" else None
+
+
+def files_pattern(source: str, key: str) -> str | None:
+    """The glob pattern of the files that a source reads; None where it names none."""
+    kind, _, address = source.partition(":")
+    if kind == "text":
+        return address
+    return addresses.parse(address, key).pattern if kind in ("jsonl", "parquet") else None
+
+
+def condition_of(source: str, key: str) -> tuple[str, str] | None:
+    """The KEY and the VALUE of the records that a source takes; None where it takes all."""
+    kind, _, address = source.partition(":")
+    return addresses.parse(address, key).only if kind in ("jsonl", "parquet") else None
+
+
+def num_records(source: str, key: str) -> int:
+    """The records in the files of a jsonl or parquet source, whatever its condition."""
+    kind, _, address = source.partition(":")
+    count = num_json_lines if kind == "jsonl" else num_parquet_rows
+    return sum(count(path) for _, path in _files(addresses.parse(address, key).pattern, key, source))
 
 
 def _python_stdlib(address: str, key: str) -> Iterator[Document]:

@@ -36,6 +36,11 @@ def json_lines(path: Path, field: str, key: str, only: records.Condition = None)
         raise ConfigError(f"{file} must be whole and readable, but after line {number}: {error.strerror}") from None
 
 
+def num_json_lines(path: Path) -> int:
+    """The lines with a record in a file that `json_lines` has read."""
+    return sum(1 for line in compression.lines(path) if line and not line.isspace())
+
+
 def _parse(line: bytes, where: str) -> object:
     try:
         return strict_json.parse(line)

@@ -44,6 +44,13 @@ def parquet_rows(path: Path, column: str, key: str, only: records.Condition = No
         raise ConfigError(f"{where} must be a whole Parquet file, but after row {number}: {message}") from None
 
 
+def num_parquet_rows(path: Path) -> int:
+    """The rows of a file that `parquet_rows` has read."""
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(path).num_rows)
+
+
 def _place(fields: Sequence[Any], name: str, where: str) -> list[str]:
     """The names that lead to a column, or to a field of it. Raises `ConfigError` for one that is not there or twice."""
     place = _find(fields, name)

@@ -5,7 +5,7 @@ killed goes on with the parts that it has. For part N its folder holds
 
     N.tokens    ids, flat: document, end-of-text, document, end-of-text, ...
     N.index     a record for each document: `INDEX`, as an .npy file
-    N.json      names of the documents, digest of their text and lengths of the other two files; written last
+    N.json      names of the documents, digest of their text, lengths and sha256 of the other two files; written last
 """
 
 import contextlib
@@ -25,8 +25,10 @@ from tfdp.corpus import Document
 from tfdp.exits import ConfigError
 from tfdp.files import replacing
 from tfdp.processes import make_pool
+from tfdp.sealed import read_sealed, write_sealed
 from tfdp.tokenizer import Tokenizer, open_tokenizer
 
+PARTS_FOLDER = "parts"
 STRETCH_BYTES = 16 << 20  # of text, in one part; a longer document has a part of its own
 INDEX = np.dtype(
     [
@@ -93,7 +95,15 @@ class Part:
             return np.load(file)
 
     def names(self) -> list[str]:
-        return json.loads(self.facts_path.read_text(encoding="utf-8"))["names"]
+        return read_sealed(self.facts_path)["names"]
+
+    def files(self) -> list[list[int | str]]:
+        """Length and sha256 of the files of the tokens and the index, as they are."""
+        found: list[list[int | str]] = []
+        for path in (self.tokens_path, self.index_path):
+            with path.open("rb") as file:
+                found.append([path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()])
+        return found
 
 
 @dataclass(frozen=True)
@@ -179,14 +189,13 @@ def encode_all(
 
 
 def find_part(folder: Path, stretch: Stretch) -> Part | None:
-    """The part of a stretch, if it was written whole. Raises `ConfigError` if it was made from other documents."""
+    """The part of a stretch, if it is there as it was written; `ConfigError` if it was made from other documents."""
     part = Part(folder, stretch.number, stretch.split, stretch.digest(), len(stretch.names), len(stretch.texts))
     try:
-        facts = json.loads(part.facts_path.read_text(encoding="utf-8"))
-        lengths = [part.tokens_path.stat().st_size, part.index_path.stat().st_size]
+        facts = read_sealed(part.facts_path)
+        if facts.get("files") != part.files():
+            return None
     except (OSError, ValueError):
-        return None
-    if facts["lengths"] != lengths:
         return None
     if facts["digest"] != part.digest:
         raise ConfigError(
@@ -236,9 +245,7 @@ def _write(part: Part, tokens: np.ndarray, index: np.ndarray, names: list[str]) 
         tokens.tofile(scratch)
     with replacing(part.index_path) as scratch, scratch.open("wb") as file:
         np.save(file, index)
-    lengths = [part.tokens_path.stat().st_size, part.index_path.stat().st_size]
-    with replacing(part.facts_path) as scratch:
-        scratch.write_text(json.dumps({"digest": part.digest, "lengths": lengths, "names": names}), encoding="utf-8")
+    write_sealed(part.facts_path, {"digest": part.digest, "files": part.files(), "names": names}, indent=None)
 
 
 @lru_cache(maxsize=1)

@@ -1,89 +1,65 @@
 """Documents -> token shards, once: by all cores, restartable where it stopped, safe when started twice at once.
 
 A folder in the making holds `recipe.json`, the tokenizer and `parts/` (`tfdp/parts.py`). When all parts are there they
-are joined into the shards of `tfdp/shards.py`; the manifest is written last, then the parts go.
+are joined into the shards of `tfdp/shards.py`; the manifest is written last, then the parts go. A folder that holds
+anything else is left alone (`tfdp/shard_folder.py`).
 """
 
 import contextlib
 import fcntl
 import hashlib
-import heapq
 import json
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tfdp import bpe
-from tfdp.cleaning import Cleaner, Cleaning, fingerprint
-from tfdp.corpus import Document, documents, licence_of
+from tfdp import bpe, joining
+from tfdp.cleaning import Cleaner
+from tfdp.corpus import documents, files_pattern, licence_of
 from tfdp.exits import ConfigError
 from tfdp.files import write_whole
-from tfdp.overlap import Overlap
-from tfdp.parts import LEFT_OUT, Encoding, Part, encode_all, stretches
-from tfdp.processes import make_pool
-from tfdp.shards import (
+from tfdp.inputs import path_of
+from tfdp.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     SPLITS,
     TOKENIZER_FOLDER,
-    SplitWriter,
-    TokenShards,
-    is_complete,
-    open_shards,
+    list_files,
     read_manifest,
+    write_manifest,
 )
+from tfdp.overlap import Overlap
+from tfdp.parts import PARTS_FOLDER, Encoding, Part, encode_all, stretches
+from tfdp.processes import make_pool
+from tfdp.reading import NoText, Recipe, labelled_documents, require_both, require_text, sample
+from tfdp.shard_folder import (
+    RECIPE_FILE,
+    foreign_entries,
+    own_file_read_by,
+    remove_scaffold,
+    remove_shards,
+    remove_tokenizer,
+)
+from tfdp.shard_writer import SplitWriter
+from tfdp.shards import DamagedShards, TokenShards, note, open_shards, open_tokenizer_of
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer, save_tokenizer, size_to_train
 
-SAMPLE_BYTES = 32 << 20  # of text, that a vocabulary is trained on
 _OVERLAP_TOKENS = 16 << 20  # whose text one process looks through at a time
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What shards are made from.
-
-    Attributes:
-      source, validation_source: as `data.source` names them; without the second, documents are held out.
-      validation_fraction: of the bytes, to hold out.
-      tokenizer: a name as `tfdp/tokenizer.py` lists them.
-      cleaning: of each document.
-      licence: of the text, if known.
-      section: of the configuration that these keys come from, with its dot; to name what is wrong.
-    """
-
-    source: str
-    validation_source: str | None
-    validation_fraction: float
-    tokenizer: str
-    cleaning: Cleaning = Cleaning()
-    licence: str | None = None
-    section: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """What the bytes of the shards follow from, with the content of the files it names."""
-        size = size_to_train(self.tokenizer)
-        held_out = self.validation_fraction if self.validation_source is None else None
-        return {
-            "source": self.source,
-            "validation_source": self.validation_source,
-            "validation_fraction": held_out,
-            "tokenizer": f"bpe:{size}"
-            if size
-            else make_tokenizer(self.tokenizer, f"{self.section}tokenizer").fingerprint,
-            "cleaning": fingerprint(self.cleaning),
-        }
-
-
 class Watcher:
-    """Is told how a preparation gets on; this one says nothing."""
+    """Is told how a preparation gets on; this one says only what must not be missed."""
 
     def say(self, line: str) -> None:
         """A line worth reading."""
+
+    def warn(self, line: str) -> None:
+        """A line that tells of damage, or why nothing happens for a while."""
+        note(line)
 
     def part(self, part: Part) -> None:
         """A part is there."""
@@ -115,33 +91,22 @@ def prepare(
     Raises:
       ConfigError: a mistake in the source, or a folder that holds something else or cannot be written.
     """
-    watcher = watcher or Watcher()
-    facts = facts or recipe.facts()
-
-    def is_done() -> bool:
-        return _is_made(folder, facts) and not (overlap and read_manifest(folder)["overlap"] is None)
-
+    watcher, facts = watcher or Watcher(), facts or recipe.facts()
     try:
-        if is_done():
+        found = _made(folder, facts, key, watcher)
+        if found and _is_finished(folder, overlap):
             watcher.say(f"{folder} is prepared already")
-            return open_shards(folder)
+            return found
+        if not found:
+            _require_room(recipe, folder, key)
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, watcher):
-            if not _is_made(folder, facts):
+            if not _made(folder, facts, key, watcher, is_mended=True):
                 _make(recipe, facts, folder, watcher, num_processes)
-            if not is_done():
-                _measure_overlap(folder, num_processes)
+            _finish(folder, overlap, num_processes)
     except OSError as error:
         raise ConfigError(f"{key} ({folder}) must be a folder that can be written: {error}") from None
-    return open_shards(folder)
-
-
-def corpus_sha256(recipe: Recipe) -> str:
-    """Reads the sources and digests names and texts in order: what shards of them are found again by."""
-    digest = hashlib.sha256()
-    for _ in _labelled_documents(recipe, digest):
-        pass
-    return digest.hexdigest()
+    return open_shards(folder, key, say=watcher.warn)
 
 
 @contextlib.contextmanager
@@ -155,8 +120,36 @@ def _lock(folder: Path, watcher: Watcher) -> Iterator[None]:
         yield  # the lock ends with the file, and with this process
 
 
-def _is_made(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether the folder holds these shards whole. Raises `ConfigError` where it holds, or was to hold, others."""
+def _made(
+    folder: Path, facts: dict[str, Any], key: str, watcher: Watcher, is_mended: bool = False
+) -> TokenShards | None:
+    """The shards, if the folder holds them whole. Raises `ConfigError` where it holds, or was to hold, others.
+
+    Where they are damaged and will be mended at once, the watcher hears of it.
+    """
+    _require_same(folder, facts)
+    try:
+        return open_shards(folder, key, say=watcher.warn)
+    except DamagedShards as error:
+        if is_mended and (folder / MANIFEST_FILE).exists():
+            watcher.warn(f"{error}: that is done now")
+        return None
+
+
+def _is_finished(folder: Path, overlap: bool) -> bool:
+    """Whether nothing is left to do in a folder of whole shards."""
+    return not (folder / RECIPE_FILE).exists() and not (overlap and read_manifest(folder)["overlap"] is None)
+
+
+def _finish(folder: Path, overlap: bool, num_processes: int) -> None:
+    """Does what is left to do in a folder of whole shards."""
+    remove_scaffold(folder)
+    if not _is_finished(folder, overlap):
+        _measure_overlap(folder, num_processes)
+
+
+def _require_same(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a folder that holds, or was to hold, the shards of another recipe."""
     for state, read in (("shards", _recipe_of_manifest), ("an unfinished preparation", _begun_recipe)):
         try:
             found = read(folder)
@@ -167,7 +160,6 @@ def _is_made(folder: Path, facts: dict[str, Any]) -> bool:
             raise ConfigError(
                 f"{folder} holds {state} of something else ({'; '.join(changed)}): name another folder, or remove it"
             )
-    return is_complete(folder)
 
 
 def _recipe_of_manifest(folder: Path) -> dict[str, Any]:
@@ -175,23 +167,55 @@ def _recipe_of_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _begun_recipe(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "recipe.json").read_text()))
+    return dict(json.loads((folder / RECIPE_FILE).read_text()))
+
+
+def _require_room(recipe: Recipe, folder: Path, key: str) -> None:
+    """Raises `ConfigError` for a folder that holds something else, or is in the way of what the recipe reads."""
+    if folder.is_dir() and (foreign := foreign_entries(folder)):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ConfigError(
+            f"{key} ({folder}) must hold only what a preparation writes, but has {', '.join(foreign[:3])}{more}: "
+            f"name a new folder"
+        )
+    for name, source in (("source", recipe.source), ("validation_source", recipe.validation_source)):
+        pattern = files_pattern(source, f"{recipe.section}{name}") if source else None
+        if pattern and (read := own_file_read_by(pattern, folder)):
+            raise ConfigError(
+                f"{key} ({folder}) must lie outside of what {recipe.section}{name} ({source}) reads, or {read} becomes "
+                f"text: name a folder elsewhere"
+            )
+    vocabulary = None if size_to_train(recipe.tokenizer) else recipe.tokenizer.partition(":")[2]
+    for name, path in (("tokenizer", vocabulary), ("cleaning.stop_words", recipe.cleaning.stop_words)):
+        if path and path_of(path).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{key} ({folder}) must not be where {name} ({path}) lies: name a new folder")
 
 
 def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher, num_processes: int) -> None:
-    parts_folder = folder / "parts"
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)  # of shards that are damaged
-    parts_folder.mkdir(exist_ok=True)
-    write_whole(folder / "recipe.json", json.dumps(facts, indent=1))
+    """Makes the shards, or what is left to make of them; where there is no text, nothing of it stays."""
+    is_resumed = (folder / RECIPE_FILE).exists()
+    write_whole(folder / RECIPE_FILE, json.dumps(facts, indent=1))  # first: it marks the rest as ours
+    if not is_resumed and not _has_tokenizer(folder):
+        remove_tokenizer(folder)
+    had_tokenizer = (folder / TOKENIZER_FOLDER).exists()
+    (folder / PARTS_FOLDER).mkdir(exist_ok=True)
     try:
         _make_parts_and_join(recipe, facts, folder, watcher, num_processes)
-    except ConfigError:
-        if not any(parts_folder.glob("*.json")):  # nothing is done yet, and what is wrong may be the recipe
-            shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-            (folder / "recipe.json").unlink()
+    except ConfigError as error:
+        # Where nothing is done yet, or there is no text, the recipe may be wrong: another one may have the folder.
+        if isinstance(error, NoText) or not any((folder / PARTS_FOLDER).glob("*.json")):
+            if not had_tokenizer:
+                remove_tokenizer(folder)
+            remove_scaffold(folder)
         raise
-    shutil.rmtree(parts_folder)
-    (folder / "recipe.json").unlink()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer of damaged shards is whole."""
+    try:
+        return bool(open_tokenizer_of(folder, "output"))
+    except ConfigError:
+        return False
 
 
 def _make_parts_and_join(
@@ -200,78 +224,39 @@ def _make_parts_and_join(
     tokenizer = _tokenizer(recipe, folder, watcher)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32).newbyteorder("<").str
     digest = hashlib.sha256()
-    encoding = Encoding(folder / "parts", folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
-    labelled = _labelled_documents(recipe, digest)
+    encoding = Encoding(folder / PARTS_FOLDER, folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
+    labelled = labelled_documents(recipe, digest)
     parts = encode_all(stretches(labelled), encoding, num_processes, watcher.part)
-    index = _joined_index(parts, recipe.cleaning.duplicates)
-    splits = _split_of_documents(parts, index, recipe.validation_fraction)
-    manifest = {
+    index = joining.joined_index(parts, recipe.cleaning.duplicates)
+    require_text(recipe, index, joining.labels_of(parts))
+    choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)
+    require_both(recipe, index, choice)
+    remove_shards(folder)  # damaged ones, whose source is there, as is now known
+    splits = {
+        name: joining.join(parts, index, choice, number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
+        for number, name in enumerate(SPLITS)
+    }
+    found = {"corpus_sha256": digest.hexdigest(), "num_documents_read": len(index)}
+    found["left_out"] = joining.count_left_out(index)
+    write_manifest(folder, _manifest(recipe, facts, folder, tokenizer, dtype, {**found, "splits": splits}))
+
+
+def _manifest(
+    recipe: Recipe, facts: dict[str, Any], folder: Path, tokenizer: Tokenizer, dtype: str, found: dict[str, Any]
+) -> dict[str, Any]:
+    tokenizer_files = sorted(f"{TOKENIZER_FOLDER}/{path.name}" for path in (folder / TOKENIZER_FOLDER).iterdir())
+    return {
         "version": FORMAT_VERSION,
         **{key: value for key, value in recipe.facts().items() if key != "tokenizer"},
         "licence": recipe.licence or licence_of(recipe.source),
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_files": list_files(folder, tokenizer_files),
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype,
-        "corpus_sha256": digest.hexdigest(),
-        "num_documents_read": len(index),
-        "left_out": _count_left_out(index),
-        "splits": {
-            name: _join(parts, index, splits == number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
-            for number, name in enumerate(SPLITS)
-        },
+        **found,
         "overlap": None,
         "recipe": facts,
     }
-    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------
-
-
-def _labelled_documents(recipe: Recipe, digest: "hashlib._Hash") -> Iterator[tuple[str, Document]]:
-    """Yields (split, document) in order, the split empty where it is decided later; digests what it reads.
-
-    A source that is one document is cut in two, unless there is a source for validation.
-    """
-
-    def read(source: str, key: str) -> Iterator[Document]:
-        for document in documents(source, key):
-            text = document.text.encode()
-            digest.update(f"{len(document.name)} {document.name} {len(text)} ".encode())
-            digest.update(text)
-            yield document
-
-    key, validation_key = f"{recipe.section}source", f"{recipe.section}validation_source"
-    if recipe.validation_source is not None:
-        yield from (("train", document) for document in read(recipe.source, key))
-        digest.update(b"validation")
-        yield from (("validation", document) for document in read(recipe.validation_source, validation_key))
-        return
-    held: list[Document] = []  # until it is known whether a second one has text
-    with_text = 0
-    for document in read(recipe.source, key):
-        if with_text < 2:
-            held.append(document)
-            with_text += bool(document.text)
-            if with_text == 2:
-                yield from (("", document) for document in held)
-        else:
-            yield "", document
-    if with_text < 2:
-        digest.update(repr(recipe.validation_fraction).encode())
-        for document in held:
-            yield from _cut(document, recipe.validation_fraction) if document.text else [("train", document)]
-
-
-def _cut(document: Document, validation_fraction: float) -> Iterator[tuple[str, Document]]:
-    """Cuts a corpus that is one document, at the last line break before its validation part."""
-    cut = round(len(document.text) * (1.0 - validation_fraction))
-    near = cut - (len(document.text) - cut) // 2  # no line break for long: cut inside the line
-    cut = document.text.rfind("\n", near, cut) + 1 or cut
-    yield "train", Document(document.name, document.text[:cut])
-    yield "validation", Document(document.name, document.text[cut:])
 
 
 def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
@@ -284,106 +269,16 @@ def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
         tokenizer = make_tokenizer(recipe.tokenizer, f"{recipe.section}tokenizer")
     else:
         watcher.say(f"reading {recipe.source} to train {recipe.tokenizer}")
-        sample = _sample(document for document in documents(recipe.source, f"{recipe.section}source") if document.text)
-        num_bytes = sum(len(text.encode()) for text in sample)
-        watcher.say(f"training {recipe.tokenizer} on {len(sample):,} documents, {num_bytes / 1e6:,.1f} MB")
+        texts = sample(document for document in documents(recipe.source, f"{recipe.section}source") if document.text)
+        num_bytes = sum(len(text.encode()) for text in texts)
+        watcher.say(f"training {recipe.tokenizer} on {len(texts):,} documents, {num_bytes / 1e6:,.1f} MB")
         cleaner = Cleaner(recipe.cleaning)
-        cleaned = (cleaner.clean(text)[0] for text in sample)
+        cleaned = (cleaner.clean(text)[0] for text in texts)
         tokenizer = bpe.train((piece for text in cleaned for piece in bpe.segments(text, 1 << 14)), size)
         if tokenizer.vocab_size < size:
             watcher.say(f"the text has pairs for {tokenizer.vocab_size:,} tokens only, not {size:,}")
     save_tokenizer(tokenizer, home)
     return tokenizer
-
-
-def _sample(all_documents: Iterable[Document]) -> list[str]:
-    """Texts of up to `SAMPLE_BYTES`: of all documents, those whose names hash lowest, in the order of the hashes.
-
-    A single document that is larger gives its beginning.
-    """
-    chosen: list[tuple[int, str]] = []  # a heap, the highest hash first
-    size = 0
-    for document in all_documents:
-        rank = int.from_bytes(hashlib.sha256(f"sample {document.name}".encode()).digest()[:8])
-        if size >= SAMPLE_BYTES and rank > -chosen[0][0]:
-            continue
-        heapq.heappush(chosen, (-rank, document.text[:SAMPLE_BYTES]))
-        size += len(document.text[:SAMPLE_BYTES])
-        while size - len(chosen[0][1]) >= SAMPLE_BYTES:
-            size -= len(heapq.heappop(chosen)[1])
-    return [text for _, text in sorted(chosen, reverse=True)]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Choosing
-# ---------------------------------------------------------------------------------------------------
-
-
-def _joined_index(parts: list[Part], without_duplicates: bool) -> np.ndarray:
-    """The records of all documents in order; of duplicates, all but the first are marked as left out."""
-    index = np.concatenate([part.index() for part in parts])
-    if without_duplicates:
-        counted = np.flatnonzero(index["left_out"] == 0)
-        _, first = np.unique(index["text_digest"][counted], axis=0, return_index=True)
-        again = np.ones(len(counted), dtype=bool)
-        again[first] = False
-        index["left_out"][counted[again]] = LEFT_OUT.index("duplicate")
-    return index
-
-
-def _split_of_documents(parts: list[Part], index: np.ndarray, fraction: float) -> np.ndarray:
-    """The number of the split of each document, in `SPLITS`; -1 for one that is left out."""
-    labels = np.repeat([SPLITS.index(part.split or "train") for part in parts], [part.num_documents for part in parts])
-    splits = np.where(index["left_out"] == 0, labels, -1)
-    if all(part.split == "" for part in parts):
-        splits[_held_out(index, fraction)] = SPLITS.index("validation")
-    return splits
-
-
-def _held_out(index: np.ndarray, fraction: float) -> np.ndarray:
-    """Documents for validation, by the hash of their names: each that still fits into the fraction of all bytes.
-
-    So the choice depends neither on a seed nor on the order of files. At least one is taken: else the shortest.
-    """
-    candidates = np.flatnonzero((index["left_out"] == 0) & (index["num_bytes"] > 0))
-    ranked = candidates[np.argsort(index["name_rank"][candidates], kind="stable")]
-    sizes = index["num_bytes"][ranked]
-    left, chosen = fraction * float(sizes.sum()), []
-    for document, size in zip(ranked.tolist(), sizes.tolist(), strict=True):
-        if size <= left:
-            chosen.append(document)
-            left -= size
-    if not chosen and len(ranked):
-        chosen = [int(ranked[np.argmin(sizes)])]
-    return np.array(chosen, dtype=np.int64)
-
-
-def _count_left_out(index: np.ndarray) -> dict[str, int]:
-    counts = np.bincount(index["left_out"], minlength=len(LEFT_OUT))
-    return {reason: int(count) for reason, count in zip(LEFT_OUT, counts, strict=True) if reason and count}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Joining
-# ---------------------------------------------------------------------------------------------------
-
-
-def _join(parts: list[Part], index: np.ndarray, wanted: np.ndarray, writer: SplitWriter) -> dict[str, Any]:
-    """Writes the wanted documents of all parts as one split; returns its part of the manifest."""
-    first = 0
-    for part in parts:
-        of_part = slice(first, first + part.num_documents)
-        first += part.num_documents
-        here = wanted[of_part]
-        if not here.any():
-            continue
-        lengths = index["num_tokens"][of_part]
-        ids = np.fromfile(part.tokens_path, dtype=writer.dtype)
-        names = [name for name, keep in zip(part.names(), here.tolist(), strict=True) if keep]
-        writer.add(
-            ids[np.repeat(here, lengths + 1)], lengths[here], names, int(index["num_bytes"][of_part][here].sum())
-        )
-    return writer.finish()
 
 
 def _measure_overlap(folder: Path, num_processes: int) -> None:
@@ -398,7 +293,7 @@ def _measure_overlap(folder: Path, num_processes: int) -> None:
     result = _overlap_of(folder).result(np.logical_or.reduce(marks))
     manifest = read_manifest(folder)
     manifest["overlap"] = {**asdict(result), "fraction": round(result.fraction, 9), "told": result.describe()}
-    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1, ensure_ascii=False))
+    write_manifest(folder, manifest)
     _overlap_of.cache_clear()
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from tfdp.cleaning import Cleaning
 from tfdp.config import load, require
 from tfdp.exits import run_command
+from tfdp.manifest import SPLITS, read_manifest
 from tfdp.parts import Part
-from tfdp.preparation import Recipe, Watcher, prepare
-from tfdp.shards import SPLITS, read_manifest
+from tfdp.preparation import Watcher, prepare
+from tfdp.reading import Recipe
 from tfdp.tokenizer import FORMS
 
 
@@ -75,6 +76,9 @@ class Console(Watcher):
 
     def say(self, line: str) -> None:
         print(f"\r\033[K{line}" if self._moving else line, flush=True)
+
+    def warn(self, line: str) -> None:
+        self.say(line)
 
     def part(self, part: Part) -> None:
         self._num_documents += part.num_documents

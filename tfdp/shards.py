@@ -2,37 +2,38 @@
 
 A folder of shards holds, for the splits `train` and `validation`:
 
-    manifest.json                what the folder was made from, the counts, and the sha256 of every .bin
+    manifest.json                what the folder was made from, the counts, and the sha256 of every file
     tokenizer/                   what the ids mean
     SPLIT-00000.bin ...          token ids, flat, little-endian uint16 or uint32
     SPLIT.documents.npy          index of the first token of each document, int64
     SPLIT.documents.jsonl        name of each document, a JSON string a line
+    verified.json                which of these files were found to be what the manifest says
 
 The ids of a split are one stream: end-of-text, document, end-of-text, document, ..., end-of-text. So every
 byte of every document is predicted once an epoch, the first one from an end-of-text token.
 
-Reading leaves no page of a file in the memory of this process: a corpus of any size costs the same.
+Opening verifies every file (`tfdp/verification.py`). Reading leaves no page of a file in the memory of this process: a
+corpus of any size costs the same.
 """
 
 import hashlib
+import io
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tfdp.exits import ConfigError
+from tfdp.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FOLDER, Manifest, SplitFacts
 from tfdp.tokenizer import Tokenizer, open_tokenizer
+from tfdp.verification import Damaged, Finding, check_lengths, examine, verify
 
-FORMAT_VERSION = 4
-SPLITS = ("train", "validation")
-MANIFEST_FILE, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
-TOKENS_PER_SHARD = 1 << 28
 ABSENT = -1  # stands where a window reaches past the end of its split; no token id is negative
 _CHUNK_TOKENS = 1 << 16  # whose bytes and their indices fit into a processor's cache
 
@@ -97,6 +98,11 @@ class Split:
         assert self._index is not None, "a split without an index does not know its documents"
         return np.load(self._index[0], mmap_mode="r")
 
+    @property
+    def largest_document(self) -> int:
+        """Tokens of the largest document, without its end of text."""
+        return int(np.diff(self.document_starts, append=self.num_tokens).max(initial=1)) - 1
+
     def documents_between(self, begin: int, stop: int) -> list[str]:
         """The names of the documents that have a token in [begin, stop), in order; ends of text belong to none."""
         assert self._index is not None, "a split without an index does not know its documents"
@@ -158,114 +164,125 @@ class TokenShards:
         )
 
 
-def open_shards(folder: Path, key: str = "data") -> TokenShards:
-    """Memory-maps a complete folder of shards. Raises `ConfigError` for one that is not, naming `key`."""
-    if not is_complete(folder):
-        raise ConfigError(f"{key} ({folder}) must be a complete folder of token shards: prepare it again")
-    manifest = read_manifest(folder)
-    splits = {}
-    for name in SPLITS:
-        entry = manifest["splits"][name]
-        shards = [MappedTokens(folder / shard["file"], manifest["dtype"]) for shard in entry["shards"]]
-        splits[name] = Split(shards, entry["num_documents"], entry["num_bytes"], _index_files(folder, name))
-    digests = {name: [shard["sha256"] for shard in manifest["splits"][name]["shards"]] for name in SPLITS}
-    split_sha256 = hashlib.sha256(json.dumps([manifest["dtype"], digests]).encode()).hexdigest()
-    tokenizer = open_tokenizer(folder / TOKENIZER_FOLDER, key)
-    return TokenShards(splits["train"], splits["validation"], tokenizer, manifest["corpus_sha256"], split_sha256)
+class DamagedShards(ConfigError):
+    """A folder of shards is not what was written."""
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+def note(line: str) -> None:
+    """A line for people, beside what a command prints."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file that it lists has its length."""
-    try:
-        manifest = read_manifest(folder)
-        width = np.dtype(manifest["dtype"]).itemsize
-        splits = [manifest["splits"][name] for name in SPLITS]
-        lengths = [(shard["file"], shard["num_tokens"] * width) for split in splits for shard in split["shards"]]
-        lengths += [(part["file"], part["num_bytes"]) for split in splits for part in split["index"]]
-        return manifest["version"] == FORMAT_VERSION and all(
-            (folder / file).stat().st_size == length for file, length in lengths
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-class SplitWriter:
-    """Appends documents to the files of one split.
+def open_shards(
+    folder: Path, key: str = "data", cache_dir: Path | None = None, say: Callable[[str], None] = note
+) -> TokenShards:
+    """Memory-maps a folder of shards, once its files are verified.
 
     Args:
-      folder: of the shards.
-      name: of the split.
-      dtype: of the ids.
-      end_of_text: the id between documents.
+      folder: that `tfdp.preparation` made.
+      key: that it comes from, to blame.
+      cache_dir: where to remember that it was verified, if it cannot be written.
+      say: is called where verifying it takes a while.
+
+    Raises:
+      DamagedShards: a file is missing or not what was written, or holds an id that the tokenizer does not have.
+      ConfigError: a file cannot be read.
     """
-
-    def __init__(self, folder: Path, name: str, dtype: str, end_of_text: int) -> None:
-        self._folder, self._name, self.dtype = folder, name, dtype
-        self._starts: list[np.ndarray] = []
-        self._num_documents = self._num_bytes = self._num_tokens = self._num_in_shard = 0
-        self._shards: list[dict[str, Any]] = []
-        self._file, self._digest = (folder / self._shard_name()).open("wb"), hashlib.sha256()
-        _, names_path = _index_files(folder, name)
-        self._names = names_path.open("w", encoding="utf-8")
-        self._append(np.array([end_of_text], dtype=dtype))
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray, names: Sequence[str], num_bytes: int) -> None:
-        """Appends documents.
-
-        Args:
-          ids: of all of them, an end of text after each.
-          lengths: tokens of each, without the end of text.
-          names: of each.
-          num_bytes: of their text together.
-        """
-        assert len(ids) == int((lengths + 1).sum()), "each document has its tokens and one end of text"
-        self._starts.append(self._num_tokens + np.cumsum(lengths + 1) - (lengths + 1))
-        self._names.writelines(json.dumps(name) + "\n" for name in names)
-        self._num_documents += len(names)
-        self._num_bytes += num_bytes
-        self._append(ids)
-
-    def finish(self) -> dict[str, Any]:
-        """Closes the files and returns the split's part of the manifest."""
-        self._close_shard()
-        self._names.close()
-        starts_path, names_path = _index_files(self._folder, self._name)
-        np.save(starts_path, np.concatenate([*self._starts, np.zeros(0, np.int64)]))
-        return {
-            "num_tokens": self._num_tokens,
-            "num_bytes": self._num_bytes,
-            "num_documents": self._num_documents,
-            "shards": self._shards,
-            "index": [{"file": path.name, "num_bytes": path.stat().st_size} for path in (starts_path, names_path)],
-        }
-
-    def _append(self, ids: np.ndarray) -> None:
-        while len(ids):
-            if self._num_in_shard == TOKENS_PER_SHARD:
-                self._close_shard()
-                self._file, self._digest = (self._folder / self._shard_name()).open("wb"), hashlib.sha256()
-            taken, ids = np.split(ids, [TOKENS_PER_SHARD - self._num_in_shard])
-            data = np.ascontiguousarray(taken, dtype=self.dtype).data
-            self._file.write(data)
-            self._digest.update(data)
-            self._num_in_shard += len(taken)
-            self._num_tokens += len(taken)
-
-    def _close_shard(self) -> None:
-        self._file.close()
-        self._shards.append(
-            {"file": self._shard_name(), "num_tokens": self._num_in_shard, "sha256": self._digest.hexdigest()}
-        )
-        self._num_in_shard = 0
-
-    def _shard_name(self) -> str:
-        return f"{self._name}-{len(self._shards):05d}.bin"
+    try:
+        manifest = _read_manifest(folder)
+        tokenizer = _open_tokenizer(folder, manifest, key)
+        has_digest = [file for file in manifest.files if file.sha256 is not None]
+        check_lengths(folder, manifest.files)
+        _check_ids(folder, manifest, verify(folder, has_digest, cache_dir, say), tokenizer)
+        splits = {name: _open_split(folder, name, manifest) for name in SPLITS}
+    except Damaged as error:
+        raise _damaged(folder, key, error) from None
+    except OSError as error:
+        raise ConfigError(f"{key} ({folder}) must be a folder that can be read: {error}") from None
+    digests = {name: [shard.sha256 for shard in manifest.splits[name].shards] for name in SPLITS}
+    split_sha256 = hashlib.sha256(json.dumps([manifest.dtype, digests]).encode()).hexdigest()
+    return TokenShards(splits["train"], splits["validation"], tokenizer, manifest.corpus_sha256, split_sha256)
 
 
-def _index_files(folder: Path, name: str) -> tuple[Path, Path]:
+def open_tokenizer_of(folder: Path, key: str) -> Tokenizer:
+    """The tokenizer of a folder of shards, without a look at the shards. Raises as `open_shards` does."""
+    try:
+        return _open_tokenizer(folder, _read_manifest(folder), key)
+    except Damaged as error:
+        raise _damaged(folder, key, error) from None
+
+
+def _damaged(folder: Path, key: str, error: Damaged) -> DamagedShards:
+    return DamagedShards(f"{key} ({folder}) must be a complete folder of token shards, but {error}: prepare it again")
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        return Manifest.read(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{MANIFEST_FILE} is missing") from None
+    except ValueError as error:
+        raise Damaged(f"{MANIFEST_FILE} is damaged ({error})") from None
+
+
+def _open_tokenizer(folder: Path, manifest: Manifest, key: str) -> Tokenizer:
+    check_lengths(folder, manifest.tokenizer_files)
+    for file in manifest.tokenizer_files:  # a megabyte at most: not worth remembering
+        examine(folder / file.name, file)
+    tokenizer = open_tokenizer(folder / TOKENIZER_FOLDER, key)
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise Damaged(f"{TOKENIZER_FOLDER}/ holds {tokenizer.fingerprint}, and the ids are of {manifest.tokenizer}")
+    return tokenizer
+
+
+def _check_ids(folder: Path, manifest: Manifest, findings: dict[str, Finding], tokenizer: Tokenizer) -> None:
+    """Raises `Damaged` where a shard holds an id that the tokenizer does not have."""
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if (findings[shard.name].max_id or 0) >= tokenizer.vocab_size:
+                ids = MappedTokens(folder / shard.name, manifest.dtype).ids
+                index = next(_above(ids, tokenizer.vocab_size))
+                raise Damaged(
+                    f"{shard.name} holds the id {ids[index]} at index {index:,}, and the vocabulary has "
+                    f"{tokenizer.vocab_size:,} ids"
+                )
+
+
+def _above(ids: np.ndarray, limit: int) -> Iterator[int]:
+    """The indices of ids that are not below `limit`."""
+    for start in range(0, len(ids), _CHUNK_TOKENS):
+        yield from (start + np.flatnonzero(ids[start : start + _CHUNK_TOKENS] >= limit)).tolist()
+
+
+def _open_split(folder: Path, name: str, manifest: Manifest) -> Split:
+    facts, index = manifest.splits[name], index_files(folder, name)
+    if any(file.sha256 is None for file in facts.index):
+        _check_index(index, facts)
+    shards = [MappedTokens(folder / shard.name, manifest.dtype) for shard in facts.shards]
+    return Split(shards, facts.num_documents, facts.num_bytes, index)
+
+
+def _check_index(index: tuple[Path, Path], facts: SplitFacts) -> None:
+    """Raises `Damaged` for index files without a digest (version 4) that cannot be those of a split."""
+    starts_path, names_path = index
+    header = io.BytesIO()
+    shape = (facts.num_documents,)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    with starts_path.open("rb") as file:  # compared as it is written: numpy reads a header as a literal of Python
+        if file.read(len(header.getvalue())) != header.getvalue():
+            raise Damaged(f"{starts_path.name} is not an array of {facts.num_documents:,} starts")
+    starts = np.load(starts_path, mmap_mode="r")
+    if len(starts) and (starts[0] != 1 or starts[-1] >= facts.num_tokens or np.any(np.diff(starts) < 1)):
+        raise Damaged(f"{starts_path.name} must begin with 1, ascend and end before {facts.num_tokens:,}")
+    try:
+        with names_path.open(encoding="utf-8") as lines:
+            are_names = [isinstance(json.loads(line), str) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{names_path.name} must hold a JSON string in each line ({error})") from None
+    if len(are_names) != facts.num_documents or not all(are_names):
+        raise Damaged(f"{names_path.name} must hold the names of {facts.num_documents:,} documents")
+
+
+def index_files(folder: Path, name: str) -> tuple[Path, Path]:
     """The files of the starts and the names of a split's documents."""
     return folder / f"{name}.documents.npy", folder / f"{name}.documents.jsonl"

@@ -11,8 +11,10 @@ from pathlib import Path
 from tfdp import mixture
 from tfdp.config import DataConfig
 from tfdp.exits import ConfigError
-from tfdp.preparation import Recipe, corpus_sha256, prepare
-from tfdp.shards import FORMAT_VERSION, SPLITS, Split, TokenShards, open_shards
+from tfdp.manifest import FORMAT_VERSION, SPLITS
+from tfdp.preparation import prepare
+from tfdp.reading import Recipe, corpus_sha256
+from tfdp.shards import Split, TokenShards, open_shards, open_tokenizer_of
 from tfdp.tokenizer import Tokenizer, make_tokenizer, size_to_train
 
 TOKENS = "tokens:"
@@ -73,7 +75,9 @@ class Corpus:
         """Raises `ConfigError` for a split without text, or too short to hold one whole sequence."""
         for source in self.sources:
             for name in SPLITS:
-                check_length(getattr(source.shards, name), name, context_length, source.name)
+                why = _why_short(source) if name == "validation" else ""
+                fix = _longer_by(source, context_length) if name == "validation" else ""
+                check_length(getattr(source.shards, name), name, context_length, source.name, why, fix)
 
     def _digest(self, digests: list[str]) -> str:
         if len(digests) == 1:
@@ -82,15 +86,41 @@ class Corpus:
         return hashlib.sha256(json.dumps([digests, weights]).encode()).hexdigest()
 
 
-def check_length(split: Split, name: str, context_length: int, source: str = "") -> None:
-    """Raises `ConfigError` for a split without text, or too short to hold one whole sequence."""
+def check_length(split: Split, name: str, context_length: int, source: str = "", why: str = "", fix: str = "") -> None:
+    """Raises `ConfigError` for a split without text, or too short to hold one whole sequence.
+
+    Args:
+      split: to check.
+      name: of the split.
+      context_length: tokens of a sequence, less one.
+      source: that the split belongs to.
+      why, fix: for the message: what the split is that short for, and what makes it longer.
+    """
     if split.num_documents == 0 or split.num_bytes == 0:
         raise ConfigError(f"data.source ({source}): the {name} split must not be empty: it holds no text")
     if split.num_tokens < context_length + 1:
+        most = split.num_tokens - 1
         raise ConfigError(
             f"model.context_length ({context_length}) must fit into the {name} split, which has {split.num_tokens} "
-            f"tokens: try {split.num_tokens - 1} or more text"
+            f"tokens{why}: try {f'{fix}, a context_length of {most},' if fix else most} or more text"
         )
+
+
+def _why_short(source: Source) -> str:
+    """What the validation split of a source is, beside the rest of it."""
+    train, validation = source.shards.train, source.shards.validation
+    return (
+        f" ({validation.num_documents:,} of the {train.num_documents + validation.num_documents:,} documents of "
+        f"{source.name}; the largest for training has {train.largest_document:,} tokens)"
+    )
+
+
+def _longer_by(source: Source, context_length: int) -> str:
+    """What gives a source a longer validation split: a larger fraction, where it has the text, or text of its own."""
+    num_tokens = source.shards.train.num_tokens + source.shards.validation.num_tokens
+    prefix = "tfdp.prepare --" if source.name.startswith(TOKENS) else "data."
+    enough = [fraction for fraction in (0.05, 0.1, 0.2, 0.3, 0.5) if fraction * num_tokens >= 2 * (context_length + 1)]
+    return ", ".join([f"{prefix}validation_fraction {each}" for each in enough[:1]] + [f"{prefix}validation_source"])
 
 
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
@@ -103,7 +133,7 @@ def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
       ConfigError: a source is wrong or empty, or their tokenizers differ.
     """
     named = mixture.parse(config.source)
-    opened = {name: _open_tokens(name) for name, _ in named if name.startswith(TOKENS)}
+    opened = {name: open_shards(*_folder_and_key(name), cache_dir) for name, _ in named if name.startswith(TOKENS)}
     _check(config, [name for name, _ in named], opened)
     recipe_tokenizer = _tokenizer_name(config, list(opened))
     sources = [
@@ -128,13 +158,13 @@ def expected_vocab_size(config: DataConfig) -> int:
     """
     tokens = [name for name, _ in mixture.parse(config.source) if name.startswith(TOKENS)]
     if config.tokenizer == "auto" and tokens:
-        return _open_tokens(tokens[0]).tokenizer.vocab_size
+        return open_tokenizer_of(*_folder_and_key(tokens[0])).vocab_size
     size = size_to_train(config.tokenizer)
     return size or make_tokenizer(_tokenizer_name(config, [])).vocab_size
 
 
-def _open_tokens(name: str) -> TokenShards:
-    return open_shards(Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}")
+def _folder_and_key(name: str) -> tuple[Path, str]:
+    return Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}"
 
 
 def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards]) -> None:

@@ -164,8 +164,8 @@ class TrainStep:
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
             compilation = Compilation(whole=compilation, parts=False, update=compilation)
-        # Canonical: a micro-batch stays a function of its own, so that the graph optimizer sees the same of it in a loop
-        # as alone. (What XLA compiles is never inlined.)
+        # Canonical: a micro-batch stays a function of its own, so that the graph optimizer sees the same of it in
+        # a loop or alone. (What XLA compiles is never inlined.)
         alone = {"_noinline": True} if rules.reduction == "canonical" else None
         self._microbatch = tf.function(
             self._microbatch_sums, jit_compile=compilation.whole, autograph=False, experimental_attributes=alone

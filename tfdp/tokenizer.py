@@ -24,7 +24,7 @@ from tfdp.messages import shown
 from tfdp.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 
 FORMS = "bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
-_KIND_FILE = "tokenizer.tfdp.json"
+KIND_FILE = "tokenizer.tfdp.json"
 
 
 class Tokenizer(Protocol):
@@ -90,7 +90,7 @@ def make_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
         return ByteTokenizer()
     if address and size_to_train(name) is None:
         path = inputs.path_of(address)
-        if kind in ("bpe", "gpt2") and os.path.lexists(path / _KIND_FILE):
+        if kind in ("bpe", "gpt2") and os.path.lexists(path / KIND_FILE):
             return open_tokenizer(path, key)
         if kind in ("bpe", "gpt2"):
             return bpe.load(path, "keras" if kind == "bpe" else "gpt2", key)
@@ -121,7 +121,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         elif isinstance(tokenizer, SentencePieceTokenizer):
             tokenizer.save(scratch)
             kind = {"kind": "sentencepiece"}
-        (scratch / _KIND_FILE).write_text(json.dumps(kind))
+        (scratch / KIND_FILE).write_text(json.dumps(kind))
         os.rename(scratch, folder)
     except OSError:
         if not folder.exists():
@@ -134,10 +134,10 @@ def open_tokenizer(folder: Path, key: str = "tokenizer") -> Tokenizer:
     """Reads what `save_tokenizer` wrote. Raises `ConfigError` for a folder that is not such."""
     where = f"{key} ({shown(folder)})"
     try:
-        told = strict_json.parse(inputs.read(folder / _KIND_FILE))
+        told = strict_json.parse(inputs.read(folder / KIND_FILE))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {_KIND_FILE}: {reason}") from None
+        raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {KIND_FILE}: {reason}") from None
     kind, pattern = (told.get("kind"), told.get("pattern")) if isinstance(told, dict) else (None, None)
     if kind == "bpe" and pattern in list(bpe.PATTERNS):
         return bpe.load(folder, pattern, key)
@@ -145,4 +145,4 @@ def open_tokenizer(folder: Path, key: str = "tokenizer") -> Tokenizer:
         return SentencePieceTokenizer.from_file(folder / MODEL_FILE, key)
     if kind == "bytes":
         return ByteTokenizer()
-    raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {_KIND_FILE} names none that there is")
+    raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {KIND_FILE} names none that there is")
