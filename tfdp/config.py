@@ -8,7 +8,6 @@ touching a device is found here, as a `ConfigError` of one line that names key, 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import itertools
@@ -17,13 +16,14 @@ import re
 import types
 import typing
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tfdp import mixture
 from tfdp.exits import ConfigError
+from tfdp.messages import nearest, nearest_key, shown
 
 ConfigType = TypeVar("ConfigType")
 
@@ -31,8 +31,7 @@ ConfigType = TypeVar("ConfigType")
 def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raises `ConfigError` "key (value) rule" unless `condition` holds."""
     if not condition:
-        shown = "null" if value is None else value
-        raise ConfigError(f"{key} ({shown}) {rule}")
+        raise ConfigError(f"{key} ({shown(value)}) {rule}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -171,9 +170,7 @@ class DataConfig:
             "data.tokenizer",
             self.tokenizer,
             "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
-            + "".join(
-                f": did you mean {near}?" for near in difflib.get_close_matches(kind, kinds, n=1) if near != kind
-            ),
+            + _did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
         )
         for position in self.left_out:
             require(position >= 0, "data.left_out", self.left_out, "must hold positions from 0 on: try [448]")
@@ -689,11 +686,12 @@ def _reject_unknown_yaml_keys(path: Path, keys: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown key {name} in {path}{_suggestion(str(name), candidates)}")
 
 
-def _suggestion(name: str, keys: Mapping[str, Any]) -> str:
-    last_parts = {key.rpartition(".")[2]: key for key in keys}
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-    near = near or [last_parts[part] for part in difflib.get_close_matches(name, last_parts, n=1, cutoff=0.6)]
-    return f": did you mean {near[0]}?" if near else ": --help lists the keys"
+def _suggestion(name: str, keys: Iterable[str]) -> str:
+    return _did_you_mean(nearest_key(name, keys)) or ": --help lists the keys"
+
+
+def _did_you_mean(name: str | None) -> str:
+    return f": did you mean {name}?" if name else ""
 
 
 def _explain(message: str, keys: Mapping[str, Any]) -> str:
@@ -723,8 +721,7 @@ def _describe(kind: Any) -> str:
 def _nearest_choice(kind: Any, value: str) -> str:
     if typing.get_origin(kind) is not Literal:
         return ""
-    near = difflib.get_close_matches(value, [str(choice) for choice in typing.get_args(kind)], n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    return _did_you_mean(nearest(value, [str(choice) for choice in typing.get_args(kind)]))
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

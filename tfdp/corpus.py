@@ -11,7 +11,6 @@ KEY=VALUE takes the records with that value alone, such as one class: classes ar
 Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.
 """
 
-import difflib
 import glob
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from tfdp.config import require
 from tfdp.exits import ConfigError
+from tfdp.messages import nearest, shown
 from tfdp.records import DEFAULT_FIELD, json_lines, parquet_rows
 
 
@@ -46,9 +46,9 @@ def documents(source: str, key: str = "data.source") -> Iterator[Document]:
     """
     kind, _, address = source.partition(":")
     if kind not in SOURCES:
-        near = difflib.get_close_matches(kind, SOURCES, n=1)
-        hint = f"did you mean {near[0]}?" if near else "try text:PATH/*.txt"
-        raise ConfigError(f"{key} ({source}) must begin with one of {', '.join(SOURCES)}: {hint}")
+        near = nearest(kind, SOURCES)
+        hint = f"did you mean {near}?" if near else "try text:PATH/*.txt"
+        raise ConfigError(f"{key} ({shown(source)}) must begin with one of {', '.join(SOURCES)}: {hint}")
     return SOURCES[kind](address, key)
 
 

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from tfdp.messages import one_line
+
 FINISHED, FAILED, USER_ERROR, STOPPED, PEER_LOST = 0, 1, 2, 75, 76
 
 
@@ -76,4 +78,4 @@ def run_command(command: Callable[[], None]) -> int:
 
 def _report(error: CommandError) -> None:
     label = "stopped" if isinstance(error, StopRequested) else "error"
-    print(f"{label}: {error}", file=sys.stderr, flush=True)
+    print(f"{label}: {one_line(str(error))}", file=sys.stderr, flush=True)
