@@ -21,6 +21,9 @@ class CommandError(Exception):
 
     exit_code = FAILED
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # whatever the values in it hold
+
 
 class ConfigError(CommandError, ValueError):
     """A mistake of the user, told in one line: key, value, rule, fix."""
@@ -105,4 +108,4 @@ def _run(command: Callable[[], None]) -> None:
 
 def _report(error: CommandError) -> None:
     label = "stopped" if isinstance(error, StopRequested) else "error"
-    print(f"{label}: {one_line(str(error))}", file=sys.stderr, flush=True)
+    print(f"{label}: {error}", file=sys.stderr, flush=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from tfdp.exits import ConfigError
+from tfdp.messages import shown
 
-_TERM = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s+\*\s+(\S.*?)\s*")
-_PLUS = re.compile(r"\s+\+\s+(?=(?:\d|\.\d)[\d.]*\s+\*\s)")
+_TERM = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})\s+\*\s+(\S.*?)\s*")
+_PLUS = re.compile(r"\s+\+\s+(?=(?:[0-9]|\.[0-9])[0-9.]*\s+\*\s)")
 LARGEST_TOTAL = 1 << 30  # of the weights as whole numbers: products with it fit into 64 bits
 
 
@@ -32,12 +33,13 @@ def parse(source: str, key: str = "data.source") -> list[tuple[str, Fraction]]:
     names = [name for name, _ in named]
     if len(named) < len(terms) or len(set(names)) < len(names) or any(weight == 0 for _, weight in named):
         raise ConfigError(
-            f"{key} ({source}) must give each source once, with a weight above 0: 0.7 * tokens:A + 0.3 * tokens:B"
+            f"{key} ({shown(source)}) must give each source once, with a weight above 0: "
+            "0.7 * tokens:A + 0.3 * tokens:B"
         )
     total = sum(weight for _, weight in named)
     weights = [weight / total for _, weight in named]
     if math.lcm(*(weight.denominator for weight in weights)) > LARGEST_TOTAL:
-        raise ConfigError(f"{key} ({source}) must have weights with fewer digits: three are enough")
+        raise ConfigError(f"{key} ({shown(source)}) must have weights with fewer digits: three are enough")
     return list(zip(names, weights, strict=True))
 
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tfdp import bpe
+from tfdp import bpe, options
 from tfdp.exits import ConfigError
 from tfdp.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 
@@ -99,7 +99,7 @@ def make_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
 def size_to_train(name: str) -> int | None:
     """The number of tokens of bpe:SIZE; None for a tokenizer that exists."""
     kind, _, address = name.partition(":")
-    return int(address) if kind == "bpe" and address.isdigit() else None
+    return options.whole_number(address) if kind == "bpe" else None
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
