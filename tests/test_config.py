@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,46 @@ def test_values_at_the_edge_of_a_rule_are_right() -> None:
     OptimizerConfig(warmup_steps=0, beta_1=0.0, final_fraction=1.0, clip_norm=None, weight_decay=0.0)
     TrainingConfig(global_batch_size=8, microbatch_size=8, evaluate_every=0, sample_tokens=0)
     SamplingConfig(temperature=0.0, top_k=1, top_p=1.0)
+
+
+LIMITS: list[tuple[type, str, float, float]] = [
+    (ModelConfig, "num_layers", 10_000, 10**9),
+    (ModelConfig, "mlp_dim", 2**24, 2**40),
+    (OptimizerConfig, "learning_rate", 1000, 1e30),
+    (OptimizerConfig, "adam_learning_rate", 1000, 1e30),
+    (OptimizerConfig, "weight_decay", 1000, 1e30),
+    (OptimizerConfig, "warmup_steps", 2**31 - 1, 2**31),
+    (TrainingConfig, "steps", 2**31 - 1, 10**40),
+    (TrainingConfig, "log_every", 2**31 - 1, 2**63),
+    (TrainingConfig, "sample_tokens", 2**31 - 1, 10**400),
+    (TrainingConfig, "global_batch_size", 2**24, 2**24 + 1),
+    (TrainingConfig, "parallel_microbatches", 1024, 2048),
+    (DistributionConfig, "num_replicas", 1024, 1_000_000),
+    (DistributionConfig, "bytes_per_pack", 2**31 - 1, 2**40),
+    (DistributionConfig, "peer_timeout_seconds", 86_400, 1e12),
+    (CheckpointConfig, "keep", 2**31 - 1, 2**63),
+    (SamplingConfig, "num_tokens", 2**31 - 1, 2**63),
+    (SamplingConfig, "seed", 2**63 - 1, 2**63),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "most", "more"), LIMITS, ids=[f"{each[1]}" for each in LIMITS])
+def test_each_key_has_an_upper_limit(section: type, name: str, most: float, more: float) -> None:
+    assert getattr(section(**{name: most}), name) == most
+    with pytest.raises(ConfigError, match=rf"{name} \(.{{1,80}}\) must be at most {most:,}$"):
+        section(**{name: more})
+
+
+def test_every_number_of_a_run_has_an_upper_limit() -> None:
+    for key, kind in known_keys(Config).items():
+        if {int, float} & {kind, *typing.get_args(kind)}:
+            with pytest.raises(ConfigError, match=rf"^{re.escape(key)} \("):
+                load(f"--{key}", str(10**38))
+
+
+def test_the_nearest_divisor_of_the_widest_model_is_found_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"must divide model.model_dim \(1048576\): try 4$"):
+        ModelConfig(model_dim=2**20, num_heads=5)
 
 
 # --- Recipes ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tfdp.exits import ConfigError
-from tfdp.tokenizer import ByteTokenizer, make_tokenizer
+from tfdp.tokenizer import ByteTokenizer, make_tokenizer, size_to_train
 
 TEXTS = {
     "empty": "",
@@ -67,3 +67,9 @@ def test_an_unknown_tokenizer_is_refused() -> None:
         ConfigError, match=r"^data.tokenizer \(words\) must be one of bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or "
     ):
         make_tokenizer("words")
+
+
+@pytest.mark.parametrize("name", ["bpe:²", "bpe:٣", "bpe:" + "9" * 5000, "bpe:", "gpt2:300"])
+def test_a_size_is_ascii_digits(name: str) -> None:
+    assert size_to_train("bpe:300") == 300
+    assert size_to_train(name) is None

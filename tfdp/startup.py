@@ -37,10 +37,10 @@ def load_tensorflow(without_ynn: bool = True) -> None:
         with _without_notes(), _without_keras_settings():
             importlib.import_module("tensorflow")
             importlib.import_module("keras")
-    keras = importlib.import_module("keras")
-    keras.config.set_floatx("float32")  # where a recipe imported Keras first, with the settings of its user
-    keras.config.set_epsilon(1e-7)
-    keras.config.set_image_data_format("channels_last")
+    if (keras := sys.modules["keras"]) is not None:  # a recipe may have imported it first, with its user's settings
+        keras.config.set_floatx("float32")
+        keras.config.set_epsilon(1e-7)
+        keras.config.set_image_data_format("channels_last")
 
 
 def choose_keras() -> None:
