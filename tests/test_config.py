@@ -440,9 +440,12 @@ def test_every_number_of_a_run_has_an_upper_limit() -> None:
                 load(f"--{key}", str(10**38))
 
 
-def test_the_nearest_divisor_of_the_widest_model_is_found_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"must divide model.model_dim \(1048576\): try 4$"):
-        ModelConfig(model_dim=2**20, num_heads=5)
+@pytest.mark.timeout(60)
+def test_the_nearest_divisor_is_found_at_once() -> None:
+    assert config_module._nearest_divisor(2**20, 5) == 4
+    assert config_module._nearest_divisor(3 * 2**38, 100) == 96
+    assert config_module._nearest_divisor(96, 5) == 4
+    assert config_module._nearest_divisor(7, 0) == 1
 
 
 # --- Recipes ---------------------------------------------------------------------------------------

@@ -92,16 +92,8 @@ class ModelConfig:
     """Whether residual projections, and the output projection if it is not tied, start at zero instead."""
 
     def __post_init__(self) -> None:
-        require_at_most(
-            self,
-            "model.",
-            num_layers=10_000,
-            model_dim=2**20,
-            mlp_dim=2**24,
-            context_length=MOST_TOKENS,
-            norm_epsilon=1000,
-            init_stddev=1000,
-        )
+        require_at_most(self, "model.", num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
+        require_at_most(self, "model.", norm_epsilon=1000, init_stddev=1000)
         for name in ("num_layers", "num_heads", "model_dim", "context_length"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(
@@ -116,6 +108,13 @@ class ModelConfig:
             self.num_kv_heads,
             f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
         )
+        self._check_position()
+        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
+        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
+        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
+        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
+
+    def _check_position(self) -> None:
         require(
             self.position != "rope" or self.head_dim % 2 == 0,
             "model.position",
@@ -128,10 +127,6 @@ class ModelConfig:
             self.position,
             f"needs an even model.model_dim ({self.model_dim}): try {self.model_dim + 1}",
         )
-        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
-        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
-        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
-        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
 
     @property
     def head_dim(self) -> int:
@@ -247,15 +242,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_at_most(
-            self,
-            "optimizer.",
-            learning_rate=1000,
-            adam_learning_rate=1000,
-            weight_decay=1000,
-            epsilon=1000,
-            warmup_steps=MOST,
-            schedule_steps=MOST,
+            self, "optimizer.", learning_rate=1000, adam_learning_rate=1000, weight_decay=1000, epsilon=1000
         )
+        require_at_most(self, "optimizer.", warmup_steps=MOST, schedule_steps=MOST)
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive: try 1e-3")
         adam_rate = self.adam_learning_rate
         require(adam_rate is None or adam_rate > 0, "optimizer.adam_learning_rate", adam_rate, "must be positive")
@@ -367,13 +356,6 @@ class TrainingConfig:
             self.loss_chunk_size,
             "must not be negative: try 0 for all tokens at once",
         )
-        parallel = self.parallel_microbatches
-        require(
-            parallel is None or (parallel >= 1 and parallel & (parallel - 1) == 0),
-            "training.parallel_microbatches",
-            parallel,
-            "must be a power of two: try 2",
-        )
         if self.profile_steps is not None:
             right = (
                 re.fullmatch(r"[0-9]{1,10}:[0-9]{1,10}", self.profile_steps) is not None
@@ -382,6 +364,16 @@ class TrainingConfig:
             require(right, "training.profile_steps", self.profile_steps, "must be A:B with A < B: try 20:25")
         for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
+        self._check_microbatches()
+
+    def _check_microbatches(self) -> None:
+        parallel = self.parallel_microbatches
+        require(
+            parallel is None or (parallel >= 1 and parallel & (parallel - 1) == 0),
+            "training.parallel_microbatches",
+            parallel,
+            "must be a power of two: try 2",
+        )
         if self.microbatch_size is not None:
             size = self.microbatch_size
             require(size >= 1, "training.microbatch_size", size, "must be at least 1")
@@ -452,6 +444,15 @@ class DistributionConfig:
             "must not be negative: try 16777216",
         )
         require(
+            self.peer_timeout_seconds >= 1,
+            "distribution.peer_timeout_seconds",
+            self.peer_timeout_seconds,
+            "must be at least 1: try 60",
+        )
+        self._check_transport()
+
+    def _check_transport(self) -> None:
+        require(
             self.transport != "tcp" or self.num_replicas in (None, 1),
             "distribution.num_replicas",
             self.num_replicas,
@@ -462,12 +463,6 @@ class DistributionConfig:
             "distribution.bytes_per_pack",
             self.bytes_per_pack,
             "must be null with distribution.transport tcp, which sends all in one piece",
-        )
-        require(
-            self.peer_timeout_seconds >= 1,
-            "distribution.peer_timeout_seconds",
-            self.peer_timeout_seconds,
-            "must be at least 1: try 60",
         )
 
 
