@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_yaml_without_keys_changes_nothing(tmp_path: Path, text: str) -> None:
         (["--training.profile_steps", "20:25"], "training.profile_steps", "20:25"),
         (["--run_dir", "3e-4"], "run_dir", "3e-4"),
         (["--data.source", "text:a b/[0-9]*.txt"], "data.source", "text:a b/[0-9]*.txt"),
-        (["--seed", "1", "--seed", "2"], "seed", 2),
+        (["--seed", "2", "--seed=2"], "seed", 2),
     ],
 )
 def test_flags_are_read_as_their_types(argv: list[str], key: str, value: object) -> None:
@@ -404,6 +405,49 @@ def test_values_at_the_edge_of_a_rule_are_right() -> None:
     SamplingConfig(temperature=0.0, top_k=1, top_p=1.0)
 
 
+LIMITS: list[tuple[type, str, float, float]] = [
+    (ModelConfig, "num_layers", 10_000, 10**9),
+    (ModelConfig, "mlp_dim", 2**24, 2**40),
+    (OptimizerConfig, "learning_rate", 1000, 1e30),
+    (OptimizerConfig, "adam_learning_rate", 1000, 1e30),
+    (OptimizerConfig, "weight_decay", 1000, 1e30),
+    (OptimizerConfig, "warmup_steps", 2**31 - 1, 2**31),
+    (TrainingConfig, "steps", 2**31 - 1, 10**40),
+    (TrainingConfig, "log_every", 2**31 - 1, 2**63),
+    (TrainingConfig, "sample_tokens", 2**31 - 1, 10**400),
+    (TrainingConfig, "global_batch_size", 2**24, 2**24 + 1),
+    (TrainingConfig, "parallel_microbatches", 1024, 2048),
+    (DistributionConfig, "num_replicas", 1024, 1_000_000),
+    (DistributionConfig, "bytes_per_pack", 2**31 - 1, 2**40),
+    (DistributionConfig, "peer_timeout_seconds", 86_400, 1e12),
+    (CheckpointConfig, "keep", 2**31 - 1, 2**63),
+    (SamplingConfig, "num_tokens", 2**31 - 1, 2**63),
+    (SamplingConfig, "seed", 2**63 - 1, 2**63),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "most", "more"), LIMITS, ids=[f"{each[1]}" for each in LIMITS])
+def test_each_key_has_an_upper_limit(section: type, name: str, most: float, more: float) -> None:
+    assert getattr(section(**{name: most}), name) == most
+    with pytest.raises(ConfigError, match=rf"{name} \(.{{1,80}}\) must be at most {most:,}$"):
+        section(**{name: more})
+
+
+def test_every_number_of_a_run_has_an_upper_limit() -> None:
+    for key, kind in known_keys(Config).items():
+        if {int, float} & {kind, *typing.get_args(kind)}:
+            with pytest.raises(ConfigError, match=rf"^{re.escape(key)} \("):
+                load(f"--{key}", str(10**38))
+
+
+@pytest.mark.timeout(60)
+def test_the_nearest_divisor_is_found_at_once() -> None:
+    assert config_module._nearest_divisor(2**20, 5) == 4
+    assert config_module._nearest_divisor(3 * 2**38, 100) == 96
+    assert config_module._nearest_divisor(96, 5) == 4
+    assert config_module._nearest_divisor(7, 0) == 1
+
+
 # --- Recipes ---------------------------------------------------------------------------------------
 
 
@@ -416,7 +460,7 @@ def test_the_trainer_is_found_in_flags_before_yaml(tmp_path: Path) -> None:
 
 
 def test_the_trainer_that_runs_is_the_one_the_config_names() -> None:
-    argv = ["--trainer", "first", "--trainer", "second"]
+    argv = ["--trainer", "second"]
     assert find_trainer(argv) == load(*argv).trainer == "second"
 
 

@@ -138,3 +138,25 @@ def test_slurm_names_the_workers_in_the_order_of_their_ranks(
 def test_a_slurm_job_of_one_task_is_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert distribution.find_cluster(DistributionConfig()) == Cluster()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who is not listed")
+def test_the_cache_must_be_named_where_there_is_no_home() -> None:
+    program = """
+import os
+from tfdp import distribution
+from tfdp.config import DataConfig
+os.setuid(54321)
+for name in ("HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+print(distribution.cache_dir(DataConfig(cache_dir="here")))
+try:
+    distribution.cache_dir(DataConfig())
+except distribution.ConfigError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert result.stdout.splitlines() == [
+        "here",
+        "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache",
+    ], result.stderr

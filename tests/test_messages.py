@@ -25,7 +25,7 @@ KEYS = list(known_keys(Config))
         ("xyz " * 20, "xyz " * 20),
         ("x" * 50 + "y" * 50, "x" * 40 + "..." + "y" * 37),
         ("0123456789abcdef" * 4, "0123456789ab..."),
-        (-(10**400), "a negative number of about 400 digits"),
+        (-(10**400), "a negative number of about 401 digits"),
     ],
 )
 def test_a_value_is_shown_on_one_short_line(value: object, text: str) -> None:
@@ -35,7 +35,7 @@ def test_a_value_is_shown_on_one_short_line(value: object, text: str) -> None:
 
 
 def test_a_number_that_python_does_not_write_is_shown() -> None:
-    assert shown(10**5000) == "a number of about 5000 digits"
+    assert shown(10**5000) == "a number of about 5001 digits"
 
 
 def test_a_path_is_shown_to_be_copied() -> None:

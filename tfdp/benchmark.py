@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tfdp.config import load, require
+from tfdp.config import A_DAY, MOST, MOST_DEVICES, load, require, require_at_most
 from tfdp.exits import run_command
 from tfdp.machine import available_gpus
+from tfdp.options import whole_number
 from tfdp.systems import SYSTEMS, variants
 from tfdp.systems.running import Running
 from tfdp.systems.shapes import SHAPES, Shape
@@ -48,8 +49,9 @@ class Config:
                 require(not missing, "systems", system, f"needs {' and '.join(missing)}: pip install 'tfdp[peers]'")
         for layout in self.layouts.split(","):
             numbers = layout.split("x")
-            right = len(numbers) == 2 and all(number.isdigit() and int(number) > 0 for number in numbers)
+            right = len(numbers) == 2 and all(0 < (whole_number(number) or 0) <= MOST_DEVICES for number in numbers)
             require(right, "layouts", self.layouts, "must list WORKERSxREPLICAS: try 1x1,2x1")
+        require_at_most(self, rounds=MOST, round_seconds=A_DAY)
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1: try 7")
         require(self.round_seconds > 0, "round_seconds", self.round_seconds, "must be positive: try 2")
         folder = Path(self.output or ".").parent
@@ -209,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, output_is_result=True))

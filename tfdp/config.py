@@ -10,28 +10,43 @@ touching a device is found here, as a `ConfigError` of one line that names key, 
 import dataclasses
 import hashlib
 import importlib
-import itertools
 import math
 import re
+import sys
 import types
 import typing
-from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import SUPPRESS
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tfdp import mixture
+from tfdp import mixture, options
 from tfdp.exits import ConfigError
-from tfdp.messages import nearest, nearest_key, shown
+from tfdp.messages import nearest, shown
+from tfdp.options import values_of as _values_of
+from tfdp.strict_yaml import read as _read_yaml
 
 ConfigType = TypeVar("ConfigType")
+
+MOST = 2**31 - 1  # of what is counted: steps, tokens, bytes of a piece. TensorFlow counts with 32 bits here and there
+MOST_TOKENS = 2**24  # of a global batch: a float32 counts valid tokens exactly up to there
+MOST_DEVICES = 1024
+A_DAY = 86_400  # seconds
+SMALLEST, LARGEST = 1e-37, 1e37  # in size, of a number that float32 holds
 
 
 def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raises `ConfigError` "key (value) rule" unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{key} ({shown(value)}) {rule}")
+
+
+def require_at_most(config: object, section: str = "", **limits: float) -> None:
+    """Raises `ConfigError` where a field of a section, such as "model.", is larger than its limit."""
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        require(value is None or not value > limit, f"{section}{name}", value, f"must be at most {limit:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -77,6 +92,8 @@ class ModelConfig:
     """Whether residual projections, and the output projection if it is not tied, start at zero instead."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "model.", num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
+        require_at_most(self, "model.", norm_epsilon=1000, init_stddev=1000)
         for name in ("num_layers", "num_heads", "model_dim", "context_length"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(
@@ -91,6 +108,13 @@ class ModelConfig:
             self.num_kv_heads,
             f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
         )
+        self._check_position()
+        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
+        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
+        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
+        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
+
+    def _check_position(self) -> None:
         require(
             self.position != "rope" or self.head_dim % 2 == 0,
             "model.position",
@@ -103,10 +127,6 @@ class ModelConfig:
             self.position,
             f"needs an even model.model_dim ({self.model_dim}): try {self.model_dim + 1}",
         )
-        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
-        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
-        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
-        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
 
     @property
     def head_dim(self) -> int:
@@ -164,16 +184,19 @@ class DataConfig:
             f"must be shuffled or row with {num_sources} sources, which take turns in each row",
         )
         kind, _, address = self.tokenizer.partition(":")
+        require(self.cache_dir != "", "data.cache_dir", self.cache_dir, "must name a folder: try null")
         kinds = (*_TOKENIZERS, "auto", "bytes")
         require(
             self.tokenizer in ("auto", "bytes") or bool(kind in _TOKENIZERS and address),
             "data.tokenizer",
             self.tokenizer,
             "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
-            + _did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
+            + options.did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
         )
         for position in self.left_out:
-            require(position >= 0, "data.left_out", self.left_out, "must hold positions from 0 on: try [448]")
+            require(
+                0 <= position < 2**63, "data.left_out", position, "must hold positions from 0 to 2**63 - 1: try [448]"
+            )
         require(
             self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,
             "data.validation_fraction",
@@ -218,6 +241,10 @@ class OptimizerConfig:
     """Largest global norm of the gradient, applied after the reduction over replicas; null: no clipping."""
 
     def __post_init__(self) -> None:
+        require_at_most(
+            self, "optimizer.", learning_rate=1000, adam_learning_rate=1000, weight_decay=1000, epsilon=1000
+        )
+        require_at_most(self, "optimizer.", warmup_steps=MOST, schedule_steps=MOST)
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive: try 1e-3")
         adam_rate = self.adam_learning_rate
         require(adam_rate is None or adam_rate > 0, "optimizer.adam_learning_rate", adam_rate, "must be positive")
@@ -301,6 +328,18 @@ class TrainingConfig:
     """Spikes of the whole run after which skip and rollback stop too."""
 
     def __post_init__(self) -> None:
+        counts = (
+            "steps",
+            "log_every",
+            "evaluate_every",
+            "sample_tokens",
+            "verify_every",
+            "max_spikes",
+            "loss_chunk_size",
+        )
+        rows = ("global_batch_size", "microbatch_size", "evaluation_rows")
+        require_at_most(self, "training.", **dict.fromkeys(counts, MOST), **dict.fromkeys(rows, MOST_TOKENS))
+        require_at_most(self, "training.", parallel_microbatches=MOST_DEVICES)
         if self.spike_threshold is not None:
             require(self.spike_threshold > 0, "training.spike_threshold", self.spike_threshold, "must be positive")
         for name in ("steps", "global_batch_size", "log_every"):
@@ -317,6 +356,17 @@ class TrainingConfig:
             self.loss_chunk_size,
             "must not be negative: try 0 for all tokens at once",
         )
+        if self.profile_steps is not None:
+            right = (
+                re.fullmatch(r"[0-9]{1,10}:[0-9]{1,10}", self.profile_steps) is not None
+                and self.profiled[0] < self.profiled[1]
+            )
+            require(right, "training.profile_steps", self.profile_steps, "must be A:B with A < B: try 20:25")
+        for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
+        self._check_microbatches()
+
+    def _check_microbatches(self) -> None:
         parallel = self.parallel_microbatches
         require(
             parallel is None or (parallel >= 1 and parallel & (parallel - 1) == 0),
@@ -324,11 +374,6 @@ class TrainingConfig:
             parallel,
             "must be a power of two: try 2",
         )
-        if self.profile_steps is not None:
-            right = re.fullmatch(r"\d+:\d+", self.profile_steps) is not None and self.profiled[0] < self.profiled[1]
-            require(right, "training.profile_steps", self.profile_steps, "must be A:B with A < B: try 20:25")
-        for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
-            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
         if self.microbatch_size is not None:
             size = self.microbatch_size
             require(size >= 1, "training.microbatch_size", size, "must be at least 1")
@@ -372,6 +417,8 @@ class DistributionConfig:
     """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
 
     def __post_init__(self) -> None:
+        limits = {"num_replicas": MOST_DEVICES, "bytes_per_pack": MOST, "peer_timeout_seconds": A_DAY}
+        require_at_most(self, "distribution.", **limits)
         require(
             self.num_replicas is None or self.num_replicas >= 1,
             "distribution.num_replicas",
@@ -397,6 +444,15 @@ class DistributionConfig:
             "must not be negative: try 16777216",
         )
         require(
+            self.peer_timeout_seconds >= 1,
+            "distribution.peer_timeout_seconds",
+            self.peer_timeout_seconds,
+            "must be at least 1: try 60",
+        )
+        self._check_transport()
+
+    def _check_transport(self) -> None:
+        require(
             self.transport != "tcp" or self.num_replicas in (None, 1),
             "distribution.num_replicas",
             self.num_replicas,
@@ -407,12 +463,6 @@ class DistributionConfig:
             "distribution.bytes_per_pack",
             self.bytes_per_pack,
             "must be null with distribution.transport tcp, which sends all in one piece",
-        )
-        require(
-            self.peer_timeout_seconds >= 1,
-            "distribution.peer_timeout_seconds",
-            self.peer_timeout_seconds,
-            "must be at least 1: try 60",
         )
 
 
@@ -426,6 +476,7 @@ class CheckpointConfig:
     """Newest checkpoints kept; the one with the best validation loss is kept besides."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "checkpoint.", every_steps=MOST, keep=MOST)
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "must not be negative: try 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
 
@@ -446,6 +497,7 @@ class SamplingConfig:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, num_tokens=MOST, top_k=MOST, seed=2**63 - 1, temperature=1000)
         require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "must be at least 1")
         require(self.seed >= 0, "seed", self.seed, "must not be negative: try 0")
         require(self.temperature >= 0, "temperature", self.temperature, "must not be negative: try 0.8")
@@ -471,17 +523,19 @@ def load(config_class: type[ConfigType], argv: Sequence[str], prog: str, descrip
       ConfigError: an unknown key, a wrong type, a missing file, or a rule of a section broken.
       SystemExit: after `--help` or `--print_config`, with code 0.
     """
-    argv = _config_files_first(argv)
     keys = known_keys(config_class)
-    _reject_unknown_flags(argv, keys)
-    for path in _values_of("--config", argv):
-        _reject_unknown_yaml_keys(Path(path), keys)
-    parser = _make_parser(config_class, prog, description)
-    try:
-        namespace = parser.parse_args(list(argv))
-    except ArgumentError as error:
-        raise ConfigError(_explain(str(error), keys)) from None
-    return _build(config_class, namespace.as_dict(), "")
+    flags = options.split(argv, keys)
+    if ("help", "") in flags:
+        _make_parser(config_class, prog, description).parse_args(["--help"])
+    values: dict[str, Any] = {}
+    for name, path in flags:
+        values.update(options.of_file(Path(path), keys) if name == "config" else {})
+    values.update(options.of_flags(flags, keys))
+    config = _build(config_class, values, "")
+    if ("print_config", "") in flags:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
 
 
 def load_file(config_class: type[ConfigType], path: Path) -> ConfigType:
@@ -600,129 +654,54 @@ def _make_parser(config_class: type, prog: str, description: str) -> Any:
     return parser
 
 
-def _build(cls: type[ConfigType], values: Mapping[str, Any], prefix: str) -> ConfigType:
-    """Turns nested mappings into the dataclasses; each one's `__post_init__` checks its own rules."""
+_MISSING = dataclasses.MISSING
+
+
+def _build(cls: type[ConfigType], values: Mapping[str, Any], prefix: str, default: object = None) -> ConfigType:
+    """Turns values by dotted key into the dataclasses; each one's `__post_init__` checks its own rules."""
     hints = typing.get_type_hints(cls)
     arguments = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key, kind, value = f"{prefix}{field.name}", hints[field.name], values[field.name]
+        key, kind = f"{prefix}{field.name}", hints[field.name]
+        own = getattr(default, field.name) if default is not None else _default_of(field)
         if dataclasses.is_dataclass(kind):
-            arguments[field.name] = _build(kind, value, f"{key}.")  # type: ignore[arg-type]
+            arguments[field.name] = _build(kind, values, f"{key}.", None if own is _MISSING else own)  # type: ignore[arg-type]
+        elif key in values:
+            _check_value(key, values[key])
+            arguments[field.name] = values[key]
         else:
-            require(value is not None or type(None) in typing.get_args(kind), key, value, f"must be {_describe(kind)}")
-            require(not isinstance(value, float) or math.isfinite(value), key, value, "must be a finite number")
-            arguments[field.name] = value
+            require(own is not _MISSING, key, None, f"must be given: {options.describe(kind)}")
+            arguments[field.name] = own
     return cls(**arguments)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Mistakes, in one line
-# ---------------------------------------------------------------------------------------------------
+def _default_of(field: "dataclasses.Field[Any]") -> Any:
+    return field.default_factory() if field.default_factory is not _MISSING else field.default
 
 
-def _values_of(flag: str, argv: Sequence[str]) -> list[str]:
-    """What follows each `--flag` or stands in each `--flag=`, in order."""
-    values = []
-    for argument, following in itertools.zip_longest(argv, argv[1:]):
-        if argument == flag and following is not None:
-            values.append(following)
-        elif argument.startswith(f"{flag}="):
-            values.append(argument.partition("=")[2])
-    return values
+def _check_value(key: str, value: object) -> None:
+    """What holds for every number and every text."""
+    if isinstance(value, float):
+        require(math.isfinite(value), key, value, "must be a finite number")
+        held = value == 0 or SMALLEST <= abs(value) <= LARGEST
+        require(held, key, value, f"must be 0 or of a size from {SMALLEST:g} to {LARGEST:g}, which float32 can hold")
+    if isinstance(value, str):
+        require("\0" not in value, key, value, "must not hold the character NUL")
+        with_help = "" if sys.getfilesystemencoding() == "utf-8" else ": try PYTHONUTF8=1 in the environment"
+        require(_can_be_written(value), key, value, f"must be text in UTF-8{with_help}")
 
 
-def _config_files_first(argv: Sequence[str]) -> list[str]:
-    """Moves `--config FILE` to the front, so that flags win wherever they stand; leaves out empty files."""
-    files, rest, arguments = _values_of("--config", argv), [], list(argv)
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--config":
-            if not arguments:
-                raise ConfigError("--config must be followed by a YAML file, as in --config FILE.yaml")
-            arguments.pop(0)
-        elif not argument.startswith("--config="):
-            rest.append(argument)
-    return [*(f"--config={file}" for file in files if _read_yaml(Path(file))), *rest]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ConfigError(f"--config ({path}) must be an existing YAML file")
+def _can_be_written(text: str) -> bool:
+    """Whether a file can hold the text, and a path be called so."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config ({path}) must be readable: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config ({path}) must be valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    require(isinstance(content, dict), "--config", path, "must hold keys and values, such as `seed: 1`")
-    return content
-
-
-def _reject_unknown_flags(argv: Sequence[str], keys: Mapping[str, Any]) -> None:
-    built_in = {"help", "config", "print_config"}
-    for argument in argv:
-        name = argument.partition("=")[0]
-        if not name.startswith("--"):
-            continue
-        if name[2:] not in keys and name[2:] not in built_in:
-            raise ConfigError(f"unknown key {name[2:]} on the command line{_suggestion(name[2:], keys)}")
-
-
-def _reject_unknown_yaml_keys(path: Path, keys: Mapping[str, Any]) -> None:
-    sections = {key.partition(".")[0] for key in keys if "." in key}
-    for name, value in _read_yaml(path).items():
-        if name in sections and isinstance(value, dict):
-            for inner in value:
-                if f"{name}.{inner}" not in keys:
-                    raise ConfigError(f"unknown key {name}.{inner} in {path}{_suggestion(f'{name}.{inner}', keys)}")
-        elif name in sections:
-            raise ConfigError(f"{name} ({value}) in {path} must be a section with keys below it")
-        elif name not in keys:
-            candidates = dict.fromkeys(sections) if isinstance(value, dict) else keys
-            raise ConfigError(f"unknown key {name} in {path}{_suggestion(str(name), candidates)}")
-
-
-def _suggestion(name: str, keys: Iterable[str]) -> str:
-    return _did_you_mean(nearest_key(name, keys)) or ": --help lists the keys"
-
-
-def _did_you_mean(name: str | None) -> str:
-    return f": did you mean {name}?" if name else ""
-
-
-def _explain(message: str, keys: Mapping[str, Any]) -> str:
-    """Rewrites jsonargparse's message of several lines as "key (value) rule"."""
-    key_match = re.search(r'Parser key "([^"]+)"', message)
-    value_match = re.search(r"(?:Got value|Given value): (.*)$", message)
-    if key_match and key_match.group(1) in keys and value_match:
-        key, value = key_match.group(1), value_match.group(1)
-        return f"{key} ({value}) must be {_describe(keys[key])}{_nearest_choice(keys[key], value)}"
-    missing = re.search(r"argument --(\S+): expected one argument", message)
-    if missing:
-        return f"{missing.group(1)} must be followed by a value: {_describe(keys.get(missing.group(1), str))}"
-    return " ".join(message.split())
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    if kind in names:
-        return names[kind]
-    if typing.get_origin(kind) is tuple:
-        return "a list such as [1, 2]"
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
-    return " or ".join(_describe(part) for part in typing.get_args(kind))
-
-
-def _nearest_choice(kind: Any, value: str) -> str:
-    if typing.get_origin(kind) is not Literal:
-        return ""
-    return _did_you_mean(nearest(value, [str(choice) for choice in typing.get_args(kind)]))
+        text.encode("utf-8")
+        text.encode(sys.getfilesystemencoding())
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+    """The divisor of a number below 2**32 that is nearest to the one that was wanted."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(sorted({*small, *(number // divisor for divisor in small)}), key=lambda divisor: abs(divisor - wanted))

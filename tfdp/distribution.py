@@ -18,6 +18,7 @@ from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exchange import Exchange, connect
 from tfdp.exits import ConfigError
 from tfdp.machine import available_cores, keep_freed_memory
+from tfdp.options import whole_number
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
 
 _FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
@@ -424,10 +425,21 @@ def first_replica(strategy: tf.distribute.Strategy, per_replica: Any) -> Any:
 
 
 def cache_dir(config: DataConfig) -> Path:
-    """Where token shards are kept: data.cache_dir, else $XDG_CACHE_HOME/tfdp, else ~/.cache/tfdp."""
+    """Where token shards are kept: data.cache_dir, else $XDG_CACHE_HOME/tfdp, else ~/.cache/tfdp.
+
+    Raises:
+      ConfigError: none of them is there.
+    """
     if config.cache_dir is not None:
         return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfdp"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "tfdp"
+    try:
+        return Path.home() / ".cache" / "tfdp"
+    except RuntimeError:
+        raise ConfigError(
+            "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache"
+        ) from None
 
 
 def _make_logical_cpus(count: int) -> None:
@@ -445,8 +457,8 @@ def _make_logical_cpus(count: int) -> None:
 
 def _num_threads() -> int:
     """Threads that this process has for its operations: as many as the launcher or the user has set, or its cores."""
-    given = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
-    return (int(given) if given.isdigit() else 0) or len(available_cores()) or os.cpu_count() or 1
+    given = whole_number(os.environ.get("TF_NUM_INTRAOP_THREADS", ""))
+    return given or len(available_cores()) or os.cpu_count() or 1
 
 
 def _share_cores(num_parts: int, canonical: bool) -> None:

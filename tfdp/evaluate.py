@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from tfdp.config import DistributionConfig, load, require
+from tfdp.config import MOST_TOKENS, DistributionConfig, load, require, require_at_most
 from tfdp.exits import run_command
 from tfdp.startup import load_tensorflow
 
@@ -23,6 +23,7 @@ class Config:
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:
+        require_at_most(self, rows=MOST_TOKENS)
         require(self.rows is None or self.rows >= 1, "rows", self.rows, "must be at least 1: try 64")
 
 
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, output_is_result=True))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 _VALUE_WIDTH, _PATH_WIDTH = 80, 200  # characters; a path is there to be copied
-_DIGEST = re.compile(r"[0-9a-f]{40,}")
+_DIGEST = re.compile(r"(?=[0-9]*[a-f])[0-9a-f]{40,128}")
 _DIGEST_WIDTH = 12
 _LONGEST_NAME = 64  # of a name that may be a typing error of a key
 
@@ -51,7 +51,7 @@ def nearest_key(name: str, keys: Iterable[str]) -> str | None:
 
 def _of_large_int(value: int) -> str:
     """An int that Python may refuse to write in decimal digits."""
-    return f"a {'negative ' * (value < 0)}number of about {value.bit_length() * 30103 // 100_000} digits"
+    return f"a {'negative ' * (value < 0)}number of about {value.bit_length() * 30103 // 100_000 + 1} digits"
 
 
 def _shortened(text: str, width: int) -> str:

@@ -14,8 +14,8 @@ from fractions import Fraction
 from tfdp.exits import ConfigError
 from tfdp.messages import shown
 
-_TERM = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s+\*\s+(\S.*?)\s*")
-_PLUS = re.compile(r"\s+\+\s+(?=(?:\d|\.\d)[\d.]*\s+\*\s)")
+_TERM = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s+\*\s+(\S.*?)\s*")
+_PLUS = re.compile(r"\s+\+\s+(?=(?:[0-9]|\.[0-9])[0-9.]*\s+\*\s)")
 _MOST_DIGITS = 1000  # of a weight: Python reads no more than 4,300 as a number
 LARGEST_TOTAL = 1 << 30  # of the weights as whole numbers: products with it fit into 64 bits
 

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from tfdp import estimates, sources
-from tfdp.config import DataConfig, find_trainer, import_trainer, known_keys, load, require, to_yaml, with_run_config
+from tfdp.config import (
+    MOST,
+    MOST_DEVICES,
+    DataConfig,
+    find_trainer,
+    import_trainer,
+    known_keys,
+    load,
+    require,
+    require_at_most,
+    to_yaml,
+    with_run_config,
+)
 from tfdp.estimates import Measured, duration
 from tfdp.exits import run_command
 from tfdp.machine import GPUS, available_gpus, find_gpu, total_memory
@@ -43,6 +55,7 @@ class Config:
     """A JSON file for the plan."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, num_replicas=MOST_DEVICES, num_workers=65_536, rounds=MOST, network_gbits=1e6)
         for name in ("num_workers", "rounds"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(
@@ -240,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, output_is_result=True))

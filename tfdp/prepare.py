@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfdp.cleaning import Cleaning
-from tfdp.config import load, require
+from tfdp.config import MOST_DEVICES, load, require, require_at_most
 from tfdp.exits import run_command
 from tfdp.manifest import SPLITS, read_manifest
 from tfdp.parts import Part
@@ -44,7 +44,8 @@ class Config:
     """Whether to measure how much of the validation text occurs in the training text too."""
 
     def __post_init__(self) -> None:
-        require(self.output is not None, "output", self.output, "must name a folder: try --output shards")
+        require_at_most(self, num_processes=MOST_DEVICES)
+        require(bool(self.output), "output", self.output, "must name a folder: try --output shards")
         require(
             self.num_processes is None or self.num_processes >= 1,
             "num_processes",

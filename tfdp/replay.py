@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfdp.config import find_trainer, import_trainer, load, load_file, require
+from tfdp.config import MOST, MOST_DEVICES, find_trainer, import_trainer, load, load_file, require, require_at_most
 from tfdp.exits import ConfigError, TrainingError, run_command
 from tfdp.startup import load_tensorflow
 
@@ -38,6 +38,7 @@ class LayoutConfig:
     """Replicas, in this one process; null: as many as the run had in total, on GPUs at most those of this machine."""
 
     def __post_init__(self) -> None:
+        require_at_most(self, "distribution.", num_replicas=MOST_DEVICES)
         require(
             self.num_replicas is None or self.num_replicas >= 1,
             "distribution.num_replicas",
@@ -59,6 +60,7 @@ class Config:
     distribution: LayoutConfig = LayoutConfig()
 
     def __post_init__(self) -> None:
+        require_at_most(self, step=MOST, num_sequences=MOST)
         require(self.step is None or self.step >= 1, "step", self.step, "must be at least 1, the first update: try 1")
         require(self.num_sequences >= 0, "num_sequences", self.num_sequences, "must not be negative: try 3")
 
@@ -381,4 +383,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, output_is_result=True))

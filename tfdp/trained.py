@@ -11,6 +11,8 @@ from tfdp.config import find_trainer, import_trainer, load_file
 from tfdp.estimates import largest_matrix
 from tfdp.exits import ConfigError
 from tfdp.gpt import GPT
+from tfdp.messages import shown
+from tfdp.options import whole_number
 from tfdp.runs import RunDirectory
 from tfdp.step import Compilation
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
@@ -68,7 +70,8 @@ def _choose_step(run: RunDirectory, which: str) -> int:
         return steps[-1]
     if which == "best":
         return folder.best_step() or steps[-1]
-    if not which.isdigit() or int(which) not in steps:
+    step = whole_number(which)
+    if step is None or step not in steps:
         listed = ", ".join(map(str, steps))
-        raise ConfigError(f"checkpoint ({which}) must be best, newest, or one of the steps {listed}")
-    return int(which)
+        raise ConfigError(f"checkpoint ({shown(which)}) must be best, newest, or one of the steps {shown(listed)}")
+    return step

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfdp.config import (
+    MOST_TOKENS,
     CheckpointConfig,
     DataConfig,
     DistributionConfig,
@@ -53,7 +54,8 @@ class Config:
     def __post_init__(self) -> None:
         # The order of the data looks at the low 30 bits of a seed only.
         require(0 <= self.seed < 2**30, "seed", self.seed, "must lie in [0, 2**30): try 0")
-        largest = 2**24 // self.model.context_length  # a float32 counts valid tokens exactly up to 2**24
+        require(self.run_dir != "", "run_dir", self.run_dir, "must name a folder: try --run_dir runs/NAME")
+        largest = MOST_TOKENS // self.model.context_length
         require(
             self.training.global_batch_size <= largest,
             "training.global_batch_size",
