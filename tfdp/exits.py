@@ -1,6 +1,7 @@
 """How a command ends: exit codes, and the exceptions that carry them to one line on stderr."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -38,6 +39,12 @@ class PeerLost(CommandError):
     """Another worker died, stalled or was cut off; the job can be restarted."""
 
     exit_code = PEER_LOST
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask to stop: SIGINT, SIGTERM, and SIGHUP, the loss of the terminal, unless nohup ignores it."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
 
 
 def end(code: int) -> NoReturn:
