@@ -1,52 +1,14 @@
-"""Who the workers are, and whether they are alive."""
+"""Whether the workers agree, and are alive."""
 
 import contextlib
-import json
 import socket
 import threading
 
 import pytest
 import tensorflow as tf
 
-from tfdp.cluster import Cluster, Watch, broken_link, parse_tf_config, probe, require_agreement
-from tfdp.exits import ConfigError, PeerLost
-
-GOOD = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
-
-
-def test_a_worker_finds_its_place() -> None:
-    assert parse_tf_config(json.dumps(GOOD)) == Cluster(("a:1", "b:2"), 1)
-
-
-def test_a_chief_comes_before_the_workers() -> None:
-    jobs = {"chief": ["c:1"], "worker": ["a:1", "b:2"]}
-    found = [
-        parse_tf_config(json.dumps({"cluster": jobs, "task": {"type": kind, "index": index}})).index
-        for kind, index in (("chief", 0), ("worker", 0), ("worker", 1))
-    ]
-    assert found == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "TF_CONFIG ({) must be JSON like"),
-        ("[]", "TF_CONFIG ([]) must be JSON like"),
-        ('{"cluster": {"worker": ["a:1"]}}', "must be JSON like"),
-        (json.dumps({**GOOD, "task": {"type": "worker", "index": 2}}), "TF_CONFIG (task.index 2) must lie in 0..1"),
-        (json.dumps({**GOOD, "task": {"type": "worker", "index": -1}}), "TF_CONFIG (task.index -1) must lie in 0..1"),
-        (json.dumps({**GOOD, "task": {"type": "ps", "index": 0}}), "TF_CONFIG (task.type ps) must be one of the jobs"),
-        (json.dumps({**GOOD, "cluster": {"worker": ["a:1", "b"]}}), "TF_CONFIG (b) must be host:port"),
-        (json.dumps({**GOOD, "cluster": {"worker": ["a:1", "b:0"]}}), "TF_CONFIG (b:0) must be host:port"),
-        (json.dumps({**GOOD, "cluster": {"worker": ["a:1", "a:1"]}}), "TF_CONFIG (a:1) must name each address once"),
-        (json.dumps({**GOOD, "cluster": {**GOOD["cluster"], "ps": ["p:1"]}}), "TF_CONFIG (ps) must name the jobs"),  # type: ignore[dict-item]
-    ],
-)
-def test_a_wrong_tf_config_is_one_line(text: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_tf_config(text)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+from tfdp.cluster import Cluster, Watch, broken_link, probe, require_agreement
+from tfdp.exits import PeerLost
 
 
 def test_one_worker_agrees_with_itself() -> None:

@@ -1,6 +1,6 @@
 """The workers of a job: who they are, what they must agree on, and whether they are alive.
 
-The addresses come from `TF_CONFIG` or SLURM (see distribution.py). Agreement goes through the key-value store
+The addresses come from `TF_CONFIG` or SLURM (see addresses.py). Agreement goes through the key-value store
 of TensorFlow's coordination service, outside the collectives, so that a wrong cluster is found before the first
 of them. Liveness is asked of each peer's own gRPC server once a second: a process that is compiling still
 answers, one that is dead refuses, and one that is stopped or cut off stays silent.
@@ -45,42 +45,6 @@ class Cluster:
 
     def name(self, index: int) -> str:
         return f"worker {index} ({self.addresses[index]})"
-
-
-def parse_tf_config(text: str) -> Cluster:
-    """Reads the content of TF_CONFIG: JSON with `cluster` (lists of host:port) and this process's `task`.
-
-    Raises:
-      ConfigError: what is wrong, before anything waits for a peer that will never come.
-    """
-
-    def refuse(value: object, rule: str) -> ConfigError:
-        return ConfigError(f"TF_CONFIG ({value}) {rule}")
-
-    try:
-        content = json.loads(text)
-        jobs, task = content["cluster"], content["task"]
-        kind, index = task["type"], int(task["index"])
-        addresses = [*jobs.get("chief", []), *jobs.get("worker", [])]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        example = '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
-        raise refuse(text, f"must be JSON like {example}") from None
-    unknown = sorted(set(jobs) - {"chief", "worker"})
-    if unknown:
-        raise refuse(", ".join(unknown), "must name the jobs chief and worker only: leave the others out")
-    if kind not in jobs:
-        raise refuse(f"task.type {kind}", f"must be one of the jobs of the cluster: {', '.join(jobs)}")
-    if not 0 <= index < len(jobs[kind]):
-        raise refuse(f"task.index {index}", f"must lie in 0..{len(jobs[kind]) - 1}: the job {kind} has no other")
-    for address in addresses:
-        host, _, port = str(address).rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise refuse(address, "must be host:port with a port from 1 to 65535")
-    if len(set(addresses)) != len(addresses):
-        twice = next(address for address in addresses if addresses.count(address) > 1)
-        raise refuse(twice, "must name each address once")
-    before = len(jobs.get("chief", [])) if kind == "worker" else 0
-    return Cluster(tuple(addresses), before + index)
 
 
 def require_agreement(cluster: Cluster, facts: Mapping[str, Any]) -> None:

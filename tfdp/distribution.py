@@ -13,7 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdp.cluster import Cluster, parse_tf_config
+from tfdp.addresses import parse_slurm, parse_tf_config
+from tfdp.cluster import Cluster
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exchange import Exchange, connect
 from tfdp.exits import ConfigError
@@ -31,13 +32,13 @@ def find_cluster(config: DistributionConfig) -> Cluster:
     """The workers of this job, from TF_CONFIG or SLURM; one worker where there is neither.
 
     Raises:
-      ConfigError: TF_CONFIG is wrong, or the strategy asks for workers that are not there.
+      ConfigError: TF_CONFIG or a variable of SLURM is wrong, or the strategy asks for workers that are not there.
     """
     cluster = Cluster()
     if os.environ.get("TF_CONFIG"):
         cluster = parse_tf_config(os.environ["TF_CONFIG"])
     elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
-        cluster = _slurm_cluster()
+        cluster = parse_slurm(os.environ)  # GPUs are left to SLURM's binding (--gpus-per-task)
     require(
         config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
         "distribution.strategy",
@@ -51,20 +52,6 @@ def find_cluster(config: DistributionConfig) -> Cluster:
         f"is for one worker, but TF_CONFIG or SLURM name {cluster.num_workers}: try auto",
     )
     return cluster
-
-
-def _slurm_cluster() -> Cluster:
-    """The workers of a SLURM job step, in the order of their ranks.
-
-    `SlurmClusterResolver` reads SLURM's variables; but its `cluster_spec` sorts hosts as text (n10 before n9),
-    where ranks follow SLURM's own order, and without a GPU it fails. So only its reading is used. GPUs are left
-    to SLURM's binding (`--gpus-per-task`).
-    """
-    resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(gpus_per_node=0, gpus_per_task=0, auto_set_gpu=False)
-    port = 20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000  # jobs that share a node must not share a port
-    tasks = resolver._resolve_task_configuration()
-    addresses = [f"{host}:{port + index}" for host, count in tasks.items() for index in range(count)]
-    return Cluster(tuple(addresses), resolver._resolve_own_rank())
 
 
 def make_strategy(
