@@ -123,7 +123,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
     assert summary["state_sha256"] == undisturbed[1]["state_sha256"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(corpus_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = [
         *(sys.executable, "-m", "tfdp.train", "--run_dir", str(tmp_path / "run")),

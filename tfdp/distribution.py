@@ -6,7 +6,7 @@ above this module has a second path for "without distribution".
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import keras
 import tensorflow as tf
 
 from tfdp.addresses import parse_slurm, parse_tf_config
-from tfdp.cluster import Cluster
+from tfdp.cluster import Cluster, require_free_port
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exchange import Exchange, connect
 from tfdp.exits import ConfigError
 from tfdp.machine import available_cores, keep_freed_memory
+from tfdp.native import joining_in_background
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
 
 _FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
@@ -55,7 +56,10 @@ def find_cluster(config: DistributionConfig) -> Cluster:
 
 
 def make_strategy(
-    config: DistributionConfig, cluster: Cluster | None = None, num_side_by_side: int = 1
+    config: DistributionConfig,
+    cluster: Cluster | None = None,
+    num_side_by_side: int = 1,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tf.distribute.Strategy:
     """Makes the strategy of this process. Call it before TensorFlow has touched a device.
 
@@ -65,9 +69,11 @@ def make_strategy(
     Args:
       config, cluster: who computes.
       num_side_by_side: micro-batches that each replica will compute at the same time; each gets its share of the cores.
+      meanwhile: is called again and again while it waits for other workers; what it raises ends the waiting.
 
     Raises:
       ConfigError: more replicas are asked for than there are GPUs, or the devices are already fixed.
+      TrainingError: another process has the port of this worker.
     """
     gpus = tf.config.list_physical_devices("GPU")
     num_replicas = config.num_replicas or max(1, len(gpus))
@@ -88,7 +94,9 @@ def make_strategy(
         _share_cores(num_replicas * num_side_by_side, config.reduction == "canonical")
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
-        return _multi_worker_strategy(cluster, kind, num_replicas)
+        require_free_port(cluster)
+        with joining_in_background(meanwhile):
+            return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])

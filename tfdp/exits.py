@@ -61,7 +61,8 @@ def leave(error: CommandError) -> NoReturn:
     who was lost before this one is gone too.
     """
     _report(error)
-    time.sleep(1.5)
+    if isinstance(error, PeerLost):
+        time.sleep(1.5)
     end(error.exit_code)
 
 
