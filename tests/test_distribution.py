@@ -138,3 +138,28 @@ def test_slurm_names_the_workers_in_the_order_of_their_ranks(
 def test_a_slurm_job_of_one_task_is_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert distribution.find_cluster(DistributionConfig()) == Cluster()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "10.0.0.1,n2,::1"),
+        ({"no_proxy": "example.org,n2"}, "example.org,n2,10.0.0.1,::1"),
+        ({"no_proxy": "example.org", "no_grpc_proxy": "a,b"}, "a,b,10.0.0.1,n2,::1"),
+    ],
+)
+def test_grpc_bypasses_proxies_for_the_workers_alone(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in {**given, "http_proxy": "http://proxy:1"}.items():
+        monkeypatch.setenv(name, value)
+    distribution._bypass_proxies(Cluster(("10.0.0.1:1", "n2:1", "[::1]:1"), 0))
+    found = {name: os.environ.get(name) for name in ("no_grpc_proxy", "http_proxy", "no_proxy")}
+    assert found == {
+        "no_grpc_proxy": expected,
+        "http_proxy": "http://proxy:1",
+        "no_proxy": given.get("no_proxy"),
+    }

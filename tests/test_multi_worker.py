@@ -88,6 +88,18 @@ def test_workers_with_different_keys_are_refused_on_all(tmp_path: Path, corpus_d
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("no_proxy", ["", "example.org"])
+def test_proxies_of_the_environment_do_not_stand_between_workers(
+    tmp_path: Path, corpus_dir: Path, no_proxy: str
+) -> None:
+    nowhere = "http://127.0.0.1:9"
+    names = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    proxies = {spelling: nowhere for name in names for spelling in (name, name.upper())}
+    arguments = tiny_arguments(corpus_dir, tmp_path / "run", training__steps=5)
+    with start(tmp_path, [arguments] * 2, environment={**proxies, "no_proxy": no_proxy}) as job:
+        assert job.wait() == [0, 0]
+
+
 def long_job(tmp_path: Path, corpus: Path, **changes: object) -> Job:
     """Two workers that would train for hours, seen to train."""
     settings = {"training__steps": 1_000_000, "training__log_every": 50, "checkpoint__every_steps": 100, **changes}

@@ -16,10 +16,11 @@ import tensorflow as tf
 from tfdp.addresses import parse_slurm, parse_tf_config
 from tfdp.cluster import Cluster, require_free_port
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
-from tfdp.exchange import Exchange, connect
+from tfdp.exchange import Exchange
 from tfdp.exits import ConfigError
 from tfdp.machine import available_cores, keep_freed_memory
 from tfdp.native import joining_in_background
+from tfdp.rendezvous import connect
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
 
 _FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
@@ -95,6 +96,7 @@ def make_strategy(
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
         require_free_port(cluster)
+        _bypass_proxies(cluster)
         with joining_in_background(meanwhile):
             return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
@@ -154,6 +156,18 @@ def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.di
         CollectiveAllReduceExtended._initialize_local_devices = original
 
 
+def _bypass_proxies(cluster: Cluster) -> None:
+    """Has gRPC connect the workers directly, also where the environment names a proxy for all else.
+
+    gRPC obeys `http_proxy` and its like but for the hosts in `no_grpc_proxy`, or in `no_proxy` where that is not set.
+    Nothing else reads the former, so what other libraries reach through the user's proxies stays as it is.
+    """
+    ours, general = "no_grpc_proxy", "no_proxy"  # in small letters alone
+    hosts = [address.rpartition(":")[0].strip("[]") for address in cluster.addresses]
+    given = os.environ.get(ours) or os.environ.get(general) or ""
+    os.environ[ours] = ",".join(dict.fromkeys([*filter(None, given.split(",")), *hosts]))
+
+
 def connect_workers(strategy: tf.distribute.Strategy, config: DistributionConfig, cluster: Cluster) -> None:
     """Opens the connections over which gradients travel from worker to worker, where they are to.
 
@@ -166,7 +180,7 @@ def connect_workers(strategy: tf.distribute.Strategy, config: DistributionConfig
     if not isinstance(strategy, _Workers) or config.transport == "tensorflow":
         return
     if not on_gpu(strategy) and num_local_replicas(strategy) == 1 and config.bytes_per_pack is None:
-        strategy.exchange = connect(cluster)
+        strategy.exchange = connect(cluster, config.peer_timeout_seconds)
     require(
         config.transport != "tcp" or strategy.exchange is not None,
         "distribution.transport",
