@@ -1,14 +1,18 @@
 """How a command ends: exit codes, and the exceptions that carry them to one line on stderr."""
 
+import errno
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from tfdp.messages import one_line
+from tfdp import console
+from tfdp.messages import one_line, shown
+from tfdp.startup import choose_keras
 
 FINISHED, FAILED, USER_ERROR, STOPPED, PEER_LOST = 0, 1, 2, 75, 76
 
@@ -49,8 +53,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 def end(code: int) -> NoReturn:
     """Ends the process at once, without the exit handlers of the libraries it has loaded."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    console.flush()
     os._exit(code)
 
 
@@ -66,22 +69,46 @@ def leave(error: CommandError) -> NoReturn:
     end(error.exit_code)
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Runs a command's body and turns the exceptions above into its exit code."""
+def run_command(command: Callable[[], None], output_is_result: bool = False) -> int:
+    """Runs a command's body and turns the exceptions above into its exit code.
+
+    Args:
+      output_is_result: whether a stdout that cannot be written ends the command. Otherwise its lines are a record that
+        nobody need read, and it goes on.
+    """
+    console.prepare(output_is_result)
+    choose_keras()
     try:
-        command()
+        _run(command)
     except PeerLost as error:
         leave(error)
     except CommandError as error:
         _report(error)
         return error.exit_code
+    except console.OutputLost as error:
+        if not error.is_closed:  # a reader that has gone wants no more of it
+            _report(CommandError(str(error)))
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return FAILED
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            traceback.print_exc()
+            return FAILED
+        _report(ConfigError(f"{shown(Path(str(error.filename)))} is no name for a file: {error.strerror}"))
+        return USER_ERROR
     except Exception:
         traceback.print_exc()
         return FAILED
     return FINISHED
+
+
+def _run(command: Callable[[], None]) -> None:
+    try:
+        command()
+    finally:
+        console.flush()  # also after --help, which exits
 
 
 def _report(error: CommandError) -> None:

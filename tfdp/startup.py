@@ -1,13 +1,15 @@
-"""Loads TensorFlow without its notes about itself, and without a fault of its compiler.
+"""Loads TensorFlow without its notes about itself, and without a fault of its compiler; and Keras on TensorFlow.
 
 Entry points call this once they know what to run.
 """
 
+import contextlib
 import importlib
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 
 # "I0000 00:00:1795384365.191366    3059 port.cc:153] oneDNN custom operations are on. ..."
 _NOTE = re.compile(rb"(I\d{4} \d\d:\d\d:[\d.]+ .*|WARNING: All log messages before absl::InitializeLog.*)\n?")
@@ -30,18 +32,56 @@ def load_tensorflow(without_ynn: bool = True) -> None:
     if without_ynn and _YNN_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if "tensorflow" in sys.modules:
-        return
+    choose_keras()
+    if "tensorflow" not in sys.modules or "keras" not in sys.modules:
+        with _without_notes(), _without_keras_settings():
+            importlib.import_module("tensorflow")
+            importlib.import_module("keras")
+    keras = importlib.import_module("keras")
+    keras.config.set_floatx("float32")  # where a recipe imported Keras first, with the settings of its user
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
+
+
+def choose_keras() -> None:
+    """Sets the backend of Keras for this process and those that it starts, with a note where the user had another."""
+    chosen = os.environ.get("KERAS_BACKEND")
+    if chosen not in (None, "", "tensorflow"):
+        print(f"note: tfdp runs on TensorFlow: KERAS_BACKEND={chosen} is not used", file=sys.stderr, flush=True)
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as written:
         os.dup2(written.fileno(), 2)
         try:
-            importlib.import_module("tensorflow")
-            importlib.import_module("keras")
+            yield
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
             written.seek(0)
             sys.stderr.write(b"".join(line for line in written if not _NOTE.fullmatch(line)).decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _without_keras_settings() -> Iterator[None]:
+    """Lets Keras start from its own defaults: no KERAS_* but the backend, and an empty home instead of ~/.keras.
+
+    Its settings are another program's: `floatx`, say, changes what every layer computes, and a keras.json that Keras
+    does not understand ends its import. It also writes one where there is none.
+    """
+    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("KERAS_")}
+    home = settings.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+    try:
+        with tempfile.TemporaryDirectory() as empty:
+            os.environ["KERAS_HOME"] = empty
+            yield
+    finally:
+        del os.environ["KERAS_HOME"]
+        os.environ.update(settings)
+    # Where Keras keeps what a recipe of one's own downloads; its home is read at import only.
+    setattr(importlib.import_module("keras.src.backend.config"), "_KERAS_DIR", home)  # noqa: B010

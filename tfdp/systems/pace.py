@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tfdp.console import OutputLost
 from tfdp.exits import FINISHED, end
 
 
@@ -25,7 +26,7 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        self._output = os.dup(1)
         os.dup2(2, 1)  # whatever a library prints goes to stderr
         self.wanted = 1
         self.device_memory: Callable[[], int] | None = None
@@ -52,4 +53,7 @@ class Pace:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _answer(self, fields: dict[str, Any]) -> None:
-        self._out.write(json.dumps(fields) + "\n")
+        try:
+            os.write(self._output, json.dumps(fields).encode() + b"\n")  # less than a pipe takes at once
+        except OSError as error:
+            raise OutputLost(error) from None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfdp.config import find_trainer, import_trainer, load_file
+from tfdp.exits import run_command
 from tfdp.startup import load_tensorflow
 from tfdp.systems import own
 from tfdp.systems.pace import Pace
@@ -32,4 +33,4 @@ def _hold_what_a_run_holds(parts: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, output_is_result=True))
