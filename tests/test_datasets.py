@@ -60,12 +60,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a:test:title", Address("a", "test", "title")),
     ],
 )
-def test_addresses(address: str, expected: Address) -> None:
+def test_cluster_spec(address: str, expected: Address) -> None:
     assert parse(address, "data.source") == expected
 
 
 @pytest.mark.parametrize("address", ["", "a:b:c:d", ":train"])
-def test_addresses_that_are_none(address: str) -> None:
+def test_cluster_spec_that_are_none(address: str) -> None:
     with pytest.raises(ConfigError, match=r"must be tfds:NAME"):
         parse(address, "data.source")
 

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdp.addresses import parse_slurm, parse_tf_config
+from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.cluster import Cluster, require_free_port
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exchange import Exchange

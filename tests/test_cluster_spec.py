@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tfdp.addresses import parse_slurm, parse_tf_config
+from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.cluster import Cluster
 from tfdp.exits import ConfigError
 
@@ -93,7 +93,7 @@ def test_a_wrong_tf_config_is_one_line(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     "address", ["[::1]:1", "[fe80::1%eth0]:65535", "10.0.0.1:2222", "a-b.c_d.svc.:1", "x" * 63 + ".y:1"]
 )
-def test_addresses_that_can_be(address: str) -> None:
+def test_cluster_spec_that_can_be(address: str) -> None:
     assert parse_tf_config(tf_config([address])).addresses == (address,)
 
 
@@ -116,7 +116,7 @@ def test_addresses_that_can_be(address: str) -> None:
         ),
     ],
 )
-def test_addresses_that_cannot_be(address: str) -> None:
+def test_cluster_spec_that_cannot_be(address: str) -> None:
     with pytest.raises(ConfigError, match="must be host:port") as caught:
         parse_tf_config(tf_config([address]))
     assert_one_line(str(caught.value))
