@@ -1,56 +1,24 @@
-"""Who the workers are, and whether they are alive."""
+"""Whether the workers agree, and are alive."""
 
 import contextlib
-import json
+import re
 import socket
 import threading
+import time
 
 import pytest
 import tensorflow as tf
 
-from tfdp.cluster import Cluster, Watch, broken_link, parse_tf_config, probe, require_agreement
-from tfdp.exits import ConfigError, PeerLost
-
-GOOD = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
-
-
-def test_a_worker_finds_its_place() -> None:
-    assert parse_tf_config(json.dumps(GOOD)) == Cluster(("a:1", "b:2"), 1)
-
-
-def test_a_chief_comes_before_the_workers() -> None:
-    jobs = {"chief": ["c:1"], "worker": ["a:1", "b:2"]}
-    found = [
-        parse_tf_config(json.dumps({"cluster": jobs, "task": {"type": kind, "index": index}})).index
-        for kind, index in (("chief", 0), ("worker", 0), ("worker", 1))
-    ]
-    assert found == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "TF_CONFIG ({) must be JSON like"),
-        ("[]", "TF_CONFIG ([]) must be JSON like"),
-        ('{"cluster": {"worker": ["a:1"]}}', "must be JSON like"),
-        (json.dumps({**GOOD, "task": {"type": "worker", "index": 2}}), "TF_CONFIG (task.index 2) must lie in 0..1"),
-        (json.dumps({**GOOD, "task": {"type": "worker", "index": -1}}), "TF_CONFIG (task.index -1) must lie in 0..1"),
-        (json.dumps({**GOOD, "task": {"type": "ps", "index": 0}}), "TF_CONFIG (task.type ps) must be one of the jobs"),
-        (json.dumps({**GOOD, "cluster": {"worker": ["a:1", "b"]}}), "TF_CONFIG (b) must be host:port"),
-        (json.dumps({**GOOD, "cluster": {"worker": ["a:1", "b:0"]}}), "TF_CONFIG (b:0) must be host:port"),
-        (json.dumps({**GOOD, "cluster": {"worker": ["a:1", "a:1"]}}), "TF_CONFIG (a:1) must name each address once"),
-        (json.dumps({**GOOD, "cluster": {**GOOD["cluster"], "ps": ["p:1"]}}), "TF_CONFIG (ps) must name the jobs"),  # type: ignore[dict-item]
-    ],
-)
-def test_a_wrong_tf_config_is_one_line(text: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_tf_config(text)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+from tfdp import cluster as clusters
+from tfdp.cluster import Cluster, Watch, broken_link, probe, require_agreement, require_free_port
+from tfdp.exits import PeerLost, TrainingError
 
 
 def test_one_worker_agrees_with_itself() -> None:
     require_agreement(Cluster(), {"seed": 1})
+
+
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with which every HTTP/2 server begins
 
 
 def listen(answer: bytes | None) -> tuple[socket.socket, str]:
@@ -71,7 +39,7 @@ def listen(answer: bytes | None) -> tuple[socket.socket, str]:
 
 
 def test_a_probe_tells_alive_silent_and_dead_apart() -> None:
-    server, address = listen(bytes(9))
+    server, address = listen(SETTINGS)
     with server:
         assert probe(address, 2.0) == "alive"
     server, address = listen(None)  # the kernel takes the connection, as it does for a stopped process
@@ -80,9 +48,61 @@ def test_a_probe_tells_alive_silent_and_dead_apart() -> None:
     assert probe(address, 0.2) == "dead"
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"no", bytes(9)])
+def test_a_probe_does_not_take_another_program_for_a_worker(answer: bytes) -> None:
+    server, address = listen(answer)
+    with server:
+        assert probe(address, 2.0) == "foreign"
+
+
+def test_a_probe_tells_a_name_that_stands_for_nothing() -> None:
+    assert probe("no-such-host.invalid:1", 2.0) == "unknown"
+
+
+@pytest.mark.timeout(30)
+def test_whom_the_start_waits_for_is_told_and_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(clusters, "_NOTICE_SECONDS", 2.5)
+    servers, addresses = zip(*[listen(answer) for answer in (SETTINGS, b"HTTP/1.1 400 Bad Request", b"")], strict=True)
+    with contextlib.ExitStack() as held:
+        for server in servers:
+            held.enter_context(server)
+        cluster = Cluster(("127.0.0.1:1", *addresses, "no-such-host.invalid:1"), 0)
+        watch = held.enter_context(Watch(cluster, 60.0, start_timeout_seconds=4.0).watching())
+        with pytest.raises(PeerLost) as lost:
+            while True:
+                watch.wait_for_start()
+                time.sleep(0.05)
+    absent = (
+        f"worker 2 ({addresses[1]}) answers, but as another program, worker 3 ({addresses[2]}) refuses connections, "
+        "worker 4 (no-such-host.invalid:1) has a name that is not known here"
+    )
+    limit = "4 s (distribution.start_timeout_seconds): "
+    assert re.fullmatch(f"waiting    [23] s of {re.escape(limit + absent)}\n", capsys.readouterr().err)
+    assert str(lost.value).startswith(f"the start took longer than {limit}{absent}; start all workers again")
+
+
+def test_many_absent_workers_are_counted() -> None:
+    watch = Watch(Cluster(tuple(f"a:{port}" for port in range(1, 1001)), 0), 60.0, start_timeout_seconds=1.0)
+    said = watch._absent()
+    assert said.startswith("worker 1 (a:2) does not answer, worker 2 (a:3) does not answer, ")
+    assert said.endswith(", worker 5 (a:6) does not answer, and 994 more")
+
+
+def test_a_port_that_is_taken_is_told_before_anything_waits() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(TrainingError) as refused:
+            require_free_port(Cluster(("127.0.0.1:1", address), 1))
+    said = f"this worker cannot listen at its own address, worker 1 ({address}): Address already in use"
+    assert str(refused.value) == said
+    require_free_port(Cluster(("127.0.0.1:1", address), 1))
+
+
 @pytest.mark.timeout(30)
 def test_a_connection_that_breaks_between_the_living_is_named() -> None:
-    server, address = listen(bytes(9))
+    server, address = listen(SETTINGS)
     cluster = Cluster(("127.0.0.1:1", address), 0)
     with server, pytest.raises(PeerLost) as lost, Watch(cluster, 60.0).watching() as watch:
         watch.step = 7

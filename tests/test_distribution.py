@@ -160,3 +160,28 @@ except distribution.ConfigError as error:
         "here",
         "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache",
     ], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "10.0.0.1,n2,::1"),
+        ({"no_proxy": "example.org,n2"}, "example.org,n2,10.0.0.1,::1"),
+        ({"no_proxy": "example.org", "no_grpc_proxy": "a,b"}, "a,b,10.0.0.1,n2,::1"),
+    ],
+)
+def test_grpc_bypasses_proxies_for_the_workers_alone(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in {**given, "http_proxy": "http://proxy:1"}.items():
+        monkeypatch.setenv(name, value)
+    distribution._bypass_proxies(Cluster(("10.0.0.1:1", "n2:1", "[::1]:1"), 0))
+    found = {name: os.environ.get(name) for name in ("no_grpc_proxy", "http_proxy", "no_proxy")}
+    assert found == {
+        "no_grpc_proxy": expected,
+        "http_proxy": "http://proxy:1",
+        "no_proxy": given.get("no_proxy"),
+    }

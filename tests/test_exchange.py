@@ -1,6 +1,9 @@
 """Sums over workers through sockets, here between threads of one process."""
 
+import ctypes
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +14,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tfdp import cluster as clusters
-from tfdp import exchange
 from tfdp.cluster import Cluster
 from tfdp.exchange import Exchange
 
@@ -23,13 +24,13 @@ def cluster(num_workers: int, index: int) -> Cluster:
     return Cluster(tuple(f"127.0.0.1:{port}" for port in range(1, num_workers + 1)), index)
 
 
-def connected(num_workers: int) -> list[Exchange]:
+def connected(num_workers: int, timeout_seconds: float = 60.0) -> list[Exchange]:
     connections: list[dict[int, socket.socket]] = [{} for _ in range(num_workers)]
     for one, other in combinations(range(num_workers), 2):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             connections[one][other] = socket.create_connection(listener.getsockname())
             connections[other][one] = listener.accept()[0]
-    return [Exchange(cluster(num_workers, index), found) for index, found in enumerate(connections)]
+    return [Exchange(cluster(num_workers, index), found, timeout_seconds) for index, found in enumerate(connections)]
 
 
 @pytest.fixture(params=[2, 3, 5])
@@ -81,99 +82,61 @@ def test_a_worker_that_leaves_is_named() -> None:
     staying.close()
 
 
-def meet(secrets_told: list[str], reachable: list[bool], stranger: bytes = b"") -> list[dict[int, socket.socket]]:
-    """What each worker's `_meet` finds, where some of them are told a port at which nobody listens."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in reachable]
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        closed = unused.getsockname()[1]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    told = [
-        (secret, str(port if known else closed))
-        for secret, port, known in zip(secrets_told, ports, reachable, strict=True)
-    ]
-    callers = []
-    if stranger:
-        callers.append(socket.create_connection(listeners[0].getsockname()))
-        callers[0].sendall(stranger)
-    found = at_once(
-        [
-            lambda index=index: exchange._meet(cluster(len(reachable), index), listeners[index], told)
-            for index in range(len(reachable))
-        ]
-    )
-    for one in [*listeners, *callers]:
-        one.close()
-    return found
+# A filter of Linux's that drops all segments that reach a socket, as a line does that is cut without a word.
+DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0
 
 
-def close(found: list[dict[int, socket.socket]]) -> None:
-    for connections in found:
-        for connection in connections.values():
-            connection.close()
+def cut(*exchanges: Exchange) -> None:
+    """Lets nothing reach these workers any more: neither bytes nor the system's confirmations."""
+    for connection in (connection for each in exchanges for connection in each._connections.values()):
+        program = ctypes.create_string_buffer(DROP_ALL)
+        connection.setsockopt(
+            socket.SOL_SOCKET, 26, struct.pack("HP", 1, ctypes.addressof(program))
+        )  # SO_ATTACH_FILTER
 
 
-SECRETS = ["a" * 32, "b" * 32, "c" * 32]
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux filters what reaches a socket")
 
 
-def test_workers_meet_whoever_knocks_meanwhile() -> None:
-    found = meet(SECRETS, [True] * 3, stranger=b"GET / HTTP/1.1\r\nHost: a.b.c.d.e.f.g.h\r\n\r\n")
-    assert [sorted(connections) for connections in found] == [[1, 2], [0, 2], [0, 1]]
-    close(found)
+@needs_linux
+@pytest.mark.parametrize("beforehand", [True, False])
+def test_a_connection_that_is_cut_without_a_word_is_noticed_in_time(beforehand: bool) -> None:
+    """Beforehand: no byte gets through; else the line is cut while both wait, after an exchange."""
+    one, other = connected(2, timeout_seconds=3.0)
+    small, large = np.zeros(1, np.float32), np.zeros(4_000_000, np.float32)
+    if not beforehand:
+        at_once([lambda: one.scatter(small, large), lambda: other.scatter(small, large)])
+    cut(one, other)
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"the connection to worker 1 \(127\.0\.0\.1:2\) broke: \[Errno 110\]"):
+        one.scatter(small, large)
+    assert 2 < time.monotonic() - started < 10
+    for each in (one, other):
+        each.close()
 
 
-def test_a_greeting_may_come_in_pieces() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as caller:
-        caller.sendall(b"1234")
-        threading.Timer(0.2, lambda: caller.sendall(b"5678")).start()
-        answering, _ = listener.accept()
-        assert exchange._receive(answering, 8, time.monotonic() + 10) == b"12345678"
-        with pytest.raises(TimeoutError):
-            exchange._receive(answering, 8, time.monotonic() + 0.2)
-        answering.close()
+@needs_linux
+def test_a_worker_that_waits_in_an_exchange_notices_a_cut_too() -> None:
+    one, other = connected(2, timeout_seconds=3.0)
+    threading.Timer(1.0, lambda: cut(one, other)).start()
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"broke: \[Errno 110\]"):
+        one.scatter(np.zeros(1, np.float32), np.zeros(4_000_000, np.float32))  # the other one never comes
+    assert 2 < time.monotonic() - started < 12
+    for each in (one, other):
+        each.close()
 
 
-def test_workers_that_cannot_be_reached_are_missed_by_all_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "_CONNECT_SECONDS", 1.0)
-    found = meet(SECRETS[:2], [False, True])
-    assert found == [{}, {}]
+def test_a_worker_may_come_to_an_exchange_later_than_a_connection_may_be_cut() -> None:
+    """It compiles, say: its system confirms what comes, but its buffers are full."""
+    one, other = connected(2, timeout_seconds=1.0)
+    small, large = np.zeros(1, np.float32), np.ones(8_000_000, np.float32)
 
+    def late() -> tuple[np.ndarray, np.ndarray]:
+        time.sleep(4.0)
+        return other.scatter(small, large)
 
-class Board:
-    """The key-value store of the coordination service, between threads."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._told: dict[tuple[str, int], str] = {}
-        self._changed = threading.Condition()
-        for name in ("publish", "read", "barrier"):
-            monkeypatch.setattr(clusters, name, getattr(self, name))
-
-    def publish(self, topic: str, index: int, value: str) -> None:
-        with self._changed:
-            self._told[topic, index] = value
-            self._changed.notify_all()
-
-    def read(self, topic: str, index: int) -> str:
-        with self._changed:
-            assert self._changed.wait_for(lambda: (topic, index) in self._told, timeout=20)
-            return self._told[topic, index]
-
-    def barrier(self, _name: str, _timeout_seconds: float) -> None:
-        pass
-
-
-@pytest.mark.parametrize("reachable", [True, False])
-def test_all_are_connected_or_none_is(monkeypatch: pytest.MonkeyPatch, reachable: bool) -> None:
-    Board(monkeypatch)
-    call = exchange._call
-
-    def fail(host: str, port: int, greeting: bytes, end: float) -> socket.socket:
-        if not reachable and greeting.endswith(b"2"):  # worker 2 reaches nobody
-            raise ConnectionRefusedError("no way")
-        return call(host, port, greeting, end)
-
-    monkeypatch.setattr(exchange, "_call", fail)
-    monkeypatch.setattr(exchange, "_CONNECT_SECONDS", 10.0 if reachable else 1.0)
-    found = at_once([lambda index=index: exchange.connect(cluster(3, index)) for index in range(3)])
-    assert [each is not None for each in found] == [reachable] * 3
-    for each in filter(None, found):
+    found = at_once([lambda: one.scatter(small, large), late])
+    assert [terms.sum() for _, terms in found] == [8_000_000.0] * 2
+    for each in (one, other):
         each.close()

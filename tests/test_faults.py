@@ -68,7 +68,7 @@ class Killer(threading.Thread):
     """Kills random workers of a run at random moments, or leaves a fault for the next save; spread over the steps.
 
     Kill number k waits until the run has saved a random step of the k-th of as many equal parts, so that a fast machine
-    is not done before the last one. The launcher gives up after two attempts without a new checkpoint: a life that
+    is not done before the last one. The launcher waits ever longer after attempts without a new checkpoint: a life that
     follows one without has to save, any other may be killed before it does.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tfdp import launch
+from tfdp import launch, restarts
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30  # seconds for one job, on a busy machine
@@ -195,7 +195,10 @@ def test_a_reader_that_leaves_does_not_end_the_workers(run_dir: Path) -> None:
         ([2, 76], False, 2),
         ([1, 76], False, 1),
         ([76, -9], False, 76),
-        ([0, -6], False, 76),
+        ([0, -6], False, 1),  # it crashed
+        ([76, -11], False, 1),
+        ([-9, -6], False, 76),  # of a kill from outside, after which TensorFlow may abort the others
+        ([-1, 76], False, 76),
         ([75, 75], False, 75),
         ([75, 76], False, 75),
         ([-15, -15], True, 75),
@@ -205,7 +208,7 @@ def test_a_reader_that_leaves_does_not_end_the_workers(run_dir: Path) -> None:
     ],
 )
 def test_the_code_of_the_job_follows_from_those_of_its_workers(codes: list[int], stopping: bool, expected: int) -> None:
-    assert launch.job_code(codes, stopping) == expected
+    assert restarts.job_code(codes, stopping) == expected
 
 
 def test_a_mistake_of_the_user_is_said_once_and_never_restarted(run_dir: Path) -> None:
@@ -277,6 +280,79 @@ def test_restarts_without_progress_end(run_dir: Path) -> None:
     )
 
 
+def restarts_told(stderr: str) -> list[str]:
+    return re.findall(r"^launch: (restart .*)$", stderr, re.MULTILINE)
+
+
+def test_kills_before_the_first_checkpoint_do_not_end_the_job(run_dir: Path) -> None:
+    body = """
+    if attempt < 4:
+        os.kill(os.getpid(), signal.SIGKILL if index == 1 else signal.SIGTERM)
+    """
+    code, _, stderr = finish(start(run_dir, body, num_workers=2, max_restarts=10))
+    assert code == 0
+    assert restarts_told(stderr) == [
+        f"restart {number} of 10 in {pause} s from the beginning: there is no checkpoint yet"
+        for number, pause in ((1, 1), (2, 2), (3, 4))
+    ]
+
+
+def test_lost_peers_and_failures_beside_a_kill_are_not_the_jobs_own(run_dir: Path) -> None:
+    body = """
+    if attempt == 1:
+        sys.exit(76)
+    if attempt == 2:
+        os.kill(os.getpid(), signal.SIGKILL) if index == 0 else sys.exit(1)
+    if attempt == 3:
+        sys.exit(1)
+    """
+    code, _, stderr = finish(start(run_dir, body, num_workers=2, max_restarts=10))
+    assert code == 0
+    assert len(restarts_told(stderr)) == 3
+
+
+@pytest.mark.parametrize("crash", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE"])
+def test_a_crash_is_a_failure_of_the_jobs_own(run_dir: Path, crash: str) -> None:
+    body = f"""
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.kill(os.getpid(), signal.{crash}) if index == 1 else sys.exit(76)
+    """
+    code, _, stderr = finish(start(run_dir, body, num_workers=2, max_restarts=10))
+    assert code == 1
+    assert len(starts(run_dir, 0)) == 2
+    assert "launch: giving up, two attempts in a row made no new checkpoint; there is no checkpoint yet" in stderr
+
+
+def test_the_pause_grows_up_to_a_limit_and_a_checkpoint_ends_it() -> None:
+    history, pauses = restarts.History(newest=0), []
+    for _ in range(8):
+        history.note([-9, 76], newest=0)
+        pauses.append(history.pause_seconds)
+        assert history.reason_to_end(10, 76, stopping=False) is None
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    history.note([-9, 76], newest=250)
+    assert history.pause_seconds == 0
+    assert history.announcement(10) == "restart 9 of 10 from checkpoint step 250"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_pause_at_once(run_dir: Path, number: signal.Signals) -> None:
+    job = start(run_dir, "os.kill(os.getpid(), signal.SIGKILL)", num_workers=1, max_restarts=20)
+    assert job.stderr is not None
+    while "restart 4 of 20 in 8 s" not in job.stderr.readline():
+        assert job.poll() is None
+    asked = time.monotonic()
+    job.send_signal(number)
+    code, _, stderr = finish(job)
+    assert time.monotonic() - asked < 4
+    assert code == 75
+    assert stderr.splitlines()[-1] == (
+        f"launch: stopped on request; there is no checkpoint yet; go on with --run_dir {run_dir}"
+    )
+    assert len(starts(run_dir, 0)) == 4
+
+
 def test_restarts_run_out(run_dir: Path) -> None:
     code, _, stderr = finish(start(run_dir, "checkpoint(attempt); sys.exit(76)", num_workers=1, max_restarts=2))
     assert code == 76
@@ -320,6 +396,7 @@ def note(number, frame):
     (run_dir / f"received{index}").write_text(" ".join(map(str, received)))
 signal.signal(signal.SIGTERM, note)
 signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGHUP, note)
 (run_dir / f"ready{index}").touch()
 wait_for(lambda: received)
 time.sleep(0.5)
@@ -327,7 +404,7 @@ sys.exit(75)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_every_worker_once_and_ends_the_job(run_dir: Path, number: signal.Signals) -> None:
     job = start(run_dir, COUNTS_SIGNALS, num_workers=3, max_restarts=3)
     ready(run_dir, 3)
@@ -337,6 +414,27 @@ def test_a_signal_reaches_every_worker_once_and_ends_the_job(run_dir: Path, numb
     assert [(run_dir / f"received{index}").read_text() for index in range(3)] == [str(int(number))] * 3
     assert f"launch: {number.name}: passed on to 3 workers\n" in stderr
     assert "launch: stopped on request; there is no checkpoint yet; go on with" in stderr
+
+
+def test_a_terminal_that_is_lost_stops_the_job_unless_nohup_says_otherwise(run_dir: Path) -> None:
+    body = """
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    (run_dir / f"ready{index}").write_text(str(ignored))
+    wait_for((run_dir / "go").exists)
+    """
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        job = start(run_dir, body, num_workers=2)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    ready(run_dir, 2)
+    job.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    (run_dir / "go").touch()
+    code, _, stderr = finish(job)
+    assert code == 0
+    assert "SIGHUP" not in stderr
+    assert [(run_dir / f"ready{index}").read_text() for index in range(2)] == ["True", "True"]
 
 
 def test_a_second_signal_is_passed_on_too(run_dir: Path) -> None:
@@ -408,6 +506,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["--training.steps", "2"], r"unknown key training\.steps .*; what is for tfdp\.train stands after --, .*"),
         (["--num_workers", "2", "foo"], "unrecognized arguments: foo"),
+        (["--num_workers", "1000000"], r"num_workers \(1000000\) must be at most 256 on one machine: .*"),
         (["--max_restarts", "-1", "--"], r"max_restarts \(-1\) must not be negative: try 0"),
         (["--num_workers", "2", "--", "--model.num_heads", "3"], r"model\.num_heads \(3\) must divide .*: try 2"),
         (

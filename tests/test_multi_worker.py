@@ -2,12 +2,15 @@
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from workers import Job, start, tiny_arguments
+from workers import Job, free_ports, start, tiny_arguments
+
+from tfdp.cluster import probe
 
 pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(240)]
 
@@ -85,6 +88,18 @@ def test_workers_with_different_keys_are_refused_on_all(tmp_path: Path, corpus_d
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("no_proxy", ["", "example.org"])
+def test_proxies_of_the_environment_do_not_stand_between_workers(
+    tmp_path: Path, corpus_dir: Path, no_proxy: str
+) -> None:
+    nowhere = "http://127.0.0.1:9"
+    names = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    proxies = {spelling: nowhere for name in names for spelling in (name, name.upper())}
+    arguments = tiny_arguments(corpus_dir, tmp_path / "run", training__steps=5)
+    with start(tmp_path, [arguments] * 2, environment={**proxies, "no_proxy": no_proxy}) as job:
+        assert job.wait() == [0, 0]
+
+
 def long_job(tmp_path: Path, corpus: Path, **changes: object) -> Job:
     """Two workers that would train for hours, seen to train."""
     settings = {"training__steps": 1_000_000, "training__log_every": 50, "checkpoint__every_steps": 100, **changes}
@@ -97,10 +112,13 @@ def newest_step(run_dir: Path) -> int:
     return max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
-def test_sigterm_at_one_worker_stops_all_after_the_same_step(tmp_path: Path, corpus_dir: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_one_worker_stops_all_after_the_same_step(
+    tmp_path: Path, corpus_dir: Path, number: signal.Signals
+) -> None:
     with long_job(tmp_path, corpus_dir) as job:
         asked = time.monotonic()
-        job.processes[1].send_signal(signal.SIGTERM)
+        job.processes[1].send_signal(number)
         assert job.wait() == [75, 75]
         assert time.monotonic() - asked < 10
         ends = [job.output(index).splitlines()[-1] for index in range(2)]
@@ -132,3 +150,91 @@ def test_a_stalled_worker_is_named_in_time(tmp_path: Path, corpus_dir: Path, vic
         last = job.output(1 - victim).splitlines()[-1]
     assert last.startswith(f"error: worker {victim} (127.0.0.1:")
     assert "is stalled or cut off" in last
+
+
+# --- At the start ------------------------------------------------------------------------------------
+
+
+def wait_for_server(job: Job, port: int, worker: int = 0) -> None:
+    """Waits until a worker has begun to wait for the others: then its gRPC server answers."""
+    end = time.monotonic() + 120
+    while probe(f"127.0.0.1:{port}", 1.0) != "alive":
+        assert time.monotonic() < end and job.processes[worker].poll() is None, job.output(worker)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGHUP, 0), (signal.SIGTERM, 1)]
+)
+def test_a_worker_that_waits_for_others_obeys_signals(
+    tmp_path: Path, corpus_dir: Path, number: signal.Signals, index: int
+) -> None:
+    ports, arguments = free_ports(2), tiny_arguments(corpus_dir, tmp_path / "run")
+    with start(tmp_path, [arguments if each == index else None for each in range(2)], ports=ports) as job:
+        wait_for_server(job, ports[index])
+        time.sleep(1)
+        asked = time.monotonic()
+        job.processes[0].send_signal(number)
+        assert job.wait() == [75]
+        assert time.monotonic() - asked < 5
+        assert job.output(0) == f"stopped: {number.name} before the first step: nothing was lost\n"
+
+
+def test_a_worker_gives_up_on_others_that_do_not_come(tmp_path: Path, corpus_dir: Path) -> None:
+    ports = free_ports(2)
+    arguments = tiny_arguments(corpus_dir, tmp_path / "run", distribution__start_timeout_seconds=3)
+    with start(tmp_path, [None, arguments], ports=ports) as job:
+        assert job.wait() == [76]
+        assert job.output(0) == (
+            "error: the start took longer than 3 s (distribution.start_timeout_seconds): "
+            f"worker 0 (127.0.0.1:{ports[0]}) refuses connections; "
+            "start all workers again with the same run_dir: they go on from the newest checkpoint\n"
+        )
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_worker_that_comes_and_dies_before_all_are_there_is_named(
+    tmp_path: Path, corpus_dir: Path, victim: int
+) -> None:
+    ports, arguments = free_ports(3), tiny_arguments(corpus_dir, tmp_path / "run")
+    with start(tmp_path, [arguments, arguments, None], ports=ports) as job:
+        for index in range(2):
+            wait_for_server(job, ports[index], index)
+        time.sleep(3)  # for each to hear of the other
+        killed = time.monotonic()
+        job.processes[victim].kill()
+        assert job.processes[1 - victim].wait(timeout=60) == 76
+        assert time.monotonic() - killed < 10
+        assert job.output(1 - victim).startswith(f"error: worker {victim} (127.0.0.1:{ports[victim]}) is dead: ")
+
+
+SILENT_PEER = """
+import os, sys, time
+from tfdp.startup import load_tensorflow
+load_tensorflow()
+from tfdp import distribution
+from tfdp.cluster import Watch, require_agreement
+from tfdp.config import DistributionConfig
+from tfdp.exits import end, run_command
+
+def main():
+    config = DistributionConfig(start_timeout_seconds=15)
+    cluster = distribution.find_cluster(config)
+    with Watch(cluster, 60.0, config.start_timeout_seconds).watching() as watch:
+        distribution.make_strategy(config, cluster, 1, watch.wait_for_start)
+        if cluster.index == 1:
+            time.sleep(1000)  # its server answers all the while
+        require_agreement(cluster, {"seed": 1}, watch.wait_for_start)
+
+end(run_command(main))
+"""
+
+
+def test_a_worker_that_never_says_what_it_is_about_to_train_is_named(tmp_path: Path) -> None:
+    ports = free_ports(2)
+    with start(tmp_path, [[], []], [sys.executable, "-c", SILENT_PEER], ports=ports) as job:
+        assert job.processes[0].wait(timeout=120) == 76
+        assert (
+            "error: the start took longer than 15 s (distribution.start_timeout_seconds): "
+            f"worker 1 (127.0.0.1:{ports[1]}) has not said what it is about to train; start all" in job.output(0)
+        )

@@ -1,16 +1,20 @@
 """After any stop: a run that goes on is the run that was never stopped."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from workers import WORKER, tiny_arguments
 
 from tfdp.exits import ConfigError
 from trainers import causal_lm
@@ -123,7 +127,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
     assert summary["state_sha256"] == undisturbed[1]["state_sha256"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(corpus_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = [
         *(sys.executable, "-m", "tfdp.train", "--run_dir", str(tmp_path / "run")),
@@ -151,3 +155,30 @@ def test_a_signal_saves_and_says_how_to_go_on(corpus_dir: Path, tmp_path: Path, 
         f"stopped: after step {step} of 1000000, checkpoint saved; go on with --run_dir {tmp_path / 'run'}\n"
     )
     assert step > 1
+
+
+def test_a_terminal_that_is_lost_saves_a_checkpoint(corpus_dir: Path, tmp_path: Path) -> None:
+    """SIGHUP arrives, and whatever is printed from then on fails."""
+    arguments = tiny_arguments(corpus_dir, tmp_path / "run", training__steps=1_000_000, training__log_every=100)
+    master, slave = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [*WORKER, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        printed = b""
+        while b"step   200" not in printed:
+            printed += os.read(master, 1 << 16)
+    finally:
+        os.close(master)
+    try:
+        assert process.wait(timeout=TIMEOUT) == 75
+    finally:
+        process.kill()
+    step = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert step >= 200

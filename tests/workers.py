@@ -63,12 +63,18 @@ class Job:
 
 
 def start(
-    folder: Path, per_worker: Sequence[Sequence[str]], command: Sequence[str] = WORKER, environment: dict | None = None
+    folder: Path,
+    per_worker: Sequence[Sequence[str] | None],
+    command: Sequence[str] = WORKER,
+    environment: dict | None = None,
+    ports: Sequence[int] = (),
 ) -> Job:
-    """Starts one worker for each list of arguments."""
-    ports = free_ports(len(per_worker))
+    """Starts one worker for each list of arguments, and none, at an address of its own, for each None."""
+    ports = ports or free_ports(len(per_worker))
     processes, logs = [], []
     for index, arguments in enumerate(per_worker):
+        if arguments is None:
+            continue
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", **(environment or {})}
         if len(per_worker) > 1:
             variables["TF_CONFIG"] = tf_config(ports, index)

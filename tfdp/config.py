@@ -415,6 +415,8 @@ class DistributionConfig:
     or 32 MiB between GPUs, or 0 between two replicas in one memory."""
     peer_timeout_seconds: float = 60.0
     """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
+    start_timeout_seconds: float = 600.0
+    """Seconds that a worker waits at its start for the others to come and agree (exit code 76)."""
 
     def __post_init__(self) -> None:
         limits = {"num_replicas": MOST_DEVICES, "bytes_per_pack": MOST, "peer_timeout_seconds": A_DAY}
@@ -448,6 +450,12 @@ class DistributionConfig:
             "distribution.peer_timeout_seconds",
             self.peer_timeout_seconds,
             "must be at least 1: try 60",
+        )
+        require(
+            1 <= self.start_timeout_seconds <= 3600,
+            "distribution.start_timeout_seconds",
+            self.start_timeout_seconds,
+            "must lie in [1, 3600]: try 600; after an hour TensorFlow gives up",
         )
         self._check_transport()
 

@@ -6,19 +6,22 @@ above this module has a second path for "without distribution".
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfdp.cluster import Cluster, parse_tf_config
+from tfdp.cluster import Cluster, require_free_port
+from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
-from tfdp.exchange import Exchange, connect
+from tfdp.exchange import Exchange
 from tfdp.exits import ConfigError
 from tfdp.machine import available_cores, keep_freed_memory
+from tfdp.native import joining_in_background
 from tfdp.options import whole_number
+from tfdp.rendezvous import connect
 from tfdp.sums import owns_nodes, possible_owners, sum_in_tree
 
 _FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
@@ -32,13 +35,13 @@ def find_cluster(config: DistributionConfig) -> Cluster:
     """The workers of this job, from TF_CONFIG or SLURM; one worker where there is neither.
 
     Raises:
-      ConfigError: TF_CONFIG is wrong, or the strategy asks for workers that are not there.
+      ConfigError: TF_CONFIG or a variable of SLURM is wrong, or the strategy asks for workers that are not there.
     """
     cluster = Cluster()
     if os.environ.get("TF_CONFIG"):
         cluster = parse_tf_config(os.environ["TF_CONFIG"])
     elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
-        cluster = _slurm_cluster()
+        cluster = parse_slurm(os.environ)  # GPUs are left to SLURM's binding (--gpus-per-task)
     require(
         config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
         "distribution.strategy",
@@ -54,22 +57,11 @@ def find_cluster(config: DistributionConfig) -> Cluster:
     return cluster
 
 
-def _slurm_cluster() -> Cluster:
-    """The workers of a SLURM job step, in the order of their ranks.
-
-    `SlurmClusterResolver` reads SLURM's variables; but its `cluster_spec` sorts hosts as text (n10 before n9),
-    where ranks follow SLURM's own order, and without a GPU it fails. So only its reading is used. GPUs are left
-    to SLURM's binding (`--gpus-per-task`).
-    """
-    resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(gpus_per_node=0, gpus_per_task=0, auto_set_gpu=False)
-    port = 20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000  # jobs that share a node must not share a port
-    tasks = resolver._resolve_task_configuration()
-    addresses = [f"{host}:{port + index}" for host, count in tasks.items() for index in range(count)]
-    return Cluster(tuple(addresses), resolver._resolve_own_rank())
-
-
 def make_strategy(
-    config: DistributionConfig, cluster: Cluster | None = None, num_side_by_side: int = 1
+    config: DistributionConfig,
+    cluster: Cluster | None = None,
+    num_side_by_side: int = 1,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tf.distribute.Strategy:
     """Makes the strategy of this process. Call it before TensorFlow has touched a device.
 
@@ -79,9 +71,11 @@ def make_strategy(
     Args:
       config, cluster: who computes.
       num_side_by_side: micro-batches that each replica will compute at the same time; each gets its share of the cores.
+      meanwhile: is called again and again while it waits for other workers; what it raises ends the waiting.
 
     Raises:
       ConfigError: more replicas are asked for than there are GPUs, or the devices are already fixed.
+      TrainingError: another process has the port of this worker.
     """
     gpus = tf.config.list_physical_devices("GPU")
     num_replicas = config.num_replicas or max(1, len(gpus))
@@ -102,7 +96,10 @@ def make_strategy(
         _share_cores(num_replicas * num_side_by_side, config.reduction == "canonical")
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
-        return _multi_worker_strategy(cluster, kind, num_replicas)
+        require_free_port(cluster)
+        _bypass_proxies(cluster)
+        with joining_in_background(meanwhile):
+            return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
@@ -160,6 +157,18 @@ def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.di
         CollectiveAllReduceExtended._initialize_local_devices = original
 
 
+def _bypass_proxies(cluster: Cluster) -> None:
+    """Has gRPC connect the workers directly, also where the environment names a proxy for all else.
+
+    gRPC obeys `http_proxy` and its like but for the hosts in `no_grpc_proxy`, or in `no_proxy` where that is not set.
+    Nothing else reads the former, so what other libraries reach through the user's proxies stays as it is.
+    """
+    ours, general = "no_grpc_proxy", "no_proxy"  # in small letters alone
+    hosts = [address.rpartition(":")[0].strip("[]") for address in cluster.addresses]
+    given = os.environ.get(ours) or os.environ.get(general) or ""
+    os.environ[ours] = ",".join(dict.fromkeys([*filter(None, given.split(",")), *hosts]))
+
+
 def connect_workers(strategy: tf.distribute.Strategy, config: DistributionConfig, cluster: Cluster) -> None:
     """Opens the connections over which gradients travel from worker to worker, where they are to.
 
@@ -172,7 +181,7 @@ def connect_workers(strategy: tf.distribute.Strategy, config: DistributionConfig
     if not isinstance(strategy, _Workers) or config.transport == "tensorflow":
         return
     if not on_gpu(strategy) and num_local_replicas(strategy) == 1 and config.bytes_per_pack is None:
-        strategy.exchange = connect(cluster)
+        strategy.exchange = connect(cluster, config.peer_timeout_seconds)
     require(
         config.transport != "tcp" or strategy.exchange is not None,
         "distribution.transport",

@@ -9,12 +9,9 @@ rounds whatever n is. The terms of a sum come in the order of the workers.
 It knows sockets and NumPy; who adds, and when, is distribution.py's.
 """
 
-import contextlib
 import math
-import secrets
 import selectors
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
@@ -23,11 +20,8 @@ import numpy as np
 from tfdp import cluster as clusters
 from tfdp.cluster import Cluster
 
-_CONNECT_SECONDS = 20.0  # for a connection, once all workers listen
-_GREETING_SECONDS = 5.0  # for the first words of whoever connects
-_KEEP_ALIVE_SECONDS = 30  # of silence, after which the system asks whether the other end is there
-_SECRET_BYTES = 16
-_WELCOME = b"!"
+_KEEP_ALIVE_SECONDS = 30  # of silence, at most, after which the system asks whether the other end is there
+_READY = b"!"  # with which a worker says that it has come to the exchange, and reads
 _MOST_PIECES = 512  # that a system takes at once; Linux: 1024
 _ALIGNMENT = 64  # bytes, from which TensorFlow takes an array's memory as it is
 
@@ -38,16 +32,17 @@ class Exchange:
     Args:
       cluster: of this worker.
       connections: to each peer, by its index.
+      timeout_seconds: how long a connection may be cut off before it counts as broken.
     """
 
-    def __init__(self, cluster: Cluster, connections: Mapping[int, socket.socket]) -> None:
+    def __init__(
+        self, cluster: Cluster, connections: Mapping[int, socket.socket], timeout_seconds: float = 60.0
+    ) -> None:
         self._cluster, self._connections = cluster, dict(connections)
         for connection in self._connections.values():
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if hasattr(socket, "TCP_KEEPIDLE"):  # while workers compile or evaluate, no firewall may forget them
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
+            _notice_cuts(connection, timeout_seconds)
 
     def bounds(self, num_numbers: int) -> list[int]:
         """Where the part of each worker begins, and the end."""
@@ -102,9 +97,15 @@ class Exchange:
             connection.close()
 
     def _swap(self, outgoing: Mapping[int, Sequence[np.ndarray]], incoming: Mapping[int, Sequence[np.ndarray]]) -> None:
-        """Sends and receives at the same time, because nobody's socket holds a whole message."""
-        to_send = {peer: _bytes_of(arrays) for peer, arrays in outgoing.items()}
-        to_fill = {peer: _bytes_of(arrays) for peer, arrays in incoming.items()}
+        """Sends and receives at the same time, because nobody's socket holds a whole message.
+
+        Nothing but one byte is sent to a peer before it has come here too. While it still compiles, say, more bytes
+        than its system holds would look like those on a connection that is cut.
+        """
+        ready = {peer: np.empty(len(_READY), np.uint8) for peer in incoming}
+        to_send = {peer: [memoryview(_READY)] for peer in outgoing}
+        to_fill = {peer: _bytes_of([ready[peer], *arrays]) for peer, arrays in incoming.items()}
+        awaited = set(outgoing)
         with selectors.DefaultSelector() as selector:
             for peer, connection in self._connections.items():
                 _follow(selector, connection, peer, to_send[peer], to_fill[peer])
@@ -112,118 +113,46 @@ class Exchange:
                 for key, events in selector.select():
                     peer, connection = key.data, self._connections[key.data]
                     try:
-                        if events & selectors.EVENT_WRITE:
-                            _advance(to_send[peer], connection.sendmsg(to_send[peer][:_MOST_PIECES]))
-                        if events & selectors.EVENT_READ:
-                            received = connection.recv_into(to_fill[peer][0])
-                            if received == 0:
-                                raise ConnectionError("the connection was closed")
-                            _advance(to_fill[peer], received)
+                        received = _move(connection, events, to_send[peer], to_fill[peer])
                     except BlockingIOError:  # not ready after all
                         continue
                     except OSError as error:
                         raise ConnectionError(clusters.broken_link(self._cluster.name(peer), error)) from None
+                    if received and peer in awaited:
+                        awaited.remove(peer)
+                        to_send[peer] += _bytes_of(outgoing[peer])
                     _follow(selector, connection, peer, to_send[peer], to_fill[peer])
 
 
-def connect(cluster: Cluster) -> Exchange | None:
-    """Connects this worker with all others; each of them has to call it. None on all, if two do not reach each other.
+def _notice_cuts(connection: socket.socket, timeout_seconds: float) -> None:
+    """Has the system break a connection whose other end has not answered for so long, whether it has to or not.
 
-    Ports are the system's choice, told through the coordination service, and with them a secret that whoever connects
-    has to know.
+    By default Linux waits a quarter of an hour for bytes that nobody confirms, and two hours where nothing is sent.
+    Regular questions also keep firewalls from forgetting a connection while workers compile or evaluate.
     """
-    connections: dict[int, socket.socket] = {}
-    secret = secrets.token_hex(_SECRET_BYTES)
-    with contextlib.ExitStack() as held:
-        try:
-            listener = held.enter_context(_listen())
-            port = listener.getsockname()[1]
-        except OSError:
-            port = 0  # which nobody reaches
-        clusters.publish("exchange", cluster.index, f"{secret} {port}")
-        told = [clusters.read("exchange", index).split() for index in range(cluster.num_workers)]
-        if all(int(port) for _, port in told):
-            connections = _meet(cluster, listener, told)
-    clusters.publish("exchange_size", cluster.index, str(len(connections)))
-    sizes = [int(clusters.read("exchange_size", index)) for index in range(cluster.num_workers)]
-    exchange = Exchange(cluster, connections)
-    if min(sizes) == len(cluster.peers):
-        return exchange
-    exchange.close()
-    with contextlib.suppress(Exception):  # nobody ends, as some may who need one, before all have read this
-        clusters.barrier("exchange", _GREETING_SECONDS)
-    return None
+    options = {
+        "TCP_USER_TIMEOUT": int(timeout_seconds * 1000),
+        "TCP_KEEPIDLE": max(1, min(_KEEP_ALIVE_SECONDS, int(timeout_seconds / 2))),
+        "TCP_KEEPINTVL": max(1, int(timeout_seconds / 6)),
+        "TCP_KEEPCNT": 3,
+    }
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _meet(cluster: Cluster, listener: socket.socket, told: Sequence[Sequence[str]]) -> dict[int, socket.socket]:
-    """Calls the workers before this one and answers those after it; as many as can be reached in time."""
-    end = time.monotonic() + _CONNECT_SECONDS
-    connections: dict[int, socket.socket] = {}
-    with contextlib.suppress(OSError):
-        for peer in range(cluster.index):
-            secret, port = told[peer]
-            host = cluster.addresses[peer].rpartition(":")[0].strip("[]")
-            connections[peer] = _call(host, int(port), _greeting(secret, cluster.index), end)
-        greetings = {_greeting(told[cluster.index][0], peer): peer for peer in cluster.peers if peer > cluster.index}
-        while greetings:
-            greeting, connection = _accept(listener, end)
-            if greeting in greetings:
-                connections[greetings.pop(greeting)] = connection
-                connection.sendall(_WELCOME)
-            else:
-                connection.close()
-    return connections
-
-
-def _listen() -> socket.socket:
-    """At all addresses of this machine: its own name may stand for another one here than elsewhere."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
-
-
-def _greeting(secret: str, index: int) -> bytes:
-    return f"{secret}{index:08d}".encode()
-
-
-def _call(host: str, port: int, greeting: bytes, end: float) -> socket.socket:
-    connection = socket.create_connection((host, port), timeout=_remaining(end))
-    connection.sendall(greeting)
-    if _receive(connection, len(_WELCOME), end) != _WELCOME:
-        connection.close()
-        raise ConnectionError("the greeting was refused")
-    return connection
-
-
-def _accept(listener: socket.socket, end: float) -> tuple[bytes, socket.socket]:
-    """The next connection, and what the other end says first."""
-    listener.settimeout(_remaining(end))
-    connection, _ = listener.accept()
-    length = len(_greeting(secrets.token_hex(_SECRET_BYTES), 0))
-    try:
-        return _receive(connection, length, min(end, time.monotonic() + _GREETING_SECONDS)), connection
-    except OSError:  # whoever this is, it is none of ours
-        return b"", connection
-
-
-def _receive(connection: socket.socket, length: int, end: float) -> bytes:
-    """So many bytes, or fewer, if the other end has no more."""
-    received = b""
-    while len(received) < length:
-        connection.settimeout(_remaining(end))
-        more = connection.recv(length - len(received))
-        if not more:
-            break
-        received += more
+def _move(connection: socket.socket, events: int, to_send: list[memoryview], to_fill: list[memoryview]) -> int:
+    """Sends and receives as much as the connection is ready for; returns the bytes received."""
+    if events & selectors.EVENT_WRITE:
+        _advance(to_send, connection.sendmsg(to_send[:_MOST_PIECES]))
+    if not events & selectors.EVENT_READ:
+        return 0
+    received = connection.recv_into(to_fill[0])
+    if received == 0:
+        raise ConnectionError("the connection was closed")
+    _advance(to_fill, received)
     return received
-
-
-def _remaining(end: float) -> float:
-    seconds = end - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError("timed out")
-    return seconds
 
 
 def _pieces(arrays: Sequence[np.ndarray], begin: int, end: int) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -47,6 +48,12 @@ class PeerLost(CommandError):
     exit_code = PEER_LOST
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask to stop: SIGINT, SIGTERM, and SIGHUP, the loss of the terminal, unless nohup ignores it."""
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
+
+
 def end(code: int) -> NoReturn:
     """Ends the process at once, without the exit handlers of the libraries it has loaded."""
     console.flush()
@@ -60,7 +67,8 @@ def leave(error: CommandError) -> NoReturn:
     who was lost before this one is gone too.
     """
     _report(error)
-    time.sleep(1.5)
+    if isinstance(error, PeerLost):
+        time.sleep(1.5)
     end(error.exit_code)
 
 

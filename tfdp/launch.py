@@ -26,6 +26,7 @@ from tfdp import exits
 from tfdp.config import find_trainer, import_trainer, load, require, with_run_config
 from tfdp.exits import ConfigError
 from tfdp.machine import Share, free_ports, preparation, share_machine
+from tfdp.restarts import History, job_code, whereabouts
 
 DESCRIPTION = (
     "Start the workers of one training job on this machine and wait for them. Arguments after -- are those of "
@@ -35,6 +36,7 @@ TRAIN = (sys.executable, "-u", "-m", "tfdp.train")
 POLL_SECONDS = 0.05
 LINGER_SECONDS = 60.0  # beyond the grace, for the others to end once one has finished
 TERM_SECONDS = 5.0  # between SIGTERM and SIGKILL for a worker that did not notice the end of the others
+MOST_WORKERS = 256  # whose output one process with the usual limit of 1024 open files can pass on
 
 _CHECKPOINT = re.compile(r"step_(\d{8,})")  # as in checkpoint.py, which loads Keras
 _MEANINGS = {
@@ -58,6 +60,8 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1: try 2")
+        rule = f"must be at most {MOST_WORKERS} on one machine: start more by deploy/ on several"
+        require(self.num_workers <= MOST_WORKERS, "num_workers", self.num_workers, rule)
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative: try 0")
         require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must not be negative: try 15")
 
@@ -127,7 +131,7 @@ def run_job(
 
     Args:
       arguments: go to every worker.
-      run_dir: where the workers keep their checkpoints; two attempts in a row without a new one there are the last.
+      run_dir: where the workers keep their checkpoints; two failures without a new one there are the last.
       worker_command: program and first arguments of a worker.
 
     Returns:
@@ -135,13 +139,12 @@ def run_job(
     """
     console = Console()
     shares = share_machine(config.num_workers)
-    start_steps: list[int] = []  # the newest checkpoint when each attempt began
+    history = History(newest_step(run_dir))
     used_ports: set[int] = set()
     cores = f"cores for each: {len(shares[0].cores) or 'all'}"
     console.say(f"{config.num_workers} workers, {cores}, run directory {run_dir}")
     with _recorded_signals() as received:
         while True:
-            start_steps.append(newest_step(run_dir))
             ports = free_ports(config.num_workers, used_ports)
             used_ports.update(ports)
             workers = start_workers([*worker_command, *arguments], ports, shares, console)
@@ -149,40 +152,27 @@ def run_job(
                 _supervise(workers, config.grace_seconds, received, console)
             finally:
                 _kill(workers)
-            code = job_code([worker.code for worker in workers if not worker.ended_by_launcher], bool(received))
+            codes = [worker.code for worker in workers if not worker.ended_by_launcher]
+            code = job_code(codes, bool(received))
             if code in (exits.FINISHED, exits.USER_ERROR):
                 return code
-            newest = newest_step(run_dir)
-            end = _reason_to_end(config, code, start_steps, newest, bool(received))
-            if end:
-                console.say(f"{end}; {_where(newest)}; go on with --run_dir {run_dir}")
+            history.note(codes, newest_step(run_dir))
+            end = history.reason_to_end(config.max_restarts, code, bool(received))
+            if end is None:
+                console.say(history.announcement(config.max_restarts))
+                if _sleep(history.pause_seconds, received):
+                    end, code = "stopped on request", exits.STOPPED
+            if end is not None:
+                console.say(f"{end}; {whereabouts(history.newest)}; go on with --run_dir {run_dir}")
                 return code
-            console.say(f"restart {len(start_steps)} of {config.max_restarts} {_origin(newest)}")
 
 
-def _reason_to_end(
-    config: LaunchConfig, code: int, start_steps: Sequence[int], newest: int, stopping: bool
-) -> str | None:
-    """Why a job that has not finished is not started again; None if it is."""
-    num_restarts = len(start_steps) - 1
-    if stopping or code == exits.STOPPED:
-        return "stopped on request"
-    if num_restarts == config.max_restarts:
-        return f"giving up after {num_restarts} restarts" if num_restarts else "the job failed, --max_restarts is 0"
-    if num_restarts >= 1 and newest <= start_steps[-2]:
-        return "giving up, two attempts in a row made no new checkpoint"
-    return None
-
-
-def job_code(codes: Sequence[int], stopping: bool) -> int:
-    """The exit code of the job from those of its workers, where minus a number is the signal that killed one."""
-    if not any(codes):
-        return exits.FINISHED
-    if exits.USER_ERROR in codes:
-        return exits.USER_ERROR
-    if any(code > 0 and code not in (exits.STOPPED, exits.PEER_LOST) for code in codes):
-        return exits.FAILED
-    return exits.STOPPED if stopping or exits.STOPPED in codes else exits.PEER_LOST
+def _sleep(seconds: float, received: Sequence[int]) -> bool:
+    """Waits; returns early, and true, when a signal arrives."""
+    deadline = time.monotonic() + seconds
+    while not received and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return bool(received)
 
 
 def newest_step(run_dir: Path) -> int:
@@ -190,14 +180,6 @@ def newest_step(run_dir: Path) -> int:
     folder = run_dir / "checkpoints"
     matches = (_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else iter(())
     return max((int(match.group(1)) for match in matches if match), default=0)
-
-
-def _where(step: int) -> str:
-    return f"the newest checkpoint is that of step {step}" if step else "there is no checkpoint yet"
-
-
-def _origin(step: int) -> str:
-    return f"from checkpoint step {step}" if step else "from the beginning: there is no checkpoint yet"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -288,13 +270,13 @@ def _kill(workers: Sequence[Worker]) -> None:
 
 @contextlib.contextmanager
 def _recorded_signals() -> Iterator[list[int]]:
-    """Collects the SIGINTs and SIGTERMs that arrive, in order, instead of letting them end this process."""
+    """Collects the requests to stop that arrive, in order, instead of letting them end this process."""
     received: list[int] = []
 
     def record(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    old = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, record) for number in exits.stop_signals()}
     try:
         yield received
     finally:

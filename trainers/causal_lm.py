@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tfdp.optimizer import Optimizer
     from tfdp.sources import Corpus
     from tfdp.step import Compilation, RowLosses, TrainStep
+    from tfdp.stopping import StopSignal
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,15 @@ class Config:
 def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
     started = time.monotonic()
+    from tfdp.stopping import StopSignal
+
+    with StopSignal() as stop:
+        return _train(config, stop, started)
+
+
+def _train(config: Config, stop: "StopSignal", started: float) -> dict[str, Any]:
     from tfdp import distribution, sources
     from tfdp.cluster import Watch, require_agreement
-    from tfdp.stopping import StopSignal
 
     cluster = distribution.find_cluster(config.distribution)
     require(
@@ -88,13 +95,13 @@ def train(config: Config) -> dict[str, Any]:
     corpus = sources.open_corpus(config.data, distribution.cache_dir(config.data))
     corpus.check_lengths(config.model.context_length)
 
-    with Watch(cluster, config.distribution.peer_timeout_seconds).watching() as watch:
+    layout = config.distribution
+    with Watch(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
         side_by_side = num_side_by_side(config, corpus, cluster.num_workers)
-        strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
-        with StopSignal() as stop:
-            require_agreement(cluster, shared_facts(config, corpus, strategy))
-            distribution.connect_workers(strategy, config.distribution, cluster)
-            return _fit(config, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
+        strategy = distribution.make_strategy(layout, cluster, side_by_side, watch.wait_for_start)
+        require_agreement(cluster, shared_facts(config, corpus, strategy), watch.wait_for_start)
+        distribution.connect_workers(strategy, layout, cluster)
+        return _fit(config, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
 
 
 def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dict[str, Any]:
