@@ -35,6 +35,15 @@ setup(
     extras_require={
         "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
         "peers": ["torch>=2.13", "transformers>=5"],  # what `tfdp.benchmark` measures besides KerasNLP
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "types-PyYAML"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter",
+            "types-PyYAML",
+        ],
     },
 )

@@ -4,8 +4,6 @@ A folder in the making holds `recipe.json`, the tokenizer and `parts/` (`tfdp/pa
 are joined into the shards of `tfdp/shards.py`; the manifest is written last, then the parts go.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import heapq
 import json
@@ -22,7 +20,7 @@ from tfdp import bpe
 from tfdp.cleaning import Cleaner, Cleaning, fingerprint
 from tfdp.corpus import Document, documents, licence_of
 from tfdp.exits import ConfigError
-from tfdp.files import write_whole
+from tfdp.files import locking, write_whole
 from tfdp.overlap import Overlap
 from tfdp.parts import LEFT_OUT, Encoding, Part, encode_all, stretches
 from tfdp.processes import make_pool
@@ -126,7 +124,7 @@ def prepare(
             watcher.say(f"{folder} is prepared already")
             return open_shards(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, watcher):
+        with locking(folder / ".lock", lambda _holder: watcher.wait()):
             if not _is_made(folder, facts):
                 _make(recipe, facts, folder, watcher, num_processes)
             if not is_done():
@@ -142,17 +140,6 @@ def corpus_sha256(recipe: Recipe) -> str:
     for _ in _labelled_documents(recipe, digest):
         pass
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, watcher: Watcher) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            watcher.wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # the lock ends with the file, and with this process
 
 
 def _is_made(folder: Path, facts: dict[str, Any]) -> bool:
