@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from tfdp import estimates, sources
-from tfdp.config import DataConfig, find_trainer, import_trainer, known_keys, load, require, to_yaml, with_run_config
+from tfdp.config import (
+    DataConfig,
+    config_class,
+    find_trainer,
+    import_trainer,
+    known_keys,
+    load,
+    require,
+    to_yaml,
+    with_run_config,
+)
 from tfdp.estimates import Measured, duration
 from tfdp.exits import run_command
 from tfdp.machine import GPUS, available_gpus, find_gpu, total_memory
@@ -229,8 +239,8 @@ def main() -> None:
     )
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
-    trainer = import_trainer(find_trainer(rest))
-    run = load(trainer.Config, rest, "python -m tfdp.plan", description)
+    trainer = find_trainer(rest)
+    run = load(config_class(import_trainer(trainer), trainer), rest, "python -m tfdp.plan", description)
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
     plan = make_plan(config, run)
