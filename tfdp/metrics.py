@@ -128,7 +128,7 @@ class Boards:
 
 def _reason(error: tf.errors.OpError) -> str:
     """The one part of TensorFlow's message that is for people."""
-    text = " ".join(str(error).split())
+    text = str(error).splitlines()[0]
     return text.partition("}} ")[2].partition(" [Op:")[0] or text
 
 

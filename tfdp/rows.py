@@ -1,5 +1,6 @@
 """Rows of metrics.jsonl, one JSON object a line; and JSON that carries a checksum of itself."""
 
+import contextlib
 import json
 import re
 import sys
@@ -49,7 +50,8 @@ class RowWriter:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
-                file.truncate(end)  # no half of a row
+                with contextlib.suppress(OSError):  # a half of a row, which no reader takes for one
+                    file.truncate(end)
                 raise
         self._waiting = b""
 

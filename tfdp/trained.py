@@ -59,9 +59,7 @@ class TrainedGPT:
         config = load_file(config_class(recipe, trainer), run.config_path)
         saved = run.checkpoints().load(_choose_step(run, which))
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
-        has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
-        tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
-        _refuse_other_tokenizer(run, tokenizer, saved.state)
+        tokenizer = open_own_tokenizer(run, saved.state)
         training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
         largest = largest_matrix(config.model, tokenizer.vocab_size)
         compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
@@ -96,13 +94,21 @@ def refuse_other_keys(run: RunDirectory, config: Any, state: Mapping[str, Any]) 
         print(line, file=sys.stderr, flush=True)
 
 
-def _refuse_other_tokenizer(run: RunDirectory, tokenizer: Tokenizer, state: Mapping[str, Any]) -> None:
-    trained_with = state["identity"].get("data.tokenizer", tokenizer.fingerprint)
-    if tokenizer.fingerprint != trained_with:
+def open_own_tokenizer(run: RunDirectory, state: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a run directory. Raises `ConfigError` where it is not that of the checkpoint."""
+    has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
+    try:
+        tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
+        fingerprint = tokenizer.fingerprint
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"tokenizer ({run.tokenizer_path}) must be as tfdp wrote it: {error!r}") from None
+    trained_with = state["identity"].get("data.tokenizer", fingerprint)
+    if fingerprint != trained_with:
         raise ConfigError(
             f"tokenizer ({run.tokenizer_path}) must be that of the run: its fingerprint was {trained_with}, and is "
-            f"{tokenizer.fingerprint} now"
+            f"{fingerprint} now"
         )
+    return tokenizer
 
 
 def _choose_step(run: RunDirectory, which: str) -> int:
