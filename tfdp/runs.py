@@ -36,7 +36,10 @@ class RunDirectory:
     @classmethod
     def named(cls, name: str) -> "RunDirectory":
         """The directory of that name; nothing is made yet. A link, such as runs/latest, is no run itself."""
-        return cls(follow_links(Path(name)))
+        try:
+            return cls(follow_links(Path(name)))
+        except OSError as error:
+            raise ConfigError(f"run_dir ({name}) must be a folder: {error.strerror}") from None
 
     @classmethod
     @contextlib.contextmanager
