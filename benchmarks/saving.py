@@ -19,11 +19,12 @@ def main() -> None:
     import tensorflow as tf
 
     from tfdp import distribution
-    from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder, snapshot
+    from tfdp.checkpoint import Checkpoint, CheckpointFolder, snapshot
     from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
     from tfdp.gpt import GPT
     from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
+    from tfdp.saver import AsyncSaver
     from tfdp.step import StepRules, TrainStep
 
     num_rounds, context_length, rows = int(sys.argv[1]) if len(sys.argv) > 1 else 8, 64, 8

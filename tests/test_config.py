@@ -24,7 +24,7 @@ from tfdp.config import (
     to_yaml,
     with_run_config,
 )
-from tfdp.exits import ConfigError
+from tfdp.exits import CommandError, ConfigError
 from trainers.causal_lm import Config
 
 ROOT = Path(__file__).parents[1]
@@ -494,8 +494,11 @@ def test_a_recipe_of_the_users_own_may_live_anywhere(tmp_path: Path, monkeypatch
     assert import_trainer("my.recipe").Config is Config
     with pytest.raises(ConfigError, match=r"^trainer \(my.half\) must be a module that defines train$"):
         import_trainer("my.half")
-    with pytest.raises(ModuleNotFoundError, match="none_such_library"):
+    with pytest.raises(
+        CommandError, match=r"No module named 'none_such_library' \(\S+/my/broken.py, line 1\)$"
+    ) as caught:
         import_trainer("my.broken")  # the recipe is there: what it lacks must not be hidden
+    assert caught.value.exit_code == 1
 
 
 # ---------------------------------------------------------------------------------------------------

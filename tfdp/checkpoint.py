@@ -4,11 +4,12 @@ A checkpoint is a folder `step_00000250` with
 
     weights.safetensors     every trainable variable, by name
     optimizer.safetensors   the optimizer's state, by name
-    state.json              step, position in the data, what the run is (its identity), sha256 of the two files
+    state.json              step, position in the data, what the run is (its identity), its keys and their history
+    SHA256SUMS              of the three, as `sha256sum --check SHA256SUMS` reads it
 
-It is written under another name, file by file, each one synced, `state.json` last, then renamed and the
-parent folder synced: a crash at any byte leaves the previous checkpoint as it was. All random numbers of a
-run are functions of (seed, step, position), so no generator has a state to save.
+It is written under another name, file by file, each one synced, then renamed and the parent folder synced: a crash
+at any byte leaves the previous checkpoint as it was. All random numbers of a run are functions of (seed, step,
+position), so no generator has a state to save.
 """
 
 import hashlib
@@ -16,27 +17,43 @@ import json
 import os
 import re
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tfdp.exits import ConfigError
+from tfdp.exits import CommandError, ConfigError
 from tfdp.files import sync_folder
+from tfdp.verified import (
+    STATE_FILE,
+    SUMS_FILE,
+    TENSOR_FILES,
+    DamagedCheckpoint,
+    read_state,
+    read_sums,
+    read_verified,
+    sums_text,
+)
+
+if TYPE_CHECKING:  # this module looks at folders before TensorFlow is loaded
+    import keras
 
 Tensors = dict[str, np.ndarray]
-Variables = Mapping[str, keras.Variable]
+Variables = Mapping[str, "keras.Variable"]
+
+FORMAT = 2  # in state.json; checkpoints before it did not say so, and had no SHA256SUMS
 
 _NAME = re.compile(r"step_(\d{8,})")
 _PIECE_BYTES = 1 << 20
+
+
+class SaveFailed(CommandError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclass(frozen=True)
@@ -79,43 +96,91 @@ class CheckpointFolder:
         Args:
           checkpoint: whose tensors nobody changes any more.
           paced: whether to rest most of the time, because training steps want the processor.
+
+        Raises:
+          SaveFailed: the disk is full, say; nothing of this checkpoint is left.
         """
-        final = self.path(checkpoint.step)
-        scratch = self.folder / f".{final.name}.tmp"
+        try:
+            final = self._write(checkpoint, paced)
+        except OSError as error:
+            shutil.rmtree(self._scratch(checkpoint.step), ignore_errors=True)  # it may be what fills the disk
+            raise SaveFailed(self._why_not_saved(checkpoint, error)) from error
+        try:
+            self._prune()
+        except OSError as error:
+            raise SaveFailed(f"old checkpoints in {self.folder} cannot be removed: {error}") from error
+        return final
+
+    def _scratch(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.tmp"
+
+    def _write(self, checkpoint: Checkpoint, paced: bool) -> Path:
+        final, scratch = self.path(checkpoint.step), self._scratch(checkpoint.step)
         if scratch.exists():
             shutil.rmtree(scratch)
-        scratch.mkdir(parents=True)
+        self.folder.mkdir(exist_ok=True)  # but not the run directory: where that is gone, somebody removed it
+        scratch.mkdir()
         digests = {
-            f"{name}.safetensors": _write_synced(scratch / f"{name}.safetensors", _safetensors_parts(tensors), paced)
-            for name, tensors in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer))
+            name: _write_synced(scratch / name, _safetensors_parts(tensors), paced)
+            for name, tensors in zip(TENSOR_FILES, (checkpoint.weights, checkpoint.optimizer), strict=True)
         }
-        state = {**checkpoint.state, "files": digests}
-        _write_synced(scratch / "state.json", [json.dumps(state, indent=1).encode()])
+        state = json.dumps({"format": FORMAT, **checkpoint.state, "files": digests}, indent=1).encode()
+        digests[STATE_FILE] = _write_synced(scratch / STATE_FILE, [state])
+        _write_synced(scratch / SUMS_FILE, [sums_text(digests)])
         sync_folder(scratch)
         self._discard(final)
         os.rename(scratch, final)
         sync_folder(self.folder)
-        self._prune()
         return final
 
+    def _why_not_saved(self, checkpoint: Checkpoint, error: OSError) -> str:
+        tensors = (*checkpoint.weights.values(), *checkpoint.optimizer.values())
+        steps = self.steps()
+        last = f"the newest checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        return (
+            f"the checkpoint of step {checkpoint.step} cannot be saved in {self.folder}: {error.strerror or error}; it "
+            f"needs {sum(tensor.nbytes for tensor in tensors):,} bytes, {_free_bytes(self.folder)} are free; {last}"
+        )
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The facts of one checkpoint, verified; its tensors are not looked at. Raises as `load` does."""
+        return self._verified_state(step)[0]
+
+    def states(self) -> tuple[dict[int, dict[str, Any]], list[str]]:
+        """The facts of all checkpoints by step, ascending, and a line for each that is damaged."""
+        found, damaged = {}, []
+        for step in self.steps():
+            try:
+                found[step] = self.state(step)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error))
+        return found, damaged
+
     def load(self, step: int) -> Checkpoint:
-        """Reads and verifies one checkpoint. Raises `ConfigError` naming the file that is missing or damaged."""
+        """Reads and verifies one checkpoint.
+
+        Raises:
+          DamagedCheckpoint: naming what is missing or not as it was saved.
+          CommandError: a file cannot be read, which says nothing of whether it is whole.
+        """
         folder = self.path(step)
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            tensors = {}
-            for name, digest in state["files"].items():
-                data = (folder / name).read_bytes()
-                if hashlib.sha256(data).hexdigest() != digest:
-                    raise ConfigError(
-                        f"checkpoint {folder / name} is damaged: its sha256 is not the one it was saved with"
-                    )
-                tensors[name] = safetensors.numpy.load(data)
-            return Checkpoint(tensors["weights.safetensors"], tensors["optimizer.safetensors"], state)
-        except ConfigError:
-            raise
-        except (FileNotFoundError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"checkpoint {folder} is incomplete: {error}") from None
+        state, sums = self._verified_state(step)
+        digests = sums or state.get("files")  # in state.json alone, before there were others
+        if "step" not in state or not isinstance(digests, dict) or not set(TENSOR_FILES) <= digests.keys():
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {STATE_FILE} lacks its step or its files")
+        weights, optimizer = (_read_tensors(folder / name, digests[name]) for name in TENSOR_FILES)
+        return Checkpoint(weights, optimizer, state)
+
+    def _verified_state(self, step: int) -> tuple[dict[str, Any], dict[str, str]]:
+        """What state.json says, and the sha256 of each file; {} for a checkpoint of before there were such."""
+        folder = self.path(step)
+        sums = read_sums(folder / SUMS_FILE)
+        state = read_state(folder / STATE_FILE, sums.get(STATE_FILE))
+        if not sums and "format" in state:
+            raise DamagedCheckpoint(f"checkpoint {folder} is incomplete: there is no {SUMS_FILE}")
+        if state.get("step", step) != step:
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: it says that it is of step {state['step']}")
+        return state, sums
 
     def load_newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and a line for each newer one that is not.
@@ -124,13 +189,13 @@ class CheckpointFolder:
 
         Raises:
           ConfigError: there are checkpoints and none of them is whole. Nothing is renamed then.
-          OSError: a checkpoint cannot be read, which says nothing of whether it is whole.
+          CommandError: a checkpoint cannot be read, which says nothing of whether it is whole.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 found = self.load(step)
-            except ConfigError as error:
+            except DamagedCheckpoint as error:
                 damaged[step] = str(error)
                 continue
             return found, [self._set_aside(step, message) for step, message in damaged.items()]
@@ -150,17 +215,10 @@ class CheckpointFolder:
         return f"{message}; moved to {aside.name}, falling back to the checkpoint before it"
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss among the checkpoints that carry one."""
-        losses = {step: self._validation_loss(step) for step in self.steps()}
-        known = {step: loss for step, loss in losses.items() if loss is not None}
+        """The step with the lowest validation loss among the whole checkpoints that carry one."""
+        losses = {step: state.get("validation_loss") for step, state in self.states()[0].items()}
+        known = {step: loss for step, loss in losses.items() if isinstance(loss, float)}
         return min(known, key=lambda step: known[step]) if known else None
-
-    def _validation_loss(self, step: int) -> float | None:
-        try:
-            loss = json.loads((self.path(step) / "state.json").read_text()).get("validation_loss")
-        except (OSError, ValueError):
-            return None
-        return None if loss is None else float(loss)
 
     def _prune(self) -> None:
         kept = {*self.steps()[-self._keep :], self.best_step()}
@@ -178,56 +236,6 @@ class CheckpointFolder:
                 shutil.rmtree(doomed)
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
-
-
-class AsyncSaver:
-    """Writes checkpoints in a thread, one at a time; a second save waits for the first.
-
-    As a context manager it waits at the end of its block. An error of the thread is raised by the next call.
-    """
-
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self._folder = folder
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def __enter__(self) -> "AsyncSaver":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def save(self, checkpoint: Checkpoint, background: bool = True) -> None:
-        """Writes a checkpoint beside the steps that follow, or, where none does, at once and at full speed."""
-        self.wait()
-        if not background:
-            self._folder.save(checkpoint)
-            return
-        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="save-checkpoint")
-        self._thread.start()
-
-    def is_saving(self) -> bool:
-        """Whether a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Waits for the save under way, if there is one."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _write(self, checkpoint: Checkpoint) -> None:
-        try:
-            if sys.platform == "linux":
-                # Runs where a core is idle, so that no step waits for it; nice 19 was not enough on two cores.
-                os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
-            self._folder.save(checkpoint, paced=True)
-        except BaseException as error:
-            self._error = error
 
 
 def snapshot(variables: Variables) -> Tensors:
@@ -254,6 +262,18 @@ def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
     if differing:
         listed = "; ".join(f"{key} is {saved.get(key)} there and {wanted.get(key)} here" for key in differing)
         raise ConfigError(f"run_dir holds the checkpoints of another run: {listed}; name another run_dir")
+
+
+def _read_tensors(path: Path, digest: str) -> Tensors:
+    try:
+        tensors: Tensors = safetensors.numpy.load(read_verified(path, digest))
+        return tensors
+    except safetensors.SafetensorError as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {error}") from None
+
+
+def _free_bytes(folder: Path) -> str:
+    return f"{shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free:,}"
 
 
 def digests_of(weights: Tensors, optimizer: Tensors) -> dict[str, str]:

@@ -13,16 +13,18 @@ import importlib
 import math
 import re
 import sys
+import traceback
 import types
 import typing
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tfdp import mixture, options
-from tfdp.exits import ConfigError
+from tfdp.exits import CommandError, ConfigError
+from tfdp.files import follow_links
 from tfdp.messages import nearest, shown
 from tfdp.options import values_of as _values_of
 from tfdp.strict_yaml import read as _read_yaml
@@ -551,8 +553,8 @@ def load_file(config_class: type[ConfigType], path: Path) -> ConfigType:
     return load(config_class, ["--config", str(path)], prog="config", description="")
 
 
-def to_yaml(config: object) -> str:
-    """The resolved configuration as YAML: what `--config` reads back to an equal object."""
+def to_yaml(config: object, without: Collection[str] = ()) -> str:
+    """The resolved configuration as YAML: what `--config` reads back to an equal object, but for keys left out."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -563,7 +565,8 @@ def to_yaml(config: object) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if looks_like_a_number else None)
 
     Dumper.add_representer(str, represent)
-    return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False)  # type: ignore[call-overload]
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in without}  # type: ignore[call-overload]
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False)
 
 
 def known_keys(config_class: type) -> dict[str, Any]:
@@ -593,24 +596,82 @@ def code_sha256(*folders: Path) -> str:
     return digest.hexdigest()
 
 
-def with_run_config(argv: Sequence[str]) -> list[str]:
-    """Puts the config.yaml of the run directory that `argv` names below `--config` and flags, if there is one.
+CONFIG_FILE = "config.yaml"  # of a run directory: the configuration of the run
+RESOLVED_FILE = "resolved.yaml"  # that configuration, where a user's own config.yaml stands there
 
-    So a run is resumed as it was by its `--run_dir` alone, and what is named besides is what changes.
+
+def with_run_config(argv: Sequence[str]) -> list[str]:
+    """Puts the configuration of the run directory that `argv` names below `--config` and flags, if there is one.
+
+    So a run is resumed as it was by its `--run_dir` alone, and what is named besides is what changes. The directory is
+    named by a flag or by a `--config`, but not by the config.yaml of another run, whose keys are taken without it. A
+    link such as runs/latest is followed here, once: it may name another run a moment later.
     """
-    named = _values_of("--run_dir", argv)
-    named = named or [str(_read_yaml(Path(path)).get("run_dir") or "") for path in _values_of("--config", argv)]
-    if named and named[-1] and (Path(named[-1]) / "config.yaml").is_file():
-        return [f"--config={Path(named[-1]) / 'config.yaml'}", *argv, "--run_dir", named[-1]]
-    return list(argv)
+    flags, paths = _values_of("--run_dir", argv), [Path(path) for path in _values_of("--config", argv)]
+    in_files = {path: str(run_dir) for path in paths if (run_dir := _read_yaml(path).get("run_dir")) is not None}
+    ignored = [path for path in in_files if is_record(path)]
+    named = flags or [run_dir for path, run_dir in in_files.items() if path not in ignored]
+    if not named or not named[-1]:
+        return [*argv, "--run_dir=null"] if ignored else list(argv)
+    try:
+        run_dir = str(follow_links(Path(named[-1])))
+    except OSError as error:
+        raise ConfigError(f"run_dir ({named[-1]}) must be a folder: {error.strerror}") from None
+    records = config_records(Path(run_dir))
+    if len(set(flags)) > 1:
+        return list(argv)  # which `load` refuses
+    rest = options.without("--run_dir", argv)
+    return [*(f"--config={path}" for path in records), *rest, f"--run_dir={run_dir}"]
+
+
+def config_records(run_dir: Path) -> list[Path]:
+    """The files that tell the configuration of a run, what wins last; [] for a directory without.
+
+    A user's own config.yaml counts through resolved.yaml, and by itself again once it has been changed since.
+    """
+    own, resolved = run_dir / CONFIG_FILE, run_dir / RESOLVED_FILE
+    if not resolved.is_file():
+        return [own] if own.is_file() else []
+    is_changed = own.is_file() and file_sha256(own).encode() not in resolved.read_bytes().partition(b"\n")[0]
+    return [resolved, own] if is_changed else [resolved]
+
+
+def is_record(path: Path) -> bool:
+    """Whether a YAML file is the configuration of a run, by where it lies: not where a user keeps his own."""
+    folder = path.parent
+    if path.name not in (CONFIG_FILE, RESOLVED_FILE):
+        return False
+    named = _read_yaml(path).get("run_dir")
+    return is_begun(folder) or (named is not None and Path(str(named)).resolve() == folder.resolve())
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether a run has written into this directory."""
+    return (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flatten_yaml(text: str) -> dict[str, Any]:
+    """The values of a configuration in YAML by dotted key; {} where it is none."""
+    import yaml
+
+    content = yaml.safe_load(text)
+    return _flatten_mapping(content) if isinstance(content, dict) else {}
+
+
+def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ between two configurations, with both. `run_dir` is a name, and none of them."""
+    old, new = flatten_yaml(old_yaml), flatten_yaml(new_yaml)
+    keys = [key for key in {**old, **new} if key != "run_dir"]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def changed_keys(old_yaml: str, new_yaml: str) -> list[str]:
     """The keys whose values differ between two configurations, as "key: old -> new"."""
-    import yaml
-
-    old, new = (_flatten_mapping(yaml.safe_load(text) or {}) for text in (old_yaml, new_yaml))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old} -> {new}" for key, (old, new) in differing_keys(old_yaml, new_yaml).items()]
 
 
 def _flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -624,25 +685,62 @@ def _flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:
     """The value of `--trainer` or of the YAML's `trainer` key, before anything else is read."""
-    named = _values_of("--trainer", argv)
-    named = named or [str(_read_yaml(Path(path)).get("trainer", default)) for path in _values_of("--config", argv)]
+    in_files = (_read_yaml(Path(path)).get("trainer") for path in _values_of("--config", argv))
+    named = _values_of("--trainer", argv) or [str(name) for name in in_files if name is not None]
     return named[-1] if named else default
 
 
 def import_trainer(name: str) -> types.ModuleType:
-    """Imports a recipe: `causal_lm` means `trainers.causal_lm`; a dotted path is used as it is."""
+    """Imports a recipe: `causal_lm` means `trainers.causal_lm`; a dotted path is used as it is.
+
+    Raises:
+      ConfigError: the name is wrong.
+      CommandError: the module is there, and its import fails.
+    """
     path = name if "." in name else f"trainers.{name}"
     try:
         if path.startswith("."):
             raise ModuleNotFoundError(name=path)
         module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not path.startswith(error.name):
-            raise
-        raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None
+    except Exception as error:  # whatever the module of a user raises
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None
+        raise CommandError(f"trainer ({name}) cannot be imported: {_what_and_where(error)}") from error
     for attribute in ("Config", "train"):
         require(hasattr(module, attribute), "trainer", name, f"must be a module that defines {attribute}")
+    require(dataclasses.is_dataclass(module.Config), "trainer", name, "must have a dataclass as its Config")
     return module
+
+
+def _what_and_where(error: Exception) -> str:
+    """One line: "NameError: name 'x' is not defined (recipe.py, line 3)"."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}, line {place.lineno})"
+
+
+def require_functions(recipe: types.ModuleType, name: str, wanted: Sequence[str], purpose: str) -> None:
+    """Raises `ConfigError` that names the first function that a recipe lacks to be, say, "evaluated"."""
+    for function in wanted:
+        require(
+            hasattr(recipe, function), "trainer", name, f"must be a recipe with a {function} function to be {purpose}"
+        )
+
+
+def config_class(recipe: types.ModuleType, trainer: str) -> type[Any]:
+    """The recipe's Config. Where it has no key `trainer` it gets one: the commands have it, whatever the recipe."""
+    own: type[Any] = recipe.Config
+    if any(field.name == "trainer" for field in dataclasses.fields(own)):
+        return own
+    made = dataclasses.make_dataclass(
+        own.__name__,
+        [("trainer", str, dataclasses.field(default=trainer, kw_only=True))],
+        bases=(own,),
+        frozen=own.__dataclass_params__.frozen,
+    )
+    made.__doc__ = f"{own.__doc__ or 'The run.'}\n\nArgs:\n    trainer: The recipe, by the dotted path of its module."
+    return made
 
 
 def _make_parser(config_class: type, prog: str, description: str) -> Any:

@@ -34,7 +34,9 @@ def main() -> None:
     from tfdp import distribution, sources
     from tfdp.trained import TrainedGPT
 
-    trained = TrainedGPT.open(config.run_dir, config.checkpoint)
+    trained = TrainedGPT.open(
+        config.run_dir, config.checkpoint, "evaluated", ["make_model", "num_side_by_side", "make_evaluator"]
+    )
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
     corpus = sources.open_corpus(run_config.data, distribution.cache_dir(run_config.data))

@@ -1,9 +1,17 @@
-"""Files that appear whole or not at all, whenever the process or the machine dies."""
+"""Files that appear whole or not at all, and locks that end with their process, whenever it or the machine dies."""
 
 import contextlib
+import errno
+import fcntl
 import os
-from collections.abc import Iterator
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems without them
+_MOST_LINKS = 40  # as in Linux
 
 
 @contextlib.contextmanager
@@ -37,3 +45,70 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def follow_links(path: Path) -> Path:
+    """What a path names, where it is a symbolic link itself; relative as it was. Raises OSError for a loop of links."""
+    for _ in range(_MOST_LINKS):
+        if not path.is_symlink():
+            return path
+        path = path.parent / path.readlink()
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+@contextlib.contextmanager
+def locking(path: Path, when_held: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Holds a lock on a file, which is made, while the block runs; it ends with this process, however that ends.
+
+    It is a `flock`, which Linux carries over NFS too. Where the file system has no locks, a line on stderr says so, and
+    the block runs without.
+
+    Args:
+      path: of the file; its text names the process that holds it.
+      when_held: called with that text where another holds it; where it returns, the lock is waited for.
+
+    Yields a function: whether the locked file still lies at `path`, and was not removed with its folder.
+    """
+    with _locked(path, when_held) as file:
+        yield lambda: _lies_at(file, path)
+
+
+def _locked(path: Path, when_held: Callable[[str], None]) -> FileIO:
+    while True:
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
+        os.register_at_fork(after_in_child=file.close)  # a child that outlives this process must not keep the lock
+        try:
+            _flock(file, path, when_held)
+            if _lies_at(file, path):
+                with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+                    file.seek(0)
+                    file.truncate()
+                    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its holder removed it while it was waited for: the next one is another file
+
+
+def _flock(file: FileIO, path: Path, when_held: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        when_held(file.read(200).decode(errors="replace").strip() or "another process")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}): see to it that one process works in its folder",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _lies_at(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False

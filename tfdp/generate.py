@@ -27,7 +27,7 @@ def main() -> None:
     from tfdp.sampling import Sampler
     from tfdp.trained import TrainedGPT
 
-    trained = TrainedGPT.open(config.run_dir, config.checkpoint)
+    trained = TrainedGPT.open(config.run_dir, config.checkpoint, "read back")
     seen = trained.config.model.context_length
     if len(trained.tokenizer.encode(config.prompt)) > seen:
         print(f"note: the model sees the last {seen} tokens of the prompt", file=sys.stderr)

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO
 
 from tfdp import exits
-from tfdp.config import find_trainer, import_trainer, load, require, with_run_config
+from tfdp.config import config_class, find_trainer, import_trainer, load, require, with_run_config
 from tfdp.exits import ConfigError
 from tfdp.machine import Share, free_ports, preparation, share_machine
 from tfdp.restarts import History, job_code, whereabouts
@@ -116,10 +116,11 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
       SystemExit: the arguments hold `--help` or `--print_config`.
     """
     layered = with_run_config(arguments)
-    trainer = import_trainer(find_trainer(layered))
-    run_dir = getattr(load(trainer.Config, layered, "python -m tfdp.train", ""), "run_dir", None)
+    trainer = find_trainer(layered)
+    config = load(config_class(import_trainer(trainer), trainer), layered, "python -m tfdp.train", "")
+    run_dir = getattr(config, "run_dir", None)
     if run_dir:
-        return list(arguments), Path(run_dir)
+        return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed now, for all restarts
     named = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     return [*arguments, "--run_dir", str(named)], named
 

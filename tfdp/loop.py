@@ -3,7 +3,6 @@
 It knows steps, times and files, and nothing of what is trained: a recipe hands it a `Task` of functions.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -12,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from tfdp import checkpoint
-from tfdp.checkpoint import AsyncSaver, CheckpointFolder
+from tfdp.checkpoint import CheckpointFolder
+from tfdp.cluster import publish, read
 from tfdp.config import changed_keys
 from tfdp.estimates import duration
 from tfdp.exits import ConfigError, StopRequested
 from tfdp.metrics import MetricsWriter, Throughput, Trace, peak_memory, say
-from tfdp.progress import Progress, left_out, load_agreed, restore, sequences_seen
+from tfdp.progress import Progress, left_out, load_agreed, note_start, restore, sequences_seen
 from tfdp.recovery import judge, save_verified
+from tfdp.saver import AsyncSaver
 from tfdp.spikes import Ledger
 from tfdp.step import PARTS, StepResults
 from tfdp.task import Task
@@ -32,6 +33,7 @@ def fit(task: Task) -> dict[str, Any]:
 
     Raises:
       ConfigError: the run directory holds the checkpoints of another run.
+      SaveFailed: a checkpoint could not be written; the step that was under way then is not applied.
       StopRequested: a signal asked to stop; a checkpoint is saved.
       TrainingError: a spike that training.on_spike does not go around, or replicas that no longer agree; the step
         that found it was not applied.
@@ -44,7 +46,11 @@ def fit(task: Task) -> dict[str, Any]:
             f"training.steps ({num_steps}) must be at least the step that {task.run.path} has reached "
             f"({progress.step}): try {progress.step}, or name another run_dir"
         )
-    earlier = _begin(task, progress)
+    finished = _find_finished(task, progress)
+    if finished is not None:
+        task.watch.finish_together()
+        return finished
+    _begin(task, progress)
     writer = MetricsWriter(task.run.path, progress.step, task.cluster.is_chief)
     trace = Trace(task.training.profiled, task.run.path / "tensorboard", task.cluster.is_chief)
     writer.text("config", task.config_yaml, progress.step)
@@ -67,6 +73,8 @@ def fit(task: Task) -> dict[str, Any]:
             trace.follow(progress.step, ends=last or stopped)
             if last or stopped:
                 break
+            task.run.require_held()
+            saver.raise_failure()
             results = _advance(task, batches, progress)
             task.watch.step = progress.step
             stopped = results.stopped
@@ -80,7 +88,7 @@ def fit(task: Task) -> dict[str, Any]:
         raise StopRequested(
             f"after step {progress.step} of {num_steps}, checkpoint saved; go on with --run_dir {task.run.path}"
         )
-    return _summarise(task, progress, earlier)
+    return _summarise(task, progress)
 
 
 def _resume(task: Task, folder: CheckpointFolder) -> Progress:
@@ -91,6 +99,10 @@ def _resume(task: Task, folder: CheckpointFolder) -> Progress:
         return progress
     checkpoint.refuse_differences(newest.state["identity"], task.identity)
     progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
+    progress.history = newest.state.get("history", [])
+    progress.earlier_yaml = newest.state.get("config")
+    if progress.earlier_yaml is None and task.run.config_path.is_file():  # a checkpoint of before it held that
+        progress.earlier_yaml = task.run.config_path.read_text(encoding="utf-8")
     restore(task, progress, newest)
     progress.resumed_step = progress.step
     if task.cluster.is_chief:
@@ -98,18 +110,37 @@ def _resume(task: Task, folder: CheckpointFolder) -> Progress:
     return progress
 
 
-def _begin(task: Task, progress: Progress) -> dict[str, Any]:
-    """Opens the run directory for this process; returns the summary of an earlier one that had come as far."""
+def _find_finished(task: Task, progress: Progress) -> dict[str, Any] | None:
+    """The summary of a run that has ended, and whose record stays as it is; None if there is something left to do."""
+    if progress.resumed_step != task.training.steps:
+        return None
     if not task.cluster.is_chief:
-        return {}
-    run = task.run
-    if progress.resumed_step and run.config_path.is_file():
-        for line in changed_keys(run.config_path.read_text(encoding="utf-8"), task.config_yaml):
-            say(f"changed    {line}")
-    earlier = json.loads(run.summary_path.read_text(encoding="utf-8")) if run.summary_path.is_file() else {}
-    run.begin(task.config_yaml)
-    task.furnish()
-    return earlier if earlier.get("step") == progress.step else {}
+        return task.run.read_summary() if read("finished", 0) == "yes" else None
+    summary = task.run.read_summary()
+    weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
+    expected = {
+        "step": progress.step,
+        "train_loss": progress.train_loss,
+        "best_validation_loss": progress.best_loss,
+        **checkpoint.digests_of(weights, optimizer),
+    }
+    is_finished = all(summary.get(key) == value for key, value in expected.items())
+    if task.cluster.num_workers > 1:
+        publish("finished", 0, "yes" if is_finished else "no")
+    if not is_finished:
+        return None
+    changed = "; ".join(changed_keys(progress.earlier_yaml or task.config_yaml, task.config_yaml))
+    say("finished   already: its record stays as it is" + (f"; without effect: {changed}" if changed else ""))
+    return summary
+
+
+def _begin(task: Task, progress: Progress) -> None:
+    """Notes who carries the run from here on, and opens the run directory."""
+    note_start(task, progress)
+    if task.cluster.is_chief:
+        for key, (old, new) in progress.history[-1]["changed"].items():
+            say(f"changed    {key}: {old} -> {new}")
+        task.run.begin(task.config_yaml, task.furnish)
 
 
 def _advance(task: Task, batches: Iterator[Any], progress: Progress) -> StepResults:
@@ -191,7 +222,7 @@ def _evaluate(task: Task, writer: MetricsWriter, progress: Progress) -> None:
     started = time.monotonic()
     progress.evaluation = task.evaluate()
     loss = progress.evaluation.loss
-    if progress.evaluated_step == progress.step:  # a finished run named again: told before
+    if progress.evaluated_step == progress.step:  # a run that ended between its last checkpoint and summary.json
         return
     progress.evaluated_step = progress.step
     progress.is_best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
@@ -218,7 +249,7 @@ def _should_save(task: Task, progress: Progress) -> bool:
     return is_best or _due(progress.step, task.checkpointing.every_steps)
 
 
-def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[str, Any]:
+def _summarise(task: Task, progress: Progress) -> dict[str, Any]:
     weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
     assert progress.evaluation is not None, "the loop evaluates at its last step"
     summary = {
@@ -236,9 +267,8 @@ def _summarise(task: Task, progress: Progress, earlier: dict[str, Any]) -> dict[
         **{f"seconds/{part}": seconds for part, seconds in progress.time.total.items()},
         **task.facts,
         **checkpoint.digests_of(weights, optimizer),
+        "history": progress.history,
     }
-    if not progress.total.num_steps:  # nothing was trained: the times are those of the process that did
-        summary.update({key: earlier[key] for key in ("tokens_per_second", "wall_seconds") if key in earlier})
     if task.cluster.is_chief:
         task.run.write_summary(summary)
     return summary

@@ -3,11 +3,12 @@
 step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 tok/s | mfu 41% | eta 38s
 """
 
-import json
+import contextlib
 import math
 import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfdp.estimates import duration
-from tfdp.files import write_whole
 from tfdp.machine import find_gpu
+from tfdp.rows import RowWriter, drop_rows_after
 
 
 class MetricsWriter:
@@ -34,30 +35,28 @@ class MetricsWriter:
         if not is_chief:
             return
         self._path = run_dir / "metrics.jsonl"
-        _drop_rows_after(self._path, resumed_step)
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._boards = {
-            name: tf.summary.create_file_writer(str(run_dir / "tensorboard" / name)) for name in ("train", "validation")
-        }
+        drop_rows_after(self._path, resumed_step)
+        self._rows = RowWriter(self._path)
+        self._boards = Boards(run_dir / "tensorboard")
 
     def train(self, values: Mapping[str, float | int], num_steps: int, eta_seconds: float) -> None:
         """One logged step: `step, loss, learning_rate, grad_norm, tokens_per_second, step_seconds, mfu, ...`."""
         if not self._is_chief:
             return
-        self._write_row(values)
+        self._rows.write(_finite(values))
         scalars = {**values, "perplexity": perplexity(values["loss"])}
-        self._write_scalars("train", int(values["step"]), scalars)
+        self._boards.scalars("train", int(values["step"]), scalars)
         say(step_line(values, num_steps, eta_seconds))
 
     def validation(self, values: Mapping[str, float | int], num_steps: int) -> None:
         """One evaluation: `step, validation_loss, validation_bits_per_byte`."""
         if not self._is_chief:
             return
-        self._write_row(values)
+        self._rows.write(_finite(values))
         step, loss, bits = int(values["step"]), values["validation_loss"], values["validation_bits_per_byte"]
         scalars = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
         scalars |= {key.removeprefix("validation_"): value for key, value in values.items() if "/" in key}
-        self._write_scalars("validation", step, scalars)
+        self._boards.scalars("validation", step, scalars)
         say(
             f"step {step:>5}/{num_steps} | validation loss {loss:.4f} | perplexity {perplexity(loss):.2f} | "
             f"{bits:.4f} bits per byte | {values['evaluation_seconds']:.1f} s"
@@ -66,42 +65,77 @@ class MetricsWriter:
     def event(self, values: Mapping[str, Any]) -> None:
         """Something that happened at a step, such as a spike; for metrics.jsonl alone."""
         if self._is_chief:
-            self._write_row(values)
+            self._rows.write(_finite(values))
 
     def rewind(self, step: int) -> None:
         """Drops the rows after a step that the run goes back to: each step is told once."""
         if self._is_chief:
-            self._file.close()
-            _drop_rows_after(self._path, step)
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            drop_rows_after(self._path, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text for TensorBoard, shown as it is."""
-        if not self._is_chief:
-            return
-        with self._boards["train"].as_default():
-            tf.summary.text(name, "    " + text.replace("\n", "\n    "), step=step)
+        if self._is_chief:
+            self._boards.text(name, "    " + text.replace("\n", "\n    "), step)
 
     def close(self) -> None:
-        if not self._is_chief:
-            return
-        for board in self._boards.values():
-            board.close()
-        self._file.close()
+        if self._is_chief:
+            self._boards.close()
+            self._rows.close()
 
-    def _write_row(self, values: Mapping[str, Any]) -> None:
-        def told(value: Any) -> Any:  # JSON has no NaN
-            return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        finite = {key: told(value) for key, value in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
+class Boards:
+    """TensorBoard's files. Where one cannot be written a warning says so, and the run goes on without them."""
 
-    def _write_scalars(self, board: str, step: int, values: Mapping[str, float | int | None]) -> None:
-        with self._boards[board].as_default():
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    tf.summary.scalar(name, value, step=step)
-        self._boards[board].flush()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writers: dict[str, Any] = {}
+        with self._no_error_ends_the_run():
+            for name in ("train", "validation"):
+                self._writers[name] = tf.summary.create_file_writer(str(folder / name))
+
+    def scalars(self, board: str, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Numbers of a step, on the board train or validation; `step` among them is left out."""
+        with self._no_error_ends_the_run():
+            if board in self._writers:
+                with self._writers[board].as_default():
+                    for name, value in values.items():
+                        if name != "step" and value is not None:
+                            tf.summary.scalar(name, value, step=step)
+                self._writers[board].flush()
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text, on the board train."""
+        with self._no_error_ends_the_run():
+            if "train" in self._writers:
+                with self._writers["train"].as_default():
+                    tf.summary.text(name, text, step=step)
+                self._writers["train"].flush()
+
+    def close(self) -> None:
+        with self._no_error_ends_the_run():
+            for writer in self._writers.values():
+                writer.close()
+
+    @contextlib.contextmanager
+    def _no_error_ends_the_run(self) -> Iterator[None]:
+        try:
+            yield
+        except tf.errors.OpError as error:
+            self._writers = {}  # a file is torn now, and TensorBoard reads none of it from there on
+            line = f"warning: TensorBoard's files are not written from here on: {_reason(error)}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """The one part of TensorFlow's message that is for people."""
+    text = str(error).splitlines()[0]
+    return text.partition("}} ")[2].partition(" [Op:")[0] or text
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    odd = {key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {key: None if key in odd else value for key, value in values.items()}
 
 
 class Throughput:
@@ -166,13 +200,16 @@ class Trace:
         """To be called between steps: starts and stops the profiler where it is time."""
         if not self._steps:
             return
-        if self._running and (step >= self._steps[1] or ends):
-            tf.profiler.experimental.stop()
-            self._running = False
-            say(f"profile    of steps {self._steps[0] + 1} to {step} in {self._folder}")
-        elif not self._running and self._steps[0] <= step < self._steps[1] and not ends:
-            tf.profiler.experimental.start(str(self._folder))
-            self._running = True
+        try:
+            if self._running and (step >= self._steps[1] or ends):
+                self._running = False
+                tf.profiler.experimental.stop()
+                say(f"profile    of steps {self._steps[0] + 1} to {step} in {self._folder}")
+            elif not self._running and self._steps[0] <= step < self._steps[1] and not ends:
+                tf.profiler.experimental.start(str(self._folder))
+                self._running = True
+        except tf.errors.OpError as error:
+            print(f"warning: the profile cannot be written: {_reason(error)}", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:
@@ -256,16 +293,3 @@ def _seconds(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # the torn last line of a killed process
-    write_whole(path, "".join(kept))

@@ -56,6 +56,18 @@ def values_of(flag: str, argv: Sequence[str]) -> list[str]:
     return values
 
 
+def without(flag: str, argv: Sequence[str]) -> list[str]:
+    """A command line that may be wrong, without a `--flag` and what follows it, and without `--flag=VALUE`."""
+    kept, arguments = [], list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == flag and arguments:
+            arguments.pop(0)
+        elif argument != flag and not argument.startswith(f"{flag}="):
+            kept.append(argument)
+    return kept
+
+
 def of_file(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML file by dotted key. Raises `ConfigError` as `strict_yaml.read`, and for unknown keys."""
     return {key: read(key, keys[key], value) for key, value in _flat(strict_yaml.read(path), keys, path)}

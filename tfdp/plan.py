@@ -18,6 +18,7 @@ from tfdp.config import (
     MOST,
     MOST_DEVICES,
     DataConfig,
+    config_class,
     find_trainer,
     import_trainer,
     known_keys,
@@ -242,8 +243,8 @@ def main() -> None:
     )
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
-    trainer = import_trainer(find_trainer(rest))
-    run = load(trainer.Config, rest, "python -m tfdp.plan", description)
+    trainer = find_trainer(rest)
+    run = load(config_class(import_trainer(trainer), trainer), rest, "python -m tfdp.plan", description)
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
     plan = make_plan(config, run)

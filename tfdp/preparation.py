@@ -5,11 +5,8 @@ are joined into the shards of `tfdp/shards.py`; the manifest is written last, th
 anything else is left alone (`tfdp/shard_folder.py`).
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +18,7 @@ from tfdp import bpe, joining
 from tfdp.cleaning import Cleaner
 from tfdp.corpus import documents, files_pattern, licence_of
 from tfdp.exits import ConfigError
-from tfdp.files import write_whole
+from tfdp.files import locking, write_whole
 from tfdp.inputs import path_of
 from tfdp.manifest import (
     FORMAT_VERSION,
@@ -100,24 +97,13 @@ def prepare(
         if not found:
             _require_room(recipe, folder, key)
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, watcher):
+        with locking(folder / ".lock", lambda _holder: watcher.wait()):
             if not _made(folder, facts, key, watcher, is_mended=True):
                 _make(recipe, facts, folder, watcher, num_processes)
             _finish(folder, overlap, num_processes)
     except OSError as error:
         raise ConfigError(f"{key} ({folder}) must be a folder that can be written: {error}") from None
     return open_shards(folder, key, say=watcher.warn)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, watcher: Watcher) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            watcher.wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # the lock ends with the file, and with this process
 
 
 def _made(

@@ -3,15 +3,19 @@
 import math
 import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
-from tfdp import checkpoint
-from tfdp.checkpoint import AsyncSaver, Checkpoint, CheckpointFolder
+from tfdp import __version__, checkpoint
+from tfdp.checkpoint import Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, publish, read
+from tfdp.config import differing_keys
 from tfdp.evaluation import Evaluation
-from tfdp.exits import ConfigError
+from tfdp.exits import CommandError, ConfigError
 from tfdp.metrics import Attribution, Throughput
+from tfdp.saver import AsyncSaver
 from tfdp.spikes import Ledger
 from tfdp.task import Task
 
@@ -30,6 +34,8 @@ class Progress:
     evaluation: Evaluation | None = None
     train_loss: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    history: list[dict[str, Any]] = field(default_factory=list)  # the processes that carried the run: see note_start
+    earlier_yaml: str | None = None  # the configuration of the process before this one
     num_rollbacks: int = 0  # of this process
     source_losses: np.ndarray | float = 0.0  # of each source since the last line, summed over its tokens
     source_tokens: np.ndarray | int = 0
@@ -54,7 +60,7 @@ def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Ch
     if cluster.is_chief:
         try:
             newest, warnings = folder.load_newest()
-        except (ConfigError, OSError):
+        except CommandError:
             if cluster.num_workers > 1:
                 publish(occasion, 0, "refused")
             raise
@@ -69,6 +75,22 @@ def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Ch
     return None if step == "none" else folder.load(int(step))
 
 
+def note_start(task: Task, progress: Progress) -> None:
+    """Begins an entry of the history: from which step on this process carries the run, and which keys changed there.
+
+    It goes into each checkpoint, so it tells of the steps that a checkpoint stands for, and of no others.
+    """
+    earlier = task.config_yaml if progress.earlier_yaml is None else progress.earlier_yaml
+    entry = {
+        "from_step": progress.step,
+        "changed": {key: list(values) for key, values in differing_keys(earlier, task.config_yaml).items()},
+        "version": __version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "layout": dict(task.layout),
+    }
+    progress.history.append(entry)
+
+
 def restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
     """Puts the run back to where a checkpoint was saved, on every replica."""
     checkpoint.restore(task.weights, saved.weights)
@@ -78,6 +100,8 @@ def restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
     progress.step = progress.saved_step = progress.verified_step = saved.step
     progress.evaluated_step = -1 if state["validation_loss"] is None else saved.step
     progress.best_loss, progress.train_loss = state["best_validation_loss"], state["train_loss"]
+    for entry in progress.history:  # of this process, after a rollback beyond the step it began with
+        entry["from_step"] = min(entry["from_step"], progress.step)
 
 
 def save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) -> None:
@@ -97,6 +121,8 @@ def save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) ->
         **task.train_step.to_state(),
         "ledger": progress.ledger.to_state(),
         "layout": dict(task.layout),
+        "config": task.config_yaml,
+        "history": [dict(entry) for entry in progress.history],
     }
     saver.save(Checkpoint(weights, optimizer, state), background)
     progress.saved_step = progress.step

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tfdp import spikes
-from tfdp.checkpoint import AsyncSaver, CheckpointFolder
+from tfdp.checkpoint import CheckpointFolder
 from tfdp.exits import TrainingError
 from tfdp.metrics import MetricsWriter, say
 from tfdp.progress import Progress, left_out, load_agreed, restore, save
+from tfdp.saver import AsyncSaver
 from tfdp.sentinel import Disagreement
 from tfdp.spikes import Spike
 from tfdp.step import StepResults

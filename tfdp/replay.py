@@ -7,7 +7,6 @@ order). It follows the newest configuration of the run: a key that was changed o
 optimizer.learning_rate, changes what is replayed of the time before. Nothing is written into the run.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -17,8 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfdp.config import MOST, MOST_DEVICES, find_trainer, import_trainer, load, load_file, require, require_at_most
-from tfdp.exits import ConfigError, TrainingError, run_command
+from tfdp.config import (
+    MOST,
+    MOST_DEVICES,
+    config_class,
+    find_trainer,
+    import_trainer,
+    load,
+    load_file,
+    require,
+    require_at_most,
+    require_functions,
+)
+from tfdp.exits import TrainingError, run_command
 from tfdp.startup import load_tensorflow
 
 if TYPE_CHECKING:
@@ -85,16 +95,22 @@ class PastRun:
     @classmethod
     def open(cls, run_dir: str) -> "PastRun":
         """Reads a run directory. Raises `ConfigError` where there is no run, or none that can be replayed."""
+        from tfdp.rows import read_rows
         from tfdp.runs import RunDirectory
         from tfdp.spikes import Ledger
+        from tfdp.trained import refuse_other_keys
 
         run = RunDirectory.open(run_dir)
         trainer = find_trainer(["--config", str(run.config_path)])
         recipe = import_trainer(trainer)
-        require(hasattr(recipe, "build"), "trainer", trainer, "must be a recipe with a build function to be replayed")
-        config = load_file(recipe.Config, run.config_path)
-        rows = _read_rows(run)
-        states = {step: _read_state(run, step) for step in run.checkpoints().steps()}
+        require_functions(recipe, trainer, ["build", "num_side_by_side"], "replayed")
+        config = load_file(config_class(recipe, trainer), run.config_path)
+        rows, damaged = read_rows(run.metrics_path)
+        for line in damaged:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        states = {step: run.checkpoints().state(step) for step in run.checkpoints().steps()}
+        for state in list(states.values())[-1:]:
+            refuse_other_keys(run, config, state)
         reached = max([0, *states, *(row["step"] for row in rows)])
         newest = list(states.values())[-1] if states else {}
         ledger = Ledger.from_state(newest.get("ledger", {}))
@@ -121,26 +137,6 @@ class PastRun:
     def checkpoint_before(self, step: int) -> int | None:
         """The step of the newest checkpoint that the update `step` is still to come for; None: there is none."""
         return max((saved for saved in self.states if saved < step), default=None)
-
-
-def _read_rows(run: "RunDirectory") -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a torn last line, of a process that was killed, is left out."""
-    rows = []
-    for line in run.metrics_path.read_text(encoding="utf-8").splitlines() if run.metrics_path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
-
-
-def _read_state(run: "RunDirectory", step: int) -> dict[str, Any]:
-    path = run.checkpoints().path(step) / "state.json"
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return state
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"checkpoint {path} cannot be read: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -6,21 +6,22 @@ by the recipe that the key `trainer` names.
 
 import sys
 
-from tfdp.config import find_trainer, import_trainer, load, with_run_config
+from tfdp.config import config_class, find_trainer, import_trainer, load, with_run_config
 from tfdp.exits import end, run_command
 from tfdp.startup import load_tensorflow
 
 
 def main() -> None:
     arguments = with_run_config(sys.argv[1:])
-    trainer = import_trainer(find_trainer(arguments))
+    trainer = find_trainer(arguments)
+    recipe = import_trainer(trainer)
     description = (
         "Train a GPT with data parallelism. With no argument: a byte-level GPT on the source code of Python's "
         "standard library, about a minute and a half on two CPU cores."
     )
-    config = load(trainer.Config, arguments, "python -m tfdp.train", description)
+    config = load(config_class(recipe, trainer), arguments, "python -m tfdp.train", description)
     load_tensorflow()
-    trainer.train(config)
+    recipe.train(config)
 
 
 if __name__ == "__main__":

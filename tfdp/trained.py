@@ -1,5 +1,7 @@
 """A trained GPT, read back from its run directory: what evaluate and generate start from."""
 
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -7,7 +9,16 @@ from typing import Any
 import tensorflow as tf
 
 from tfdp.checkpoint import Tensors, restore
-from tfdp.config import find_trainer, import_trainer, load_file
+from tfdp.config import (
+    config_class,
+    differing_keys,
+    find_trainer,
+    flatten_yaml,
+    import_trainer,
+    load_file,
+    require_functions,
+    to_yaml,
+)
 from tfdp.estimates import largest_matrix
 from tfdp.exits import ConfigError
 from tfdp.gpt import GPT
@@ -31,22 +42,26 @@ class TrainedGPT:
     corpus_sha256: str  # of the text that it was trained on
 
     @classmethod
-    def open(cls, run_dir: str, which: str) -> "TrainedGPT":
+    def open(cls, run_dir: str, which: str, purpose: str, functions: Sequence[str] = ("make_model",)) -> "TrainedGPT":
         """Reads a checkpoint.
 
         Args:
           run_dir: the directory of a run.
           which: "best" (lowest validation loss), "newest", or a step.
+          purpose: what for, such as "evaluated".
+          functions: that the recipe of the run must have for it.
 
         Raises:
-          ConfigError: no such run or checkpoint, or a damaged one.
+          ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
         run = RunDirectory.open(run_dir)
-        recipe = import_trainer(find_trainer(["--config", str(run.config_path)]))
-        config = load_file(recipe.Config, run.config_path)
+        trainer = find_trainer(["--config", str(run.config_path)])
+        recipe = import_trainer(trainer)
+        require_functions(recipe, trainer, functions, purpose)
+        config = load_file(config_class(recipe, trainer), run.config_path)
         saved = run.checkpoints().load(_choose_step(run, which))
-        has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
-        tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
+        refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
+        tokenizer = open_own_tokenizer(run, saved.state)
         training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
         largest = largest_matrix(config.model, tokenizer.vocab_size)
         compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
@@ -55,10 +70,47 @@ class TrainedGPT:
 
     def make_model(self) -> GPT:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
-        config, vocab_size = self.config, self.tokenizer.vocab_size
-        model = GPT(config.model, vocab_size, config.seed, config.training.precision, fuse=self.compilation.parts)
+        model: GPT = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
         restore(model.named_weights(), self.weights)
         return model
+
+
+def refuse_other_keys(run: RunDirectory, config: Any, state: Mapping[str, Any]) -> None:
+    """Compares the configuration of a run with that of its newest checkpoint, and warns where it is another.
+
+    Raises:
+      ConfigError: it is that of another model or run.
+    """
+    own_yaml = to_yaml(config)
+    own = flatten_yaml(own_yaml)
+    identity = {
+        key: value for key, value in state.get("identity", {}).items() if key in own and key != "data.tokenizer"
+    }
+    changed = differing_keys(state.get("config", own_yaml), own_yaml)
+    changed |= {key: (value, own[key]) for key, value in identity.items() if value != own[key]}
+    listed = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+    if changed.keys() & identity.keys():
+        raise ConfigError(f"run_dir ({run.path}) holds a {run.config_path.name} that is not the run's: {listed}")
+    if changed:
+        line = f"warning: {run.config_path} is not that of the newest checkpoint: {listed}"
+        print(line, file=sys.stderr, flush=True)
+
+
+def open_own_tokenizer(run: RunDirectory, state: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a run directory. Raises `ConfigError` where it is not that of the checkpoint."""
+    has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
+    try:
+        tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
+        fingerprint = tokenizer.fingerprint
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"tokenizer ({run.tokenizer_path}) must be as tfdp wrote it: {error!r}") from None
+    trained_with = state["identity"].get("data.tokenizer", fingerprint)
+    if fingerprint != trained_with:
+        raise ConfigError(
+            f"tokenizer ({run.tokenizer_path}) must be that of the run: its fingerprint was {trained_with}, and is "
+            f"{fingerprint} now"
+        )
+    return tokenizer
 
 
 def _choose_step(run: RunDirectory, which: str) -> int:
@@ -69,6 +121,8 @@ def _choose_step(run: RunDirectory, which: str) -> int:
     if which == "newest":
         return steps[-1]
     if which == "best":
+        for line in folder.states()[1]:
+            print(f"warning: {line}: it is not among those of which the best is chosen", file=sys.stderr, flush=True)
         return folder.best_step() or steps[-1]
     step = whole_number(which)
     if step is None or step not in steps:

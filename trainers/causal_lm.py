@@ -21,15 +21,18 @@ from tfdp.config import (
     TrainingConfig,
     code_sha256,
     flatten,
+    import_trainer,
     require,
     to_yaml,
 )
 
 if TYPE_CHECKING:
+    from tfdp.cluster import Cluster
     from tfdp.data import Order
     from tfdp.evaluation import Evaluator
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer
+    from tfdp.runs import RunDirectory
     from tfdp.sources import Corpus
     from tfdp.step import Compilation, RowLosses, TrainStep
     from tfdp.stopping import StopSignal
@@ -75,49 +78,54 @@ class Config:
 def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
     started = time.monotonic()
+    from tfdp import distribution
+    from tfdp.runs import RunDirectory
     from tfdp.stopping import StopSignal
 
     with StopSignal() as stop:
-        return _train(config, stop, started)
+        cluster = distribution.find_cluster(config.distribution)
+        require(
+            config.run_dir is not None or cluster.num_workers == 1,
+            "run_dir",
+            config.run_dir,
+            "must be named where there are several workers: try --run_dir runs/NAME",
+        )
+        with RunDirectory.holding(config.run_dir, cluster.is_chief) as run:
+            return _train(config, run, cluster, stop, started)
 
 
-def _train(config: Config, stop: "StopSignal", started: float) -> dict[str, Any]:
+def _train(
+    config: Config, run: "RunDirectory", cluster: "Cluster", stop: "StopSignal", started: float
+) -> dict[str, Any]:
+    """Opens the text, starts the replicas and comes to terms with the other workers."""
     from tfdp import distribution, sources
     from tfdp.cluster import Watch, require_agreement
 
-    cluster = distribution.find_cluster(config.distribution)
-    require(
-        config.run_dir is not None or cluster.num_workers == 1,
-        "run_dir",
-        config.run_dir,
-        "must be named where there are several workers: try --run_dir runs/NAME",
-    )
     corpus = sources.open_corpus(config.data, distribution.cache_dir(config.data))
     corpus.check_lengths(config.model.context_length)
 
     layout = config.distribution
     with Watch(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
-        side_by_side = num_side_by_side(config, corpus, cluster.num_workers)
+        side_by_side = _of_recipe(config, num_side_by_side)(config, corpus, cluster.num_workers)
         strategy = distribution.make_strategy(layout, cluster, side_by_side, watch.wait_for_start)
         require_agreement(cluster, shared_facts(config, corpus, strategy), watch.wait_for_start)
         distribution.connect_workers(strategy, layout, cluster)
-        return _fit(config, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
+        return _fit(config, run, corpus, strategy, cluster=cluster, watch=watch, stop=stop, started=started)
 
 
-def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dict[str, Any]:
+def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, **process: Any) -> dict[str, Any]:
     """Builds the parts of the run, tells what they are, and runs the loop.
 
     Args:
       process: the fields of `loop.Task` that say where this runs: cluster, watch, stop, started.
     """
     from tfdp import distribution, loop, metrics
-    from tfdp.runs import RunDirectory
     from tfdp.sampling import Sampler
     from tfdp.task import Task
     from tfdp.tokenizer import save_tokenizer
 
     training, context_length = config.training, config.model.context_length
-    parts = build(config, corpus, strategy)
+    parts = _of_recipe(config, build)(config, corpus, strategy)
     model = parts.model
     sampler = Sampler(model, corpus.tokenizer)
     sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
@@ -127,7 +135,6 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
         process["cluster"].num_workers,
         distribution.num_local_replicas(strategy) * parts.num_side_by_side,
     )
-    run = RunDirectory.named(config.run_dir)
 
     say = metrics.say if process["cluster"].is_chief else (lambda _line: None)
     say(f"model      {model.describe()}")
@@ -172,7 +179,7 @@ def _fit(config: Config, corpus: "Corpus", strategy: Any, **process: Any) -> dic
                 "corpus_sha256": corpus.corpus_sha256,
                 "transport": distribution.transport_of(strategy),
             },
-            config_yaml=to_yaml(config),
+            config_yaml=to_yaml(config, without=["run_dir"]),
             **process,
         )
     )
@@ -198,6 +205,26 @@ class Parts:
     compilation: "Compilation"
 
 
+def _of_recipe(config: Config, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of that name of the recipe that the configuration names, or else this one.
+
+    `tfdp.evaluate`, `generate` and `replay` ask that recipe too, so they use what the training used.
+    """
+    return getattr(import_trainer(config.trainer), function.__name__, function)
+
+
+def make_model(config: Config, vocab_size: int, fuse: bool) -> "GPT":
+    """The model with its initial weights; called inside the scope of the strategy that will use it.
+
+    Args:
+      vocab_size: of the tokenizer.
+      fuse: whether XLA compiles what lies between the matrix products: `Compilation.parts`.
+    """
+    from tfdp.gpt import GPT
+
+    return GPT(config.model, vocab_size, config.seed, config.training.precision, config.training.remat, fuse)
+
+
 def num_side_by_side(config: Config, corpus: "Corpus", num_workers: int) -> int:
     """Micro-batches that each replica computes at the same time."""
     from tfdp import distribution, estimates
@@ -214,7 +241,6 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
     from tfdp import data, distribution, estimates, losses
-    from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.sequences import sequences_of
     from tfdp.step import Compilation, RowLosses, StepRules, TrainStep
@@ -222,20 +248,13 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     training, num_sources = config.training, len(corpus.sources)
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
     reduction = config.distribution.reduction
-    side_by_side = num_side_by_side(config, corpus, distribution.num_workers(strategy))
+    side_by_side = _of_recipe(config, num_side_by_side)(config, corpus, distribution.num_workers(strategy))
     microbatch_size = distribution.microbatch_size(strategy, training, reduction, side_by_side)
     on_gpu, chunk_size = distribution.on_gpu(strategy), training.loss_chunk_size
     largest = estimates.largest_matrix(config.model, corpus.tokenizer.vocab_size)
     compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
     with strategy.scope():
-        model = GPT(
-            config.model,
-            corpus.tokenizer.vocab_size,
-            config.seed,
-            training.precision,
-            training.remat,
-            compilation.parts,
-        )
+        model = _of_recipe(config, make_model)(config, corpus.tokenizer.vocab_size, compilation.parts)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     train_step = TrainStep(
         strategy,
@@ -261,7 +280,8 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     rows_loss = losses.next_token_losses(model, config.seed, document_start, chunk_size, compilation.parts)
     row_losses = RowLosses(strategy, rows_loss, microbatch_size, compilation.whole)
     rows = training.rows_of_evaluation
-    evaluator = make_evaluator(config, corpus, strategy, model, rows, compilation, side_by_side)
+    evaluate = _of_recipe(config, make_evaluator)
+    evaluator = evaluate(config, corpus, strategy, model, rows, compilation, side_by_side)
     order = data.Order(
         [sequences_of(split, config.model.context_length, config.data.sequences) for split in corpus.train],
         [source.weight for source in corpus.sources],
