@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.cluster import Cluster
+from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.exits import ConfigError
 
 GOOD = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}

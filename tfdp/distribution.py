@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.cluster import Cluster, require_free_port
+from tfdp.cluster_spec import parse_slurm, parse_tf_config
 from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
 from tfdp.exchange import Exchange
 from tfdp.exits import ConfigError
