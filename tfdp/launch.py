@@ -142,12 +142,11 @@ def run_job(
     shares = share_machine(config.num_workers)
     history = History(newest_step(run_dir))
     used_ports: set[int] = set()
-    cores = f"cores for each: {len(shares[0].cores) or 'all'}"
-    console.say(f"{config.num_workers} workers, {cores}, run directory {run_dir}")
+    cores = len(shares[0].cores) or "all"
+    console.say(f"{config.num_workers} workers, cores for each: {cores}, run directory {run_dir}")
     with _recorded_signals() as received:
         while True:
-            ports = free_ports(config.num_workers, used_ports)
-            used_ports.update(ports)
+            used_ports.update(ports := free_ports(config.num_workers, used_ports))
             workers = start_workers([*worker_command, *arguments], ports, shares, console)
             try:
                 _supervise(workers, config.grace_seconds, received, console)
