@@ -98,7 +98,6 @@ LONG_SHOWN = r"x{100}\.\.\.x+[a-z/.]*"
             r"model\.model_dim \(9223372036854775807\) must be at most 1,048,576",
         ),
         ("train", ["--seed", "1", "--seed=2"], r"seed \(2\) must be given once: it is 1 before"),
-        ("launch", ["--num_workers", "²"], r"num_workers \(²\) must be a whole number"),
         ("launch", ["--", "--run_dir", LONG], f"{LONG_SHOWN} is no name for a file: File name too long"),
         ("prepare", ["--output="], r"output \(\) must name a folder: try --output shards"),
         ("prepare", ["--num_processes", "9999999"], r"num_processes \(9999999\) must be at most 1,024"),
