@@ -11,23 +11,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 400  # seconds, on a busy machine
 
-# A GPT whose features are multiplied by trained numbers: the same names and more, and other logits.
+# A GPT that adds a trained vector to each embedding: one weight more, and other logits.
 RECIPE = """
 import tensorflow as tf
 from dataclasses import dataclass
 from tfdp.gpt import GPT
 from trainers.causal_lm import Config, build, make_evaluator, num_side_by_side, train
 
-class Scaled(GPT):
+class Shifted(GPT):
     def build(self, input_shape):
         super().build(input_shape)
-        self.scale = self.add_weight(shape=(self.config.model_dim,), initializer="ones", name="scale")
+        self.shift = self.add_weight(shape=(self.config.model_dim,), initializer="ones", name="shift")
 
-    def logits(self, features):
-        return super().logits(features * tf.cast(1.0 + 2.0 * tf.convert_to_tensor(self.scale), features.dtype))
+    def _embed(self, tokens, positions):
+        x = super()._embed(tokens, positions)
+        return x + tf.cast(tf.convert_to_tensor(self.shift), x.dtype)
 
 def make_model(config, vocab_size, fuse):
-    return Scaled(config.model, vocab_size, config.seed, config.training.precision, config.training.remat, fuse)
+    return Shifted(config.model, vocab_size, config.seed, config.training.precision, config.training.remat, fuse)
 """
 WITHOUT_MODEL = "from trainers.causal_lm import Config, train\n"
 MINIMAL = """
@@ -65,11 +66,11 @@ def write(folder: Path, **modules: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
-    """Holds a run of the recipe mine.scaled."""
+    """Holds a run of the recipe mine.shifted."""
     folder = tmp_path_factory.mktemp("recipes")
-    write(folder, scaled=RECIPE, unnamed=WITHOUT_MODEL)
+    write(folder, shifted=RECIPE, unnamed=WITHOUT_MODEL)
     source = ("--data.source", f"text:{corpus_dir}/*.txt")
-    result = tfdp(folder, "train", "--trainer", "mine.scaled", "--run_dir", "run", *source, *ARGUMENTS)
+    result = tfdp(folder, "train", "--trainer", "mine.shifted", "--run_dir", "run", *source, *ARGUMENTS)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -77,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
 @pytest.mark.timeout(TIMEOUT)
 def test_the_model_of_a_recipe_is_the_one_that_is_evaluated(folder: Path) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    assert "trainer: mine.scaled" in (folder / "run" / "config.yaml").read_text()
+    assert "trainer: mine.shifted" in (folder / "run" / "config.yaml").read_text()
     result = tfdp(folder, "evaluate", "--run_dir", "run")
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["validation_loss"] == summary["validation_loss"]
@@ -96,7 +97,7 @@ def test_the_model_of_a_recipe_is_the_one_that_is_replayed_and_sampled(folder: P
 def test_a_recipe_that_makes_no_model_is_refused_and_not_taken_for_another(folder: Path) -> None:
     config = folder / "run" / "config.yaml"
     text = config.read_text()
-    config.write_text(text.replace("mine.scaled", "mine.unnamed"))
+    config.write_text(text.replace("mine.shifted", "mine.unnamed"))
     try:
         for command, function, purpose in (
             ("evaluate", "make_model", "evaluated"),
