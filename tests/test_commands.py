@@ -81,15 +81,15 @@ def test_a_wrong_configuration_is_refused_in_one_line_before_tensorflow_loads(
     assert left_behind(tmp_path) == set()
 
 
-LONG = "x" * 300
+LONG_NAME = "x" * 300
 LONG_SHOWN = r"x{100}\.\.\.x+[a-z/.]*"
 
 
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("train", ["--run_dir", LONG], f"{LONG_SHOWN} is no name for a file: File name too long"),
-        ("train", ["--config", LONG], rf"--config \({LONG_SHOWN}\) must be readable: File name too long"),
+        ("train", ["--run_dir", LONG_NAME], rf"run_dir \({LONG_SHOWN}\) must be a folder: File name too long"),
+        ("train", ["--config", LONG_NAME], rf"--config \({LONG_SHOWN}\) must be readable: File name too long"),
         ("train", ["--run_dir", os.fsdecode(b"caf\xe9")], r"run_dir \(caf\\xe9\) must be text in UTF-8"),
         ("train", ["--run_dir="], r"run_dir \(\) must name a folder: try --run_dir runs/NAME"),
         (
@@ -98,7 +98,7 @@ LONG_SHOWN = r"x{100}\.\.\.x+[a-z/.]*"
             r"model\.model_dim \(9223372036854775807\) must be at most 1,048,576",
         ),
         ("train", ["--seed", "1", "--seed=2"], r"seed \(2\) must be given once: it is 1 before"),
-        ("launch", ["--", "--run_dir", LONG], f"{LONG_SHOWN} is no name for a file: File name too long"),
+        ("launch", ["--", "--run_dir", LONG_NAME], rf"run_dir \({LONG_SHOWN}\) must be a folder: File name too long"),
         ("prepare", ["--output="], r"output \(\) must name a folder: try --output shards"),
         ("prepare", ["--num_processes", "9999999"], r"num_processes \(9999999\) must be at most 1,024"),
         ("evaluate", ["--rows", "9" * 20], r"rows \(9{20}\) must be at most 16,777,216"),
@@ -107,7 +107,11 @@ LONG_SHOWN = r"x{100}\.\.\.x+[a-z/.]*"
         ("plan", ["--num_workers", "1" + "0" * 20], r"num_workers \(10{20}\) must be at most 65,536"),
         ("plan", ["--model.num_layers", "1000000000"], r"model\.num_layers \(1000000000\) must be at most 10,000"),
         ("benchmark", ["--layouts", "²x1"], r"layouts \(²x1\) must list WORKERSxREPLICAS: try 1x1,2x1"),
-        ("benchmark", ["--output", f"{LONG}/rows.json"], f"{LONG_SHOWN} is no name for a file: File name too long"),
+        (
+            "benchmark",
+            ["--output", f"{LONG_NAME}/rows.json"],
+            f"{LONG_SHOWN} is no name for a file: File name too long",
+        ),
         ("systems", ["tfdp"], r"tfdp\.systems must be given SYSTEM SHAPE PRECISION NUM_REPLICAS: .*"),
     ],
 )

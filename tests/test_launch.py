@@ -547,7 +547,6 @@ def test_a_recipe_runs_in_every_worker_in_one_run_directory(tmp_path: Path) -> N
     )
     (tmp_path / "mine").mkdir()
     (tmp_path / "recipe.py").rename(tmp_path / "mine" / "recipe.py")
-    (tmp_path / "keras.py").touch()
     (tmp_path / "a.yaml").write_text("run_dir: here\ntrainer: mine.recipe\n")
     arguments = ["--num_workers", "2", "--", "--trainer", "mine.recipe"]
     named = launched_names(tmp_path, *arguments)
@@ -558,7 +557,6 @@ def test_a_recipe_runs_in_every_worker_in_one_run_directory(tmp_path: Path) -> N
 
 def launched_names(folder: Path, *arguments: str) -> set[str]:
     """The run directories that two workers of `mine.recipe` print."""
-    (folder / "tensorflow.py").touch()
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
     line = [sys.executable, "-m", "tfdp.launch", *arguments]
     result = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)

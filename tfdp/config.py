@@ -616,10 +616,10 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
     try:
         run_dir = str(follow_links(Path(named[-1])))
     except OSError as error:
-        raise ConfigError(f"run_dir ({named[-1]}) must be a folder: {error.strerror}") from None
+        raise ConfigError(f"run_dir ({shown(Path(named[-1]))}) must be a folder: {error.strerror}") from None
     records = config_records(Path(run_dir))
-    if len(set(flags)) > 1:
-        return list(argv)  # which `load` refuses
+    if len(set(flags)) > 1 or (flags and not records and run_dir == flags[-1]):
+        return list(argv)  # `load` refuses a flag with two values; and a new directory brings nothing
     rest = options.without("--run_dir", argv)
     return [*(f"--config={path}" for path in records), *rest, f"--run_dir={run_dir}"]
 
