@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tfdp.checkpoint import CheckpointFolder
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 400  # seconds, on a busy machine
 
@@ -79,6 +81,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
 def test_the_model_of_a_recipe_is_the_one_that_is_evaluated(folder: Path) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert "trainer: mine.shifted" in (folder / "run" / "config.yaml").read_text()
+    assert "shift" in CheckpointFolder(folder / "run" / "checkpoints").load(4).weights, (
+        "the recipe's own model is trained"
+    )
     result = tfdp(folder, "evaluate", "--run_dir", "run")
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["validation_loss"] == summary["validation_loss"]
@@ -86,6 +91,7 @@ def test_the_model_of_a_recipe_is_the_one_that_is_evaluated(folder: Path) -> Non
 
 @pytest.mark.timeout(TIMEOUT)
 def test_the_model_of_a_recipe_is_the_one_that_is_replayed_and_sampled(folder: Path) -> None:
+    assert "shift" in CheckpointFolder(folder / "run" / "checkpoints").load(4).weights
     result = tfdp(folder, "replay", "--run_dir", "run", "--step", "4", "--num_sequences", "0")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("equal") == 2

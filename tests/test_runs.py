@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -255,12 +256,15 @@ def test_the_history_survives_a_kill(corpus_dir: Path, tmp_path: Path) -> None:
         steps = {"training__steps": 1_000_000, "checkpoint__every_steps": 20, "training__log_every": 20}
         return tiny_arguments(corpus_dir, tmp_path / "run", **steps, **changes)
 
+    folder, reached = RunDirectory(tmp_path / "run").checkpoints(), 0
     for changes in ({}, {"optimizer__clip_norm": 0.5}):
         with start(tmp_path, [arguments(**changes)]) as job:
-            job.wait_for(r"^step +\d\d\d+/", timeout=TIMEOUT)
+            job.wait_for("^first step", timeout=TIMEOUT)
+            while max(folder.steps(), default=0) < reached + 40:
+                time.sleep(0.05)
             job.processes[0].send_signal(signal.SIGKILL)
             job.wait()
-    folder = RunDirectory(tmp_path / "run").checkpoints()
+        reached = folder.steps()[-1]
     history = folder.state(folder.steps()[-1])["history"]
     assert [entry["changed"] for entry in history] == [{}, {"optimizer.clip_norm": [1.0, 0.5]}]
     assert history[1]["from_step"] % 20 == 0 and history[1]["from_step"] >= 20

@@ -1,0 +1,110 @@
+"""The promises where users stand: Muon, XLA, the schedule and all else that a run without flags has.
+
+The tests of each promise take them apart, mostly with AdamW and without XLA, which start faster.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_spikes import BATCH, CONTEXT, POSITION, STEP, poisoned  # noqa: F401 (a fixture)
+
+from tfdp.config import CheckpointConfig, DataConfig, ModelConfig, TrainingConfig
+from tfdp.replay import PastRun, Replayer, report
+from trainers import causal_lm
+from trainers.causal_lm import Config
+
+BITS = ("weights_sha256", "state_sha256", "validation_loss", "train_loss", "sequences_seen")
+STEPS = 16
+
+Run = tuple[Config, dict[str, object]]
+
+
+def rows_of(config: Config) -> list[tuple[int, float, float]]:
+    lines = Path(str(config.run_dir), "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def make(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """Makes configurations with the defaults of every key but the text, the size and the cadence."""
+    folder = tmp_path_factory.mktemp("defaults")
+
+    def make(name: str, **sections: dict[str, object]) -> Config:
+        config = Config(
+            run_dir=str(folder / name),
+            model=ModelConfig(num_layers=1, num_heads=2, model_dim=64, context_length=64),
+            data=DataConfig(source=f"text:{corpus_dir}/*.txt", validation_fraction=0.2),
+            training=TrainingConfig(steps=STEPS, global_batch_size=8, log_every=1, sample_tokens=0),
+            checkpoint=CheckpointConfig(every_steps=6),
+        )
+        for section, changes in sections.items():
+            config = replace(config, **{section: replace(getattr(config, section), **changes)})
+        return config
+
+    return make
+
+
+def trained(config: Config) -> Run:
+    return config, causal_lm.train(config)
+
+
+@pytest.fixture(scope="module")
+def run(make: Callable[..., Config]) -> Run:
+    return trained(make("run"))
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert {key: found[1][key] for key in BITS} == {key: expected[1][key] for key in BITS}
+    assert rows_of(found[0]) == rows_of(expected[0])
+
+
+def test_a_run_that_stops_and_goes_on_is_the_run(make: Callable[..., Config], run: Run) -> None:
+    whole = {"schedule_steps": STEPS}
+    trained(make("halves", training={"steps": 7}, optimizer=whole))
+    assert_same(trained(make("halves", optimizer=whole)), run)
+
+
+def test_two_replicas_have_the_losses_of_one(make: Callable[..., Config], run: Run) -> None:
+    config, summary = trained(make("two", distribution={"num_replicas": 2}))
+    assert summary["num_replicas"] == 2
+    assert summary["validation_loss"] == pytest.approx(run[1]["validation_loss"], rel=1e-5)
+    np.testing.assert_allclose(rows_of(config), rows_of(run[0]), rtol=1e-4)  # gradient norms too
+    losses, expected = ([loss for _, loss, _ in rows_of(each)] for each in (config, run[0]))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_canonical_is_one_run_on_one_two_and_four_replicas(make: Callable[..., Config]) -> None:
+    """In float32 with XLA, clipped: the default. It was none with Muon, from the third or tenth step on."""
+    runs = []
+    for num_replicas in (1, 2, 4):
+        layout = {"num_replicas": num_replicas, "reduction": "canonical"}
+        runs.append(trained(make(f"canonical {num_replicas}", distribution=layout, training={"microbatch_size": 2})))
+    for other in runs[1:]:
+        assert_same(other, runs[0])
+
+
+def test_any_step_is_replayed_to_the_bit(run: Run) -> None:
+    replayer = Replayer(PastRun.open(str(run[0].run_dir)), STEPS)
+    for step in (STEPS, 1, 7):
+        assert report(replayer(step), step, replayer.run).count("equal") == 2, step
+
+
+def test_a_rollback_is_the_run_without_the_poisoned_window(
+    make: Callable[..., Config],
+    poisoned: Path,  # noqa: F811
+) -> None:
+    text = {"source": f"text:{poisoned}/train.txt", "validation_source": f"text:{poisoned}/validation.txt"}
+    ways = {
+        "model": {"context_length": CONTEXT, "model_dim": 16},
+        "optimizer": {"learning_rate": 1e-3, "adam_learning_rate": 1e-2},
+        "training": {"steps": STEP + 4, "on_spike": "rollback", "spike_threshold": 6.0, "global_batch_size": BATCH},
+    }
+    around = trained(replace(make("around", data=text, **ways), seed=3))
+    rows = Path(str(around[0].run_dir), "metrics.jsonl").read_text().splitlines()
+    assert [row["spike_positions"] for row in map(json.loads, rows) if "spike_positions" in row] == [[POSITION]]
+    without = {**text, "left_out": (POSITION,)}
+    assert_same(around, trained(replace(make("without", data=without, **ways), seed=3)))
