@@ -93,12 +93,7 @@ def cases() -> list[Any]:
         for p in ("float32", "bfloat16")
         for jit in ("auto", "false")
     ]
-    in_ci = [
-        ("muon", "float32", "auto"),
-        ("muon", "float32", "false"),
-        ("muon", "bfloat16", "auto"),
-        ("adamw", "float32", "auto"),
-    ]
+    in_ci = [("muon", "float32", "auto"), ("muon", "bfloat16", "auto"), ("adamw", "float32", "false")]
     return [*in_ci, *(pytest.param(*case, marks=pytest.mark.full) for case in grid if case not in in_ci)]
 
 

@@ -63,7 +63,7 @@ def test_a_chief_comes_before_the_workers() -> None:
         (tf_config(["a:1", "b:1"], index=True), "TF_CONFIG (task.index true) must be a whole number"),
         (tf_config(["a:1", "b:1"], index=1.0), "TF_CONFIG (task.index 1.0) must be a whole number"),
         (tf_config(["a:1", "b:1"], index="²"), "TF_CONFIG (task.index ²) must be a whole number"),
-        (tf_config(["a:1", "b:1"], index=10**400), "TF_CONFIG (task.index a number of about 400 digits) must lie in"),
+        (tf_config(["a:1", "b:1"], index=10**400), "TF_CONFIG (task.index a number of about 401 digits) must lie in"),
         (tf_config(["a:1"]).replace("0", "[" * 2000 + "]" * 2000), "must be JSON like"),
         (tf_config(["a:1"]).replace("0", "[" * 900 + "]" * 900), "must be"),
         (

@@ -115,15 +115,20 @@ def test_a_training_whose_streams_are_closed_writes_its_record_alone(folder: Pat
     train(folder, "nothing open")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("condition", CONDITIONS)
+# The worst conditions in `make test-slow`, all of them by hand.
+SOME = [
+    pytest.param(each, marks=pytest.mark.slow if each in ("nothing open", "unread") else pytest.mark.full)
+    for each in CONDITIONS
+]
+
+
+@pytest.mark.parametrize("condition", SOME)
 def test_a_training_ends_with_its_own_code(folder: Path, condition: str) -> None:
     train(folder, condition)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", SOME)
 def test_no_command_ends_in_a_traceback(folder: Path, condition: str) -> None:
     if not (folder / "run" / "summary.json").exists():
         (folder / "run").mkdir(exist_ok=True)

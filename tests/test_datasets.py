@@ -18,7 +18,7 @@ from trainers.causal_lm import Config
 
 TEXTS = [f"text {number}, with é, 👩‍👧 and\r\n" for number in range(40)]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The tests of each promise take them apart, mostly with AdamW and without XLA, wh
 """
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_spikes import BATCH, CONTEXT, POSITION, STEP, poisoned  # noqa: F401 (a fixture)
+from workers import start
 
 from tfdp.config import CheckpointConfig, DataConfig, ModelConfig, TrainingConfig
 from tfdp.replay import PastRun, Replayer, report
@@ -23,8 +25,8 @@ STEPS = 16
 Run = tuple[Config, dict[str, object]]
 
 
-def rows_of(config: Config) -> list[tuple[int, float, float]]:
-    lines = Path(str(config.run_dir), "metrics.jsonl").read_text().splitlines()
+def rows_of(run_dir: str | Path | None) -> list[tuple[int, float, float]]:
+    lines = Path(str(run_dir), "metrics.jsonl").read_text().splitlines()
     return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, lines) if "loss" in row]
 
 
@@ -41,9 +43,8 @@ def make(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             training=TrainingConfig(steps=STEPS, global_batch_size=8, log_every=1, sample_tokens=0),
             checkpoint=CheckpointConfig(every_steps=6),
         )
-        for section, changes in sections.items():
-            config = replace(config, **{section: replace(getattr(config, section), **changes)})
-        return config
+        changed = {name: replace(getattr(config, name), **changes) for name, changes in sections.items()}
+        return replace(config, **changed)
 
     return make
 
@@ -59,7 +60,7 @@ def run(make: Callable[..., Config]) -> Run:
 
 def assert_same(found: Run, expected: Run) -> None:
     assert {key: found[1][key] for key in BITS} == {key: expected[1][key] for key in BITS}
-    assert rows_of(found[0]) == rows_of(expected[0])
+    assert rows_of(found[0].run_dir) == rows_of(expected[0].run_dir)
 
 
 def test_a_run_that_stops_and_goes_on_is_the_run(make: Callable[..., Config], run: Run) -> None:
@@ -72,17 +73,20 @@ def test_two_replicas_have_the_losses_of_one(make: Callable[..., Config], run: R
     config, summary = trained(make("two", distribution={"num_replicas": 2}))
     assert summary["num_replicas"] == 2
     assert summary["validation_loss"] == pytest.approx(run[1]["validation_loss"], rel=1e-5)
-    np.testing.assert_allclose(rows_of(config), rows_of(run[0]), rtol=1e-4)  # gradient norms too
-    losses, expected = ([loss for _, loss, _ in rows_of(each)] for each in (config, run[0]))
+    np.testing.assert_allclose(rows_of(config.run_dir), rows_of(run[0].run_dir), rtol=1e-4)  # gradient norms too
+    losses, expected = ([loss for _, loss, _ in rows_of(each.run_dir)] for each in (config, run[0]))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def test_canonical_is_one_run_on_one_two_and_four_replicas(make: Callable[..., Config]) -> None:
+@pytest.mark.parametrize("counts", [(1, 2), pytest.param((1, 4), marks=pytest.mark.slow)])
+def test_canonical_is_one_run_on_any_replicas(make: Callable[..., Config], counts: tuple[int, ...]) -> None:
     """In float32 with XLA, clipped: the default. It was none with Muon, from the third or tenth step on."""
     runs = []
-    for num_replicas in (1, 2, 4):
+    for num_replicas in counts:
         layout = {"num_replicas": num_replicas, "reduction": "canonical"}
-        runs.append(trained(make(f"canonical {num_replicas}", distribution=layout, training={"microbatch_size": 2})))
+        runs.append(
+            trained(make(f"canonical {num_replicas} of {counts}", distribution=layout, training={"microbatch_size": 2}))
+        )
     for other in runs[1:]:
         assert_same(other, runs[0])
 
@@ -108,3 +112,36 @@ def test_a_rollback_is_the_run_without_the_poisoned_window(
     assert [row["spike_positions"] for row in map(json.loads, rows) if "spike_positions" in row] == [[POSITION]]
     without = {**text, "left_out": (POSITION,)}
     assert_same(around, trained(replace(make("without", data=without, **ways), seed=3)))
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_run_that_is_killed_and_started_again_is_the_run(corpus_dir: Path, tmp_path: Path, num_workers: int) -> None:
+    keys = {
+        "data.source": f"text:{corpus_dir}/*.txt",
+        "data.validation_fraction": 0.2,
+        "model.num_layers": 1,
+        "model.context_length": 64,
+        "training.steps": 400,
+        "training.log_every": 1,
+        "training.sample_tokens": 0,
+        "checkpoint.every_steps": 7,
+    }
+    flags = [text for key, value in keys.items() for text in (f"--{key}", str(value))]
+    ends = []
+    for name, kills in (("undisturbed", []), ("killed", [30, 120, 260])):
+        run_dir = tmp_path / name
+        for step in kills:
+            with start(tmp_path, [[*flags, "--run_dir", str(run_dir)]] * num_workers) as job:
+                job.wait_for(rf"^step +{step}/400", timeout=200)
+                job.processes[-1].send_signal(signal.SIGKILL)
+                codes = job.wait(200)
+                assert codes[-1] == -signal.SIGKILL and codes[:-1] == [76] * (num_workers - 1)
+        with start(tmp_path, [[*flags, "--run_dir", str(run_dir)]] * num_workers) as job:
+            assert job.wait(300) == [0] * num_workers, job.output(0)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        ends.append(({key: summary[key] for key in BITS}, rows_of(run_dir)))
+    assert ends[0] == ends[1]
+    assert len(ends[0][1]) == 400

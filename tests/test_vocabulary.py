@@ -96,7 +96,7 @@ def test_merges_in_any_order_give_the_ids_of_the_reference(kind: str) -> None:
         (
             {"ab": 10**400},
             ["a b"],
-            "the token ab must have an id below 1,048,576, and has a number of about 400 digits",
+            "the token ab must have an id below 1,048,576, and has a number of about 401 digits",
         ),
         ({"ab": -1}, ["a b"], "vocab.json must map tokens to ids"),
         ({"ab": True}, ["a b"], "vocab.json must map tokens to ids"),

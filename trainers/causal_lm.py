@@ -129,6 +129,12 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
     model = parts.model
     sampler = Sampler(model, corpus.tokenizer)
     sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
+    samples: list[str] = []  # the newest, which is shown at the end: drawing it again would hold the end up
+
+    def sample() -> str:
+        samples[:] = [sampler.text("", sampling)]
+        return samples[0]
+
     matrix_peak = metrics.matrix_peak(
         training.precision,
         distribution.gpu_names(strategy),
@@ -162,7 +168,7 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
             left_out=config.data.left_out,
             row_losses=parts.row_losses,
             evaluate=parts.evaluator,
-            sample=(lambda: sampler.text("", sampling)) if training.sample_tokens else None,
+            sample=sample if training.sample_tokens else None,
             flops_per_token=model.flops_per_token(),
             matrix_peak=matrix_peak,
             furnish=lambda: save_tokenizer(corpus.tokenizer, run.tokenizer_path),
@@ -183,8 +189,8 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
             **process,
         )
     )
-    if training.sample_tokens and process["cluster"].is_chief:
-        say(f"\n--- a sample ---\n{sampler.text('', sampling)}\n---\n")
+    for text in samples:
+        say(f"\n--- a sample ---\n{text}\n---\n")
     say(run.next_steps())
     return summary
 
