@@ -100,6 +100,18 @@ def test_the_order_never_changes() -> None:
 # --- Training batches ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_no_iterator_has_a_thread_that_tunes(num_replicas: int) -> None:
+    """Letting go of one would wait for that thread, for up to a minute."""
+    iterator = train_batches(num_replicas, make_split(101), 12)
+    next(iterator)
+    of_devices = iterator._iterators[0]._iterator  # type: ignore[attr-defined]
+    datasets = [of_devices._dataset] if hasattr(of_devices, "_dataset") else []
+    datasets += [each._dataset for each in getattr(of_devices, "_device_iterators", [])]
+    assert len(datasets) >= num_replicas
+    assert [dataset.options().autotune.enabled for dataset in datasets] == [False] * len(datasets)
+
+
 @pytest.mark.parametrize("start_step", [0, 1, 5])
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 4])
 def test_each_replica_holds_its_consecutive_positions(num_replicas: int, start_step: int) -> None:

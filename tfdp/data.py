@@ -6,7 +6,7 @@ does not know how many replicas or workers there are. Step s of a run takes the 
 G is the global batch size.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -202,9 +202,32 @@ def _distribute(
     # replicas in the right shares and in order, and one element lasts for as many steps as there are workers.
     dataset = located.batch(global_batch_size, drop_remainder=True)
     dataset = _map(dataset, batch, num_parallel_calls=1, deterministic=True).prefetch(_PREFETCHED)
-    options = tf.data.Options()
-    # There is nothing to tune; and the thread that would tune looks up once a minute at last, and does not always
-    # notice that its iterator is gone: whoever lets go of the iterator waits for that (TensorFlow 2.21).
-    options.autotune.enabled = False
+    options = _untuned()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return strategy.experimental_distribute_dataset(dataset.with_options(options))
+    return _Distributed(strategy.experimental_distribute_dataset(dataset.with_options(options)))
+
+
+def _untuned() -> tf.data.Options:
+    """There is nothing to tune; and the thread that would tune looks up once a minute at last, and does not always
+    notice that its iterator is gone: whoever lets go of the iterator waits for that (TensorFlow 2.21)."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
+
+
+class _Distributed:
+    """A distributed dataset. The iterators over it that TensorFlow makes for each device are not tuned either."""
+
+    def __init__(self, dataset: Iterable[Any]) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        # No public option reaches the datasets of the devices; tests/test_data.py fails when TensorFlow moves this one.
+        from tensorflow.python.data.ops import multi_device_iterator_ops
+
+        make = multi_device_iterator_ops._create_device_dataset
+        multi_device_iterator_ops._create_device_dataset = lambda *given: make(*given).with_options(_untuned())
+        try:
+            return iter(self._dataset)
+        finally:
+            multi_device_iterator_ops._create_device_dataset = make
