@@ -586,3 +586,13 @@ def test_a_document_of_a_hundred_megabytes_is_kept(tmp_path: Path) -> None:
     found = prepare(recipe(f"text:{tmp_path}/*.txt", "bpe:1000"), tmp_path / "out", num_processes=2)
     assert found.train.num_bytes + found.validation.num_bytes == size + 5
     assert found.train.num_documents + found.validation.num_documents == 3, "the end of the large one is held out"
+
+
+def test_brackets_in_a_folders_name_do_not_hide_that_the_source_would_read_the_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "some words"}\n' * 4)
+    recipe = Recipe(f"jsonl:{folder}/**/*.jsonl", None, 0.3, "bytes")
+    with pytest.raises(ConfigError, match="must lie outside of what source"):
+        prepare(recipe, folder / "out")
+    assert not (folder / "out").exists()

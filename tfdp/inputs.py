@@ -69,7 +69,7 @@ def find(pattern: str, key: str, source: str) -> list[str]:
       ConfigError: there is no such file, or one is not a regular file.
     """
     pattern = pattern if os.path.lexists(pattern) else os.path.expanduser(pattern)
-    paths = sorted(path for path in set(_expand(_literal_start(pattern), key)) if not os.path.isdir(path))
+    paths = sorted(path for path in set(_expand(literal_start(pattern), key)) if not os.path.isdir(path))
     if not paths:
         found = "" if source.endswith(pattern) else f", and {shown(Path(pattern))} matches none"
         fix = "check the path, and quote the pattern"
@@ -103,7 +103,7 @@ def _own_name(paths: list[str], root: str) -> str:
     return paths[0]
 
 
-def _literal_start(pattern: str) -> str:
+def literal_start(pattern: str) -> str:
     """The pattern with brackets escaped in the leading parts that exist as they are written."""
     start = 0
     for slash in re.finditer(r"(?<=[^/])(?=/|$)", pattern):

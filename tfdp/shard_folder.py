@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tfdp.bpe import MERGES_FILE, VOCABULARY_FILE
+from tfdp.inputs import literal_start
 from tfdp.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FOLDER
 from tfdp.parts import PARTS_FOLDER
 from tfdp.sentence_piece import MODEL_FILE
@@ -76,8 +77,7 @@ def own_file_read_by(pattern: str, folder: Path) -> str | None:
     names += [f"{PARTS_FOLDER}/0000000.{end}" for end in ("tokens", "index", "json")]
     names += [f"{TOKENIZER_FOLDER}/{name}" for name in (KIND_FILE, VOCABULARY_FILE, MERGES_FILE, MODEL_FILE)]
     pattern = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isdir(pattern):
-        pattern += "/**"
+    pattern = literal_start(pattern) + ("/**" if os.path.isdir(pattern) else "")
     with tempfile.TemporaryDirectory() as root:
         for place in {os.path.abspath(folder), os.path.realpath(folder)}:
             for name in names:
