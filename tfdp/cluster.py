@@ -1,6 +1,6 @@
 """The workers of a job: who they are, what they must agree on, and whether they are alive.
 
-The addresses come from `TF_CONFIG` or SLURM (see addresses.py). Agreement goes through the key-value store
+The addresses come from `TF_CONFIG` or SLURM (see cluster_spec.py). Agreement goes through the key-value store
 of TensorFlow's coordination service, outside the collectives, so that a wrong cluster is found before the first
 of them. Liveness is asked of each peer's own gRPC server once a second: a process that is compiling still
 answers, one that is dead refuses, and one that is stopped or cut off stays silent.

@@ -208,8 +208,11 @@ def _distribute(
 
 
 def _untuned() -> tf.data.Options:
-    """There is nothing to tune; and the thread that would tune looks up once a minute at last, and does not always
-    notice that its iterator is gone: whoever lets go of the iterator waits for that (TensorFlow 2.21)."""
+    """Options without the thread that tunes a pipeline: there is nothing to tune in ours.
+
+    The thread sleeps longer and longer, up to a minute, and does not always notice that its iterator is gone; whoever
+    lets go of the iterator waits until it wakes up (TensorFlow 2.21).
+    """
     options = tf.data.Options()
     options.autotune.enabled = False
     return options

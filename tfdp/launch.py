@@ -9,7 +9,6 @@ It does not reach other machines: there, a cluster's own tool starts the workers
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from types import FrameType
 from typing import IO
 
 from tfdp import exits
+from tfdp.checkpoint import CheckpointFolder
 from tfdp.config import config_class, find_trainer, import_trainer, load, require, with_run_config
 from tfdp.exits import ConfigError
 from tfdp.machine import Share, free_ports, preparation, share_machine
@@ -38,7 +38,6 @@ LINGER_SECONDS = 60.0  # beyond the grace, for the others to end once one has fi
 TERM_SECONDS = 5.0  # between SIGTERM and SIGKILL for a worker that did not notice the end of the others
 MOST_WORKERS = 256  # whose output one process with the usual limit of 1024 open files can pass on
 
-_CHECKPOINT = re.compile(r"step_(\d{8,})")  # as in checkpoint.py, which loads Keras
 _MEANINGS = {
     exits.FAILED: "it failed",
     exits.USER_ERROR: "its configuration was refused",
@@ -177,9 +176,7 @@ def _sleep(seconds: float, received: Sequence[int]) -> bool:
 
 def newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint in a run directory, 0 without one; what carries such a name is whole."""
-    folder = run_dir / "checkpoints"
-    matches = (_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else iter(())
-    return max((int(match.group(1)) for match in matches if match), default=0)
+    return max(CheckpointFolder(run_dir / "checkpoints").steps(), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------

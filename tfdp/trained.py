@@ -99,11 +99,8 @@ def refuse_other_keys(run: RunDirectory, config: Any, state: Mapping[str, Any]) 
 def open_own_tokenizer(run: RunDirectory, state: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a run directory. Raises `ConfigError` where it is not that of the checkpoint."""
     has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
-    try:
-        tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
-        fingerprint = tokenizer.fingerprint
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"tokenizer ({run.tokenizer_path}) must be as tfdp wrote it: {error!r}") from None
+    tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
+    fingerprint = tokenizer.fingerprint
     trained_with = state["identity"].get("data.tokenizer", fingerprint)
     if fingerprint != trained_with:
         raise ConfigError(
