@@ -161,7 +161,7 @@ def test_zstandard_with_a_long_window(tmp_path: Path, window_log: int) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", gzip.compress(b"{}"), "it is gzip: give its name the suffix .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "it is gzip: give its name the suffix .gz"),
         ("a.jsonl", lzma.compress(b"{}"), "it is xz: give its name the suffix .xz"),
         ("a.jsonl", bz2.compress(b"{}"), "it is bzip2: give its name the suffix .bz2"),
         ("a.jsonl", zstd(b"{}"), "it is Zstandard: give its name the suffix .zst"),
@@ -169,8 +169,8 @@ def test_zstandard_with_a_long_window(tmp_path: Path, window_log: int) -> None:
         ("a.jsonl.lz4", b"\x04\x22\x4d\x18" + bytes(30), "it is LZ4: unpack it first"),
         ("a.jsonl", b"PAR1\x15" + bytes(30), "it is Parquet: name it as parquet:PATH"),
         ("a.jsonl.gz", zstd(b"{}"), "it is Zstandard: give its name the suffix .zst"),
-        ("a.jsonl.gz", gzip.compress(lzma.compress(b"{}")), "it is xz: give its name the suffix .xz"),
-        ("a.tar.gz", gzip.compress(bytes(257) + b"ustar\x0000" + bytes(900)), "it is tar: unpack it first"),
+        ("a.jsonl.gz", gzip.compress(lzma.compress(b"{}"), mtime=0), "it is xz: give its name the suffix .xz"),
+        ("a.tar.gz", gzip.compress(bytes(257) + b"ustar\x0000" + bytes(900), mtime=0), "it is tar: unpack it first"),
     ],
 )
 def test_content_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
