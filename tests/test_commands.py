@@ -1,43 +1,12 @@
 """The commands as their users meet them: exit codes, one line on stderr, and nothing left behind."""
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import LONG, SHORT, assert_refused, run, without_tensorflow
 
-ROOT = Path(__file__).parents[1]
-SHORT = 30  # seconds for what must not load TensorFlow, on a busy machine
-LONG = 120  # seconds for what must
-
-
-def run(folder: Path, *command: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Runs `python *command` in a folder of its own, with its cache there too."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
-    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def without_tensorflow(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module` where importing TensorFlow or Keras fails."""
-    program = (
-        "import runpy, sys; sys.modules.update(tensorflow=None, keras=None); "
-        "module, *sys.argv[1:] = sys.argv[1:]; runpy.run_module(module, run_name='__main__', alter_sys=True)"
-    )
-    return run(folder, "-c", program, module, *arguments, timeout=SHORT)
-
-
-def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> None:
-    """Exit code 2, and nothing but one line that matches `message`."""
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert re.fullmatch(f"error: {message}", lines[0]), lines[0]
-    assert result.returncode == 2
+TEXT = b"text enough for a sequence\n" * 1000
 
 
 def left_behind(folder: Path) -> set[str]:
@@ -149,51 +118,73 @@ def test_a_recipe_of_the_users_own_is_run(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "size 3\n", "")
 
 
-# --- What is found in the text or on the devices ---------------------------------------------------
+# --- What is found in the text, the cluster and the run directory ----------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "arguments", "message"),
+    ("content", "keys", "message"),
     [
-        pytest.param(b"", [], r"data\.source.*\btext:a\.txt\b.* must not be empty.*", id="empty corpus"),
+        pytest.param(b"", {}, r"data\.source.*\btext:a\.txt\b.* must not be empty.*", id="empty corpus"),
         pytest.param(
             b"a short text\n" * 3,
-            [],
+            {},
             r"model\.context_length \(128\) must fit into the train split, which has \d+ tokens: .*",
             id="corpus shorter than a sequence",
         ),
+        pytest.param(b"caf\xe9 " * 999, {}, r"data\.source.* a\.txt must be UTF-8: byte 3 is 0xe9 .*", id="not UTF-8"),
+        pytest.param(None, {}, r"data\.source \(text:a\.txt\) must match at least one file: .*", id="missing file"),
         pytest.param(
-            b"caf\xe9 " * 1000,
-            [],
-            r"data\.source.* a\.txt must be UTF-8: byte 3 is 0xe9 .*",
-            id="not UTF-8",
+            None, {"data.source": "tokens:none"}, r"data\.source: tokens \(none\) must be .*", id="no token shards"
         ),
-        pytest.param(
-            None,
-            [],
-            r"data\.source \(text:a\.txt\) must match at least one file: .*",
-            id="missing file",
-        ),
-        pytest.param(
-            b"text enough for a sequence\n" * 1000,
-            ["--distribution.num_replicas", "2", "--training.global_batch_size", "3"],
-            r"training\.global_batch_size \(3\) must be a multiple of num_replicas \(2\): try 4",
-            id="batch that the replicas cannot share",
-        ),
+        pytest.param(TEXT, {"data.tokenizer": "gpt2:none"}, r"data\.tokenizer.*none.*", id="no such tokenizer"),
+        pytest.param(TEXT, {"data.cache_dir": "a.txt"}, r"data\.cache_dir \(a\.txt.*", id="cache in a file"),
+        pytest.param(TEXT, {"run_dir": "a.txt"}, r"run_dir \(a\.txt\) must be a folder.*", id="run in a file"),
     ],
 )
-def test_a_wrong_corpus_or_layout_is_refused_in_one_line(
-    tmp_path: Path, content: bytes | None, arguments: list[str], message: str
+def test_a_wrong_corpus_is_refused_in_one_line_before_tensorflow_loads(
+    tmp_path: Path, content: bytes | None, keys: dict[str, str], message: str
 ) -> None:
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
     before = left_behind(tmp_path)
-    command = ["-m", "tfdp.train", "--data.source", "text:a.txt", "--run_dir", "run", *arguments]
-    assert_refused(run(tmp_path, *command, timeout=LONG), message)
+    arguments = [f"--{key}={value}" for key, value in {"data.source": "text:a.txt", "run_dir": "run", **keys}.items()]
+    assert_refused(without_tensorflow(tmp_path, "tfdp.train", *arguments), message)
     assert left_behind(tmp_path) == before
 
 
-def test_a_directory_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
-    result = run(tmp_path, "-m", "tfdp.generate", "--run_dir", "none", timeout=LONG)
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TF_CONFIG": "{"}, r"TF_CONFIG.*"),
+        ({"TF_CONFIG": '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 3}}'}, r"TF_CONFIG.*"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, r"SLURM_.*"),
+    ],
+)
+def test_a_wrong_cluster_is_refused_in_one_line_before_tensorflow_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(without_tensorflow(tmp_path, "tfdp.train", "--run_dir", "run"), message)
+    assert left_behind(tmp_path) == set()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "replay"])
+def test_a_directory_that_is_no_run_is_refused_in_one_line_before_tensorflow_loads(
+    tmp_path: Path, command: str
+) -> None:
+    result = without_tensorflow(tmp_path, f"tfdp.{command}", "--run_dir", "none")
     assert_refused(result, r"run_dir \(none\) must be the directory of a run: there is no none/config\.yaml")
     assert left_behind(tmp_path) == set()
+
+
+# --- What is found on the devices ------------------------------------------------------------------
+
+
+def test_a_batch_that_the_replicas_cannot_share_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    layout = ["--distribution.num_replicas", "2", "--training.global_batch_size", "3"]
+    command = ["-m", "tfdp.train", "--data.source", "text:a.txt", "--run_dir", "run", *layout]
+    message = r"training\.global_batch_size \(3\) must be a multiple of num_replicas \(2\): try 4"
+    assert_refused(run(tmp_path, *command, timeout=LONG), message)
+    assert left_behind(tmp_path) == {"a.txt"}

@@ -92,7 +92,8 @@ def test_canonical_is_one_run_on_any_replicas(make: Callable[..., Config], count
 
 
 def test_any_step_is_replayed_to_the_bit(run: Run) -> None:
-    replayer = Replayer(PastRun.open(str(run[0].run_dir)), STEPS)
+    past = PastRun.open(str(run[0].run_dir))
+    replayer = Replayer(past, past.open_corpus(), STEPS)
     for step in (STEPS, 1, 7):
         assert report(replayer(step), step, replayer.run).count("equal") == 2, step
 

@@ -9,6 +9,7 @@ import pytest
 
 from tfdp import distribution
 from tfdp.cluster import Cluster
+from tfdp.cluster_spec import find_cluster
 from tfdp.config import DistributionConfig, TrainingConfig
 from tfdp.exits import ConfigError
 
@@ -106,17 +107,17 @@ def test_micro_batches_that_cannot_be_grouped_are_refused() -> None:
 
 
 def test_without_a_cluster_there_is_one_worker() -> None:
-    assert distribution.find_cluster(DistributionConfig()) == Cluster()
+    assert find_cluster(DistributionConfig()) == Cluster()
     with pytest.raises(ConfigError, match="needs several workers"):
-        distribution.find_cluster(DistributionConfig(strategy="multi_worker_mirrored"))
+        find_cluster(DistributionConfig(strategy="multi_worker_mirrored"))
 
 
 def test_tf_config_names_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(content))
-    assert distribution.find_cluster(DistributionConfig()) == Cluster(("a:1", "b:2"), 1)
+    assert find_cluster(DistributionConfig()) == Cluster(("a:1", "b:2"), 1)
     with pytest.raises(ConfigError, match="is for one worker, but TF_CONFIG or SLURM name 2"):
-        distribution.find_cluster(DistributionConfig(strategy="mirrored"))
+        find_cluster(DistributionConfig(strategy="mirrored"))
 
 
 @pytest.mark.parametrize(
@@ -132,27 +133,27 @@ def test_slurm_names_the_workers_in_the_order_of_their_ranks(
     variables = {"JOB_ID": "7", "PROCID": str(rank), "STEP_NODELIST": nodes, "STEP_TASKS_PER_NODE": tasks}
     for name, value in {**variables, "STEP_NUM_TASKS": str(len(addresses))}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert distribution.find_cluster(DistributionConfig()) == Cluster(addresses, rank)
+    assert find_cluster(DistributionConfig()) == Cluster(addresses, rank)
 
 
 def test_a_slurm_job_of_one_task_is_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert distribution.find_cluster(DistributionConfig()) == Cluster()
+    assert find_cluster(DistributionConfig()) == Cluster()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who is not listed")
 def test_the_cache_must_be_named_where_there_is_no_home() -> None:
     program = """
 import os
-from tfdp import distribution
+from tfdp import sources
 from tfdp.config import DataConfig
 os.setuid(54321)
 for name in ("HOME", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
-print(distribution.cache_dir(DataConfig(cache_dir="here")))
+print(sources.cache_dir(DataConfig(cache_dir="here")))
 try:
-    distribution.cache_dir(DataConfig())
-except distribution.ConfigError as error:
+    sources.cache_dir(DataConfig())
+except sources.ConfigError as error:
     print(error)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import assert_refused, without_tensorflow
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -49,9 +50,28 @@ def test_generate_continues_a_prompt(run: Path) -> None:
     assert first == second
 
 
-def test_evaluate_refuses_another_text_in_one_line(run: Path) -> None:
-    (run / "text" / "exits.py").write_text("changed = True\n", encoding="utf-8")
-    result = tfdp(run, "evaluate")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: data.source (text:text/*.py) must be the text that the run was trained on")
-    assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("evaluate", ["--checkpoint", "7"], r"checkpoint \(7\) must be best, newest, or one of the steps 5"),
+        ("generate", ["--checkpoint", "first"], r"checkpoint \(first\) must be best, newest, or one of the steps 5"),
+        ("replay", ["--step", "6"], r"step \(6\) must lie in \[1, 5\]: the run has 5"),
+    ],
+)
+def test_a_state_that_the_run_does_not_have_is_refused_before_tensorflow_loads(
+    run: Path, command: str, arguments: list[str], message: str
+) -> None:
+    assert_refused(without_tensorflow(run, f"tfdp.{command}", "--run_dir", "run", *arguments), message)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "replay"])
+def test_another_text_is_refused_before_tensorflow_loads(run: Path, command: str) -> None:
+    changed = run / "text" / "exits.py"
+    text = changed.read_text(encoding="utf-8")
+    changed.write_text("changed = True\n", encoding="utf-8")
+    try:
+        result = without_tensorflow(run, f"tfdp.{command}", "--run_dir", "run")
+        line = r"data\.source \(text:text/\*\.py\) must be the text that the run was trained on: .*"
+        assert_refused(result, line)
+    finally:
+        changed.write_text(text, encoding="utf-8")

@@ -45,7 +45,8 @@ def trained(make: Callable[..., Config], letters: Path, name: str = "run", **sec
 
 
 def replayer_of(config: Config, step: int, num_replicas: int | None = None) -> Replayer:
-    return Replayer(PastRun.open(str(config.run_dir)), step, num_replicas)
+    run = PastRun.open(str(config.run_dir))
+    return Replayer(run, run.open_corpus(), step, num_replicas)
 
 
 def assert_equal_bits(found: Replay, run: PastRun) -> None:

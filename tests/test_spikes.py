@@ -15,7 +15,8 @@ from tfdp import losses
 from tfdp.config import DataConfig
 from tfdp.data import shuffled_index
 from tfdp.exits import TrainingError
-from tfdp.spikes import ENOUGH, WINDOW, Ledger, Spike, loss_limit, offending_rows, recent_from_state, recent_to_state
+from tfdp.ledger import Ledger, Spike
+from tfdp.spikes import ENOUGH, WINDOW, loss_limit, offending_rows, recent_from_state, recent_to_state
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

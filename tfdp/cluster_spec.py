@@ -7,12 +7,14 @@ import ipaddress
 import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tfdp.cluster import Cluster
+from tfdp.config import DistributionConfig, require
 from tfdp.exits import ConfigError
 from tfdp.messages import shown
 
@@ -27,6 +29,32 @@ _HOSTS = re.compile(r"(?:[^][,]|\[[^][]*\])+")
 _BRACKET = re.compile(r"\[([^][]*)\]")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 _COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
+
+
+def find_cluster(config: DistributionConfig) -> Cluster:
+    """The workers of this job, from TF_CONFIG or SLURM; one worker where there is neither.
+
+    Raises:
+      ConfigError: TF_CONFIG or a variable of SLURM is wrong, or the strategy asks for workers that are not there.
+    """
+    cluster = Cluster()
+    if os.environ.get("TF_CONFIG"):
+        cluster = parse_tf_config(os.environ["TF_CONFIG"])
+    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
+        cluster = parse_slurm(os.environ)  # GPUs are left to SLURM's binding (--gpus-per-task)
+    require(
+        config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
+        "distribution.strategy",
+        config.strategy,
+        "needs several workers, from TF_CONFIG or SLURM: try auto, or python -m tfdp.launch --num_workers 2",
+    )
+    require(
+        config.strategy in ("auto", "multi_worker_mirrored") or cluster.num_workers == 1,
+        "distribution.strategy",
+        config.strategy,
+        f"is for one worker, but TF_CONFIG or SLURM name {cluster.num_workers}: try auto",
+    )
+    return cluster
 
 
 # ---------------------------------------------------------------------------------------------------

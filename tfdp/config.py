@@ -27,6 +27,7 @@ from tfdp.exits import CommandError, ConfigError
 from tfdp.files import follow_links
 from tfdp.messages import nearest, shown
 from tfdp.options import values_of as _values_of
+from tfdp.startup import importing
 from tfdp.strict_yaml import read as _read_yaml
 
 ConfigType = TypeVar("ConfigType")
@@ -701,7 +702,10 @@ def import_trainer(name: str) -> types.ModuleType:
     try:
         if path.startswith("."):
             raise ModuleNotFoundError(name=path)
-        module = importlib.import_module(path)
+        if path not in sys.modules:
+            with importing():
+                importlib.import_module(path)
+        module = sys.modules[path]
     except Exception as error:  # whatever the module of a user raises
         if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
             raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None

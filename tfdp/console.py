@@ -42,6 +42,11 @@ def flush() -> None:
             stream.flush()
 
 
+def say(line: str) -> None:
+    """Prints a line to the console at once."""
+    print(line, flush=True)
+
+
 class _Output(io.FileIO):
     """A descriptor whose first failed write turns it into /dev/null."""
 

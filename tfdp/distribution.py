@@ -7,15 +7,13 @@ above this module has a second path for "without distribution".
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfdp.cluster import Cluster, require_free_port
-from tfdp.cluster_spec import parse_slurm, parse_tf_config
-from tfdp.config import DataConfig, DistributionConfig, TrainingConfig, require
+from tfdp.config import DistributionConfig, TrainingConfig, require
 from tfdp.exchange import Exchange
 from tfdp.exits import ConfigError
 from tfdp.machine import available_cores, keep_freed_memory
@@ -29,32 +27,6 @@ _MANY_TOKENS = 1024  # of a micro-batch, whose products cost much against any gr
 _GATHER_ELEMENTS = 1 << 24  # of one piece of a canonical sum over workers: 64 MiB from each replica
 # Over workers TensorFlow lays tensors end to end until a pack has as many bytes: by default all of them, of one type.
 _AS_PACKED = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
-
-
-def find_cluster(config: DistributionConfig) -> Cluster:
-    """The workers of this job, from TF_CONFIG or SLURM; one worker where there is neither.
-
-    Raises:
-      ConfigError: TF_CONFIG or a variable of SLURM is wrong, or the strategy asks for workers that are not there.
-    """
-    cluster = Cluster()
-    if os.environ.get("TF_CONFIG"):
-        cluster = parse_tf_config(os.environ["TF_CONFIG"])
-    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
-        cluster = parse_slurm(os.environ)  # GPUs are left to SLURM's binding (--gpus-per-task)
-    require(
-        config.strategy != "multi_worker_mirrored" or cluster.num_workers > 1,
-        "distribution.strategy",
-        config.strategy,
-        "needs several workers, from TF_CONFIG or SLURM: try auto, or python -m tfdp.launch --num_workers 2",
-    )
-    require(
-        config.strategy in ("auto", "multi_worker_mirrored") or cluster.num_workers == 1,
-        "distribution.strategy",
-        config.strategy,
-        f"is for one worker, but TF_CONFIG or SLURM name {cluster.num_workers}: try auto",
-    )
-    return cluster
 
 
 def make_strategy(
@@ -431,24 +403,6 @@ def is_first_replica() -> bool:
 def first_replica(strategy: tf.distribute.Strategy, per_replica: Any) -> Any:
     """The value of this process's first replica, for results that are the same on all."""
     return strategy.experimental_local_results(per_replica)[0]
-
-
-def cache_dir(config: DataConfig) -> Path:
-    """Where token shards are kept: data.cache_dir, else $XDG_CACHE_HOME/tfdp, else ~/.cache/tfdp.
-
-    Raises:
-      ConfigError: none of them is there.
-    """
-    if config.cache_dir is not None:
-        return Path(config.cache_dir)
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "tfdp"
-    try:
-        return Path.home() / ".cache" / "tfdp"
-    except RuntimeError:
-        raise ConfigError(
-            "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache"
-        ) from None
 
 
 def _make_logical_cpus(count: int) -> None:

@@ -30,8 +30,7 @@ class Config:
 def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
-    load_tensorflow()
-    from tfdp import distribution, sources
+    from tfdp import sources
     from tfdp.trained import TrainedGPT
 
     trained = TrainedGPT.open(
@@ -39,7 +38,7 @@ def main() -> None:
     )
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
-    corpus = sources.open_corpus(run_config.data, distribution.cache_dir(run_config.data))
+    corpus = sources.open_corpus(run_config.data, sources.cache_dir(run_config.data))
     require(
         corpus.corpus_sha256 == trained.corpus_sha256,
         "data.source",
@@ -47,6 +46,9 @@ def main() -> None:
         f"must be the text that the run was trained on: its sha256 was {trained.corpus_sha256[:12]}..., "
         f"and is {corpus.corpus_sha256[:12]}... now",
     )
+    load_tensorflow()
+    from tfdp import distribution
+
     rows = config.rows or run_config.training.rows_of_evaluation
     side_by_side = trained.recipe.num_side_by_side(run_config, corpus, num_workers=1)
     strategy = distribution.make_strategy(layout, num_side_by_side=side_by_side)

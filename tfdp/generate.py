@@ -23,14 +23,15 @@ class Config(SamplingConfig):
 def main() -> None:
     description = "Generate text that continues a prompt; prints the prompt and its continuation."
     config = load(Config, sys.argv[1:], "python -m tfdp.generate", description)
-    load_tensorflow()
-    from tfdp.sampling import Sampler
     from tfdp.trained import TrainedGPT
 
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "read back")
     seen = trained.config.model.context_length
     if len(trained.tokenizer.encode(config.prompt)) > seen:
         print(f"note: the model sees the last {seen} tokens of the prompt", file=sys.stderr)
+    load_tensorflow()
+    from tfdp.sampling import Sampler
+
     sampler = Sampler(trained.make_model(), trained.tokenizer)
     print(config.prompt + sampler.text(config.prompt, config))
 

@@ -14,13 +14,14 @@ from tfdp import checkpoint
 from tfdp.checkpoint import CheckpointFolder
 from tfdp.cluster import publish, read
 from tfdp.config import changed_keys
+from tfdp.console import say
 from tfdp.estimates import duration
 from tfdp.exits import ConfigError, StopRequested
-from tfdp.metrics import MetricsWriter, Throughput, Trace, peak_memory, say
+from tfdp.ledger import Ledger
+from tfdp.metrics import MetricsWriter, Throughput, Trace, peak_memory
 from tfdp.progress import Progress, left_out, load_agreed, note_start, restore, sequences_seen
 from tfdp.recovery import judge, save_verified
 from tfdp.saver import AsyncSaver
-from tfdp.spikes import Ledger
 from tfdp.step import PARTS, StepResults
 from tfdp.task import Task
 

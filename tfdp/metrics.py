@@ -15,6 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdp.console import say
 from tfdp.estimates import duration
 from tfdp.machine import find_gpu
 from tfdp.rows import RowWriter, drop_rows_after
@@ -210,11 +211,6 @@ class Trace:
                 self._running = True
         except tf.errors.OpError as error:
             print(f"warning: the profile cannot be written: {_reason(error)}", file=sys.stderr, flush=True)
-
-
-def say(line: str) -> None:
-    """Prints a line to the console at once."""
-    print(line, flush=True)
 
 
 def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: float) -> str:

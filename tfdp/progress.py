@@ -14,9 +14,9 @@ from tfdp.cluster import Cluster, publish, read
 from tfdp.config import differing_keys
 from tfdp.evaluation import Evaluation
 from tfdp.exits import CommandError, ConfigError
+from tfdp.ledger import Ledger
 from tfdp.metrics import Attribution, Throughput
 from tfdp.saver import AsyncSaver
-from tfdp.spikes import Ledger
 from tfdp.task import Task
 
 

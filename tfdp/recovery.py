@@ -10,12 +10,13 @@ import numpy as np
 
 from tfdp import spikes
 from tfdp.checkpoint import CheckpointFolder
+from tfdp.console import say
 from tfdp.exits import TrainingError
-from tfdp.metrics import MetricsWriter, say
+from tfdp.ledger import Spike
+from tfdp.metrics import MetricsWriter
 from tfdp.progress import Progress, left_out, load_agreed, restore, save
 from tfdp.saver import AsyncSaver
 from tfdp.sentinel import Disagreement
-from tfdp.spikes import Spike
 from tfdp.step import StepResults
 from tfdp.task import Task
 

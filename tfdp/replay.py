@@ -33,8 +33,9 @@ from tfdp.startup import load_tensorflow
 
 if TYPE_CHECKING:
     from tfdp.checkpoint import Checkpoint
+    from tfdp.ledger import Spike
     from tfdp.runs import RunDirectory
-    from tfdp.spikes import Spike
+    from tfdp.sources import Corpus
 
 _EXCERPT_WIDTH, _EXCERPT_LINES = 100, 4  # of the text of a sequence
 _MOST_NAMES = 3  # of documents, for one sequence
@@ -95,9 +96,9 @@ class PastRun:
     @classmethod
     def open(cls, run_dir: str) -> "PastRun":
         """Reads a run directory. Raises `ConfigError` where there is no run, or none that can be replayed."""
+        from tfdp.ledger import Ledger
         from tfdp.rows import read_rows
         from tfdp.runs import RunDirectory
-        from tfdp.spikes import Ledger
         from tfdp.trained import refuse_other_keys
 
         run = RunDirectory.open(run_dir)
@@ -129,10 +130,41 @@ class PastRun:
         why = f"the run has {training.steps}" if last == training.steps else f"the run has reached {self.reached}"
         require(1 <= step <= last, "step", step, f"must lie in [1, {last}]: {why}")
 
+    def open_corpus(self) -> "Corpus":
+        """The text of the run. Raises `ConfigError` where it is another one now."""
+        from tfdp import sources
+
+        data = self.config.data
+        corpus = sources.open_corpus(data, sources.cache_dir(data))
+        for state in list(self.states.values())[-1:]:
+            trained_on = state["identity"]["corpus_sha256"]
+            require(
+                corpus.corpus_sha256 == trained_on,
+                "data.source",
+                data.source,
+                f"must be the text that the run was trained on: its sha256 was {trained_on[:12]}..., "
+                f"and is {corpus.corpus_sha256[:12]}... now",
+            )
+        return corpus
+
     def layout_of(self, step: int) -> Mapping[str, int] | None:
         """Who carried a step: the process that saved the first checkpoint since; without one, that of the newest."""
         since = [later for later in self.states if later >= step] or list(self.states)[-1:]
         return self.states[since[0]].get("layout") if since else None
+
+    def check_replicas(self, step: int, num_replicas: int) -> int:
+        """How many micro-batches of a step each replica has. Raises `ConfigError` where they cannot share them."""
+        layout = self.layout_of(step) or {"microbatch_size": 1}  # a run without a checkpoint can be cut in any way
+        num_microbatches = self.config.training.global_batch_size // layout["microbatch_size"]
+        fitting = [count for count in range(1, num_microbatches + 1) if num_microbatches % count == 0]
+        require(
+            num_replicas in fitting,
+            "distribution.num_replicas",
+            num_replicas,
+            f"must divide the number of micro-batches of a step of this run ({num_microbatches}): try "
+            f"{', '.join(map(str, fitting))}",
+        )
+        return int(num_microbatches // num_replicas)
 
     def checkpoint_before(self, step: int) -> int | None:
         """The step of the newest checkpoint that the update `step` is still to come for; None: there is none."""
@@ -170,30 +202,20 @@ class Replayer:
 
     Args:
       run: which.
+      corpus: the text of that run.
       step: whose layout is taken: that of the process that carried it.
       num_replicas: in this process; None: as in the layout.
 
     Raises:
-      ConfigError: the text is not that of the run, or the replicas cannot share its micro-batches.
+      ConfigError: the replicas cannot share the micro-batches of the run.
     """
 
-    def __init__(self, run: PastRun, step: int, num_replicas: int | None = None) -> None:
-        from tfdp import checkpoint, distribution, sources
+    def __init__(self, run: PastRun, corpus: "Corpus", step: int, num_replicas: int | None = None) -> None:
+        from tfdp import checkpoint, distribution
 
         self.run = run
         self.config = config_of_layout(run, step, num_replicas)
-        data = self.config.data
-        corpus = sources.open_corpus(data, distribution.cache_dir(data))
         self._tokenizer = corpus.tokenizer
-        for state in list(run.states.values())[-1:]:
-            trained_on = state["identity"]["corpus_sha256"]
-            require(
-                corpus.corpus_sha256 == trained_on,
-                "data.source",
-                data.source,
-                f"must be the text that the run was trained on: its sha256 was {trained_on[:12]}..., "
-                f"and is {corpus.corpus_sha256[:12]}... now",
-            )
         side_by_side = run.recipe.num_side_by_side(self.config, corpus, num_workers=1)
         self.strategy = distribution.make_strategy(self.config.distribution, num_side_by_side=side_by_side)
         self._parts = run.recipe.build(self.config, corpus, self.strategy)
@@ -261,17 +283,8 @@ def config_of_layout(run: PastRun, step: int, num_replicas: int | None) -> Any:
     layout = run.layout_of(step)
     if layout is not None:
         num_replicas = num_replicas or _that_fit(layout["num_replicas"])
-        num_microbatches = config.training.global_batch_size // layout["microbatch_size"]
-        fitting = [count for count in range(1, num_microbatches + 1) if num_microbatches % count == 0]
-        require(
-            num_replicas in fitting,
-            "distribution.num_replicas",
-            num_replicas,
-            f"must divide the number of micro-batches of a step of this run ({num_microbatches}): try "
-            f"{', '.join(map(str, fitting))}",
-        )
         parallel = layout.get("parallel_microbatches", 1)
-        share = num_microbatches // num_replicas
+        share = run.check_replicas(step, num_replicas)
         config = replace(
             config,
             training=replace(
@@ -363,13 +376,16 @@ def _excerpt(text: str) -> list[str]:
 def main() -> None:
     description = "Run one past step of a run again; compares it with what was logged and shows its worst sequences."
     config = load(Config, sys.argv[1:], "python -m tfdp.replay", description)
-    load_tensorflow()
-    from tfdp import distribution
-
     run = PastRun.open(config.run_dir)
     step = config.step or max(1, run.reached)
     run.check_step(step)
-    replayer = Replayer(run, step, config.distribution.num_replicas)
+    if config.distribution.num_replicas is not None:
+        run.check_replicas(step, config.distribution.num_replicas)
+    corpus = run.open_corpus()
+    load_tensorflow()
+    from tfdp import distribution
+
+    replayer = Replayer(run, corpus, step, config.distribution.num_replicas)
     saved = run.checkpoint_before(step)
     start = "the initial weights" if saved is None else f"the checkpoint of step {saved}"
     print(f"run        {run.directory.path}")

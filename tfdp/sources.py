@@ -123,6 +123,24 @@ def _longer_by(source: Source, context_length: int) -> str:
     return ", ".join([f"{prefix}validation_fraction {each}" for each in enough[:1]] + [f"{prefix}validation_source"])
 
 
+def cache_dir(config: DataConfig) -> Path:
+    """Where token shards are kept: data.cache_dir, else $XDG_CACHE_HOME/tfdp, else ~/.cache/tfdp.
+
+    Raises:
+      ConfigError: none of them is there.
+    """
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "tfdp"
+    try:
+        return Path.home() / ".cache" / "tfdp"
+    except RuntimeError:
+        raise ConfigError(
+            "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache"
+        ) from None
+
+
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
     """Opens the sources of a run; what is text yet becomes token shards in `cache_dir` first.
 

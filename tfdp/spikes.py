@@ -9,9 +9,7 @@ every layout and after a resume.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -21,25 +19,6 @@ ENOUGH = 30  # losses before there is a verdict; the noise of 20 is now and then
 _LEVEL = 5  # losses whose median is the present level
 _MAD_TO_STDDEV = 1.4826  # of a normal distribution
 _LEAST_NOISE = 0.01  # of the level
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A step that was not applied."""
-
-    step: int  # number of the step as metrics tell it, from 1
-    loss: float
-    grad_norm: float
-    limit: float  # largest loss that would not have been a spike
-    tensor: str | None  # the first one whose gradient is not finite, "loss", or None where the loss is above the limit
-
-    def describe(self) -> str:
-        """What is wrong, for people."""
-        if self.tensor == "loss":
-            return f"step {self.step}: the loss is not finite"
-        if self.tensor is not None:
-            return f"step {self.step}: the gradient of {self.tensor} is not finite"
-        return f"step {self.step}: the loss {self.loss:.4f} is above {self.limit:.4f}, far beyond the steps before it"
 
 
 def loss_limit(recent: tf.Tensor, threshold: float | None) -> tf.Tensor:
@@ -80,36 +59,6 @@ def offending_rows(row_losses: np.ndarray, threshold: float | None) -> list[int]
         noise = _MAD_TO_STDDEV * float(np.median(np.abs(finite - median)))
         limit = median + threshold * max(noise, _LEAST_NOISE * abs(median))
     return [index for index, loss in enumerate(row_losses) if not math.isfinite(loss) or loss > limit]
-
-
-@dataclass
-class Ledger:
-    """The spikes of a run, and the positions of the global order that it leaves out since; part of its checkpoints."""
-
-    spikes: list[dict[str, Any]] = field(default_factory=list)
-    left_out: set[int] = field(default_factory=set)
-
-    def record(self, spike: Spike, action: str, positions: Iterable[int] = ()) -> dict[str, Any]:
-        """Adds a spike and the positions to leave out; returns what was recorded."""
-        offenders = sorted(positions)
-        entry = {
-            "step": spike.step,
-            "spike_loss": spike.loss if math.isfinite(spike.loss) else None,
-            "spike_limit": spike.limit if math.isfinite(spike.limit) else None,
-            "spike_tensor": spike.tensor,
-            "spike_action": action,
-            "spike_positions": offenders,
-        }
-        self.spikes.append(entry)
-        self.left_out.update(offenders)
-        return entry
-
-    def to_state(self) -> dict[str, Any]:
-        return {"spikes": self.spikes, "left_out": sorted(self.left_out)}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Ledger":
-        return cls(list(state.get("spikes", [])), set(state.get("left_out", [])))
 
 
 def recent_to_state(recent: np.ndarray) -> list[float]:

@@ -28,19 +28,35 @@ def load_tensorflow(without_ynn: bool = True) -> None:
     TensorFlow 2.21 writes the notes of its start from C++, before any log level is read, so for the time of
     the import stderr is a file. Later notes obey TF_CPP_MIN_LOG_LEVEL, which a user's own setting overrides.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if without_ynn and _YNN_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=".strip()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    choose_keras()
+    _settle_environment(without_ynn)
     if "tensorflow" not in sys.modules or "keras" not in sys.modules:
-        with _without_notes(), _without_keras_settings():
+        with importing(without_ynn):
             importlib.import_module("tensorflow")
             importlib.import_module("keras")
     if (keras := sys.modules["keras"]) is not None:  # a recipe may have imported it first, with its user's settings
         keras.config.set_floatx("float32")
         keras.config.set_epsilon(1e-7)
         keras.config.set_image_data_format("channels_last")
+
+
+@contextlib.contextmanager
+def importing(without_ynn: bool = True) -> Iterator[None]:
+    """For the time of imports that load TensorFlow and Keras, or may do so, as that of a user's recipe.
+
+    Args:
+      without_ynn: as `load_tensorflow` has it.
+    """
+    _settle_environment(without_ynn)
+    with _without_notes(), _without_keras_settings():
+        yield
+
+
+def _settle_environment(without_ynn: bool) -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if without_ynn and _YNN_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=".strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    choose_keras()
 
 
 def choose_keras() -> None:
@@ -83,5 +99,6 @@ def _without_keras_settings() -> Iterator[None]:
     finally:
         del os.environ["KERAS_HOME"]
         os.environ.update(settings)
-    # Where Keras keeps what a recipe of one's own downloads; its home is read at import only.
-    setattr(importlib.import_module("keras.src.backend.config"), "_KERAS_DIR", home)  # noqa: B010
+    if sys.modules.get("keras") is not None:
+        # Where Keras keeps what a recipe of one's own downloads; its home is read at import only.
+        setattr(importlib.import_module("keras.src.backend.config"), "_KERAS_DIR", home)  # noqa: B010

@@ -21,10 +21,10 @@ import tensorflow as tf
 from tfdp import distribution, loss_scale, sentinel, spikes
 from tfdp.buckets import Buckets
 from tfdp.data import Batch
+from tfdp.ledger import Spike
 from tfdp.losses import LossFunction
 from tfdp.optimizer import Optimizer, Schedule
 from tfdp.sentinel import Disagreement
-from tfdp.spikes import Spike
 from tfdp.sums import running_sum, tree_sum
 from tfdp.update import NUM_TOLD, Packed, Update
 

@@ -6,10 +6,13 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from tfdp.console import say
 from tfdp.exits import StopRequested, leave, stop_signals
-from tfdp.metrics import say
-from tfdp.step import TrainStep
+
+if TYPE_CHECKING:
+    from tfdp.step import TrainStep
 
 _UNWIND_SECONDS = 1.0  # for the main thread to end by itself, if it runs Python
 
@@ -29,7 +32,7 @@ class StopSignal:
         self._train_step: TrainStep | None = None
         self._left = threading.Event()
 
-    def attach(self, train_step: TrainStep) -> None:
+    def attach(self, train_step: "TrainStep") -> None:
         """Names whose steps shall stop; a signal that came before counts."""
         self._train_step = train_step
         if self._asked:

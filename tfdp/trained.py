@@ -4,9 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
-
-import tensorflow as tf
+from typing import TYPE_CHECKING, Any
 
 from tfdp.checkpoint import Tensors, restore
 from tfdp.config import (
@@ -21,22 +19,23 @@ from tfdp.config import (
 )
 from tfdp.estimates import largest_matrix
 from tfdp.exits import ConfigError
-from tfdp.gpt import GPT
 from tfdp.messages import shown
 from tfdp.options import whole_number
 from tfdp.runs import RunDirectory
-from tfdp.step import Compilation
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
+
+if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
+    from tfdp.gpt import GPT
+    from tfdp.step import Compilation
 
 
 @dataclass(frozen=True)
 class TrainedGPT:
-    """One checkpoint of a run, and what it was trained with; no device is touched before the model is made."""
+    """One checkpoint of a run, and what it was trained with; TensorFlow is not needed before the model is made."""
 
     recipe: ModuleType
     config: Any
     tokenizer: Tokenizer
-    compilation: Compilation  # as in training: the same bits
     weights: Tensors
     step: int
     corpus_sha256: str  # of the text that it was trained on
@@ -62,13 +61,21 @@ class TrainedGPT:
         saved = run.checkpoints().load(_choose_step(run, which))
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
         tokenizer = open_own_tokenizer(run, saved.state)
-        training, on_gpu = config.training, bool(tf.config.list_physical_devices("GPU"))
-        largest = largest_matrix(config.model, tokenizer.vocab_size)
-        compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
         corpus_sha256 = saved.state["identity"]["corpus_sha256"]
-        return cls(recipe, config, tokenizer, compilation, saved.weights, saved.step, corpus_sha256)
+        return cls(recipe, config, tokenizer, saved.weights, saved.step, corpus_sha256)
 
-    def make_model(self) -> GPT:
+    @property
+    def compilation(self) -> "Compilation":
+        """As in training: the same bits."""
+        import tensorflow as tf
+
+        from tfdp.step import Compilation
+
+        training, on_gpu = self.config.training, bool(tf.config.list_physical_devices("GPU"))
+        largest = largest_matrix(self.config.model, self.tokenizer.vocab_size)
+        return Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
+
+    def make_model(self) -> "GPT":
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
         model: GPT = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
         restore(model.named_weights(), self.weights)

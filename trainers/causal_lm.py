@@ -1,7 +1,7 @@
 """Causal language modelling: next-token prediction on packed text. `python -m tfdp.train` runs this recipe.
 
-The libraries are imported inside `train`, after the configuration is known to be right: `--help` and a wrong
-key answer in a fraction of a second, without waiting for TensorFlow.
+TensorFlow is loaded inside `train`, once the configuration, the cluster, the run directory and the text are known to
+be right: `--help`, a wrong key and a wrong source answer in a fraction of a second.
 """
 
 import time
@@ -78,12 +78,12 @@ class Config:
 def train(config: Config) -> dict[str, Any]:
     """Trains a GPT; returns what summary.json holds."""
     started = time.monotonic()
-    from tfdp import distribution
+    from tfdp.cluster_spec import find_cluster
     from tfdp.runs import RunDirectory
     from tfdp.stopping import StopSignal
 
     with StopSignal() as stop:
-        cluster = distribution.find_cluster(config.distribution)
+        cluster = find_cluster(config.distribution)
         require(
             config.run_dir is not None or cluster.num_workers == 1,
             "run_dir",
@@ -98,11 +98,15 @@ def _train(
     config: Config, run: "RunDirectory", cluster: "Cluster", stop: "StopSignal", started: float
 ) -> dict[str, Any]:
     """Opens the text, starts the replicas and comes to terms with the other workers."""
-    from tfdp import distribution, sources
+    from tfdp import sources
     from tfdp.cluster import Watch, require_agreement
+    from tfdp.startup import load_tensorflow
 
-    corpus = sources.open_corpus(config.data, distribution.cache_dir(config.data))
+    corpus = sources.open_corpus(config.data, sources.cache_dir(config.data))
     corpus.check_lengths(config.model.context_length)
+
+    load_tensorflow()
+    from tfdp import distribution
 
     layout = config.distribution
     with Watch(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
@@ -119,7 +123,7 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
     Args:
       process: the fields of `loop.Task` that say where this runs: cluster, watch, stop, started.
     """
-    from tfdp import distribution, loop, metrics
+    from tfdp import console, distribution, loop, metrics
     from tfdp.sampling import Sampler
     from tfdp.task import Task
     from tfdp.tokenizer import save_tokenizer
@@ -142,7 +146,7 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
         distribution.num_local_replicas(strategy) * parts.num_side_by_side,
     )
 
-    say = metrics.say if process["cluster"].is_chief else (lambda _line: None)
+    say = console.say if process["cluster"].is_chief else (lambda _line: None)
     say(f"model      {model.describe()}")
     for line in corpus.describe():
         say(f"data       {line}")

@@ -49,13 +49,14 @@ def train(
       prepare: called with the recipe's parts; what it returns is kept as long as there are steps.
     """
     from tfdp import distribution, metrics
+    from tfdp.cluster_spec import find_cluster
     from tfdp.sources import Corpus, Source
 
     split = Split([ids], num_documents=1, num_bytes=len(ids))
     shards: Any = _Shards(split, split)
     tokenizer: Any = _Ids(vocab_size)
     corpus = Corpus([Source("ids", Fraction(1), shards)], tokenizer)
-    recipe, cluster = import_trainer(config.trainer), distribution.find_cluster(config.distribution)
+    recipe, cluster = import_trainer(config.trainer), find_cluster(config.distribution)
     side_by_side = recipe.num_side_by_side(config, corpus, cluster.num_workers)
     strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
     distribution.connect_workers(strategy, config.distribution, cluster)

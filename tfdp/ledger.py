@@ -1,0 +1,58 @@
+"""What a run remembers of its spikes: the steps that were not applied, and the positions that it leaves out since.
+
+It needs no TensorFlow, so that a run directory can be read, and refused, before that is loaded.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step that was not applied."""
+
+    step: int  # number of the step as metrics tell it, from 1
+    loss: float
+    grad_norm: float
+    limit: float  # largest loss that would not have been a spike
+    tensor: str | None  # the first one whose gradient is not finite, "loss", or None where the loss is above the limit
+
+    def describe(self) -> str:
+        """What is wrong, for people."""
+        if self.tensor == "loss":
+            return f"step {self.step}: the loss is not finite"
+        if self.tensor is not None:
+            return f"step {self.step}: the gradient of {self.tensor} is not finite"
+        return f"step {self.step}: the loss {self.loss:.4f} is above {self.limit:.4f}, far beyond the steps before it"
+
+
+@dataclass
+class Ledger:
+    """The spikes of a run, and the positions of the global order that it leaves out since; part of its checkpoints."""
+
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    left_out: set[int] = field(default_factory=set)
+
+    def record(self, spike: Spike, action: str, positions: Iterable[int] = ()) -> dict[str, Any]:
+        """Adds a spike and the positions to leave out; returns what was recorded."""
+        offenders = sorted(positions)
+        entry = {
+            "step": spike.step,
+            "spike_loss": spike.loss if math.isfinite(spike.loss) else None,
+            "spike_limit": spike.limit if math.isfinite(spike.limit) else None,
+            "spike_tensor": spike.tensor,
+            "spike_action": action,
+            "spike_positions": offenders,
+        }
+        self.spikes.append(entry)
+        self.left_out.update(offenders)
+        return entry
+
+    def to_state(self) -> dict[str, Any]:
+        return {"spikes": self.spikes, "left_out": sorted(self.left_out)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Ledger":
+        return cls(list(state.get("spikes", [])), set(state.get("left_out", [])))
