@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 
 # Two at a time, but alone what measures how soon a worker is missed. 5: ARGS chose nothing of that part.
 test: check
-	$(BIN)/python -m pytest -m "not slow and not full and not multiworker" --numprocesses 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not slow and not full and not multiworker" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m "not slow and not full and multiworker" $(ARGS) || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/.installed

@@ -212,11 +212,12 @@ GPT2_LIKE = {"norm": "layer_norm", "use_bias": True, "position": "learned", "tie
 @pytest.mark.parametrize(
     ("changes", "num_microbatches", "replicas"),
     [
-        ({}, 4, (1, 2, 4)),
+        ({}, 4, (1, 2)),
+        pytest.param({}, 4, (1, 2, 4), marks=pytest.mark.slow),
         pytest.param({}, 12, (1, 6), marks=pytest.mark.slow),  # six nodes of two: a tree that is not full
         pytest.param({**GPT2_LIKE, "zero_init": False, "num_layers": 2}, 8, (1, 4), marks=pytest.mark.slow),
     ],
-    ids=["default", "twelve", "like GPT-2"],
+    ids=["two", "four", "twelve", "like GPT-2"],
 )
 def test_replicas_of_one_process_are_one_run(
     tiny_config: Callable[..., Config], changes: dict[str, object], num_microbatches: int, replicas: tuple[int, ...]

@@ -112,6 +112,7 @@ def test_without_a_network_it_fails_in_seconds(tmp_path: Path, monkeypatch: pyte
     assert time.monotonic() - started < 30  # 10 on a machine with nothing else to do
 
 
+@pytest.mark.slow
 def test_a_prepared_data_set_and_a_folder_of_parquet_train_the_same(
     tiny_config: Callable[..., Config], prepared: Path, tmp_path: Path
 ) -> None:

@@ -36,7 +36,8 @@ def logged(run_dir: str | None, key: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("optimizer", "jit_compile", "layouts"),
     [
-        ("adamw", False, list(LAYOUTS)),
+        ("adamw", False, ["1 replica", "2 replicas, accumulation 3"]),  # the default is in test_defaults
+        pytest.param("adamw", False, list(LAYOUTS), marks=pytest.mark.slow),
         pytest.param("muon", True, ["1 replica", "2 replicas", "accumulation 4"], marks=pytest.mark.slow),
     ],
 )

@@ -60,7 +60,7 @@ def test_many_workers_are_one_process(
     assert f"{num_workers * num_replicas} replicas on CPU, {num_workers} workers over {way}" in log_of(tmp_path)
 
 
-@pytest.mark.parametrize("bytes_per_pack", [None, 1024])
+@pytest.mark.parametrize("bytes_per_pack", [pytest.param(None, marks=pytest.mark.slow), 1024])
 def test_gradients_travel_in_bfloat16(tmp_path: Path, corpus_dir: Path, one: Path, bytes_per_pack: int | None) -> None:
     """Over plain TCP in one piece, and in packs through TensorFlow."""
     wire: dict[str, object] = {"distribution__wire_dtype": "bfloat16"}
@@ -88,7 +88,7 @@ def test_workers_with_different_keys_are_refused_on_all(tmp_path: Path, corpus_d
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("no_proxy", ["", "example.org"])
+@pytest.mark.parametrize("no_proxy", [pytest.param("", marks=pytest.mark.slow), "example.org"])
 def test_proxies_of_the_environment_do_not_stand_between_workers(
     tmp_path: Path, corpus_dir: Path, no_proxy: str
 ) -> None:
@@ -112,7 +112,7 @@ def newest_step(run_dir: Path) -> int:
     return max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_at_one_worker_stops_all_after_the_same_step(
     tmp_path: Path, corpus_dir: Path, number: signal.Signals
 ) -> None:
@@ -214,12 +214,13 @@ from tfdp.startup import load_tensorflow
 load_tensorflow()
 from tfdp import distribution
 from tfdp.cluster import Watch, require_agreement
+from tfdp.cluster_spec import find_cluster
 from tfdp.config import DistributionConfig
 from tfdp.exits import end, run_command
 
 def main():
     config = DistributionConfig(start_timeout_seconds=15)
-    cluster = distribution.find_cluster(config)
+    cluster = find_cluster(config)
     with Watch(cluster, 60.0, config.start_timeout_seconds).watching() as watch:
         distribution.make_strategy(config, cluster, 1, watch.wait_for_start)
         if cluster.index == 1:
@@ -230,6 +231,7 @@ end(run_command(main))
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_says_what_it_is_about_to_train_is_named(tmp_path: Path) -> None:
     ports = free_ports(2)
     with start(tmp_path, [[], []], [sys.executable, "-c", SILENT_PEER], ports=ports) as job:
