@@ -17,11 +17,12 @@ STEPS_OF_ROUND = 100
 
 def make_step(strategy: Any, verify_every: int) -> Any:
     """A step of the default job under a strategy, with weights of its own."""
+    from tfdp.compilation import Compilation
     from tfdp.config import ModelConfig, OptimizerConfig, TrainingConfig
     from tfdp.gpt import GPT
     from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.step import Compilation, StepRules, TrainStep
+    from tfdp.step import StepRules, TrainStep
 
     training, config = TrainingConfig(), OptimizerConfig()
     with strategy.scope():

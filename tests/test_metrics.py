@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from tfdp.clock import PARTS
 from tfdp.estimates import duration
 from tfdp.metrics import Attribution, MetricsWriter, Throughput, matrix_peak, perplexity, step_line
-from tfdp.step import PARTS
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

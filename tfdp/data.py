@@ -146,6 +146,18 @@ def validation_batches(
     return _distribute(strategy, positions, read, global_batch_size, sequences[0].width), num_batches
 
 
+def rows_of(batch: Batch, size: int) -> Callable[[int | tf.Tensor], Batch]:
+    """The rows of this replica's micro-batches, by index."""
+
+    def rows(index: int | tf.Tensor) -> Batch:
+        return {
+            key: tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
+            for key, value in batch.items()
+        }
+
+    return rows
+
+
 def _count_left(fork: mixture.Fork, position: tf.Tensor) -> tf.Tensor:
     """`mixture.count_left` for an int64 scalar."""
     periods, rest = position // fork.total, position % fork.total

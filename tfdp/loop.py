@@ -12,6 +12,7 @@ import numpy as np
 
 from tfdp import checkpoint
 from tfdp.checkpoint import CheckpointFolder
+from tfdp.clock import PARTS
 from tfdp.cluster import publish, read
 from tfdp.config import changed_keys
 from tfdp.console import say
@@ -22,7 +23,7 @@ from tfdp.metrics import MetricsWriter, Throughput, Trace, peak_memory
 from tfdp.progress import Progress, left_out, load_agreed, note_start, restore, sequences_seen
 from tfdp.recovery import judge, save_verified
 from tfdp.saver import AsyncSaver
-from tfdp.step import PARTS, StepResults
+from tfdp.step import StepResults
 from tfdp.task import Task
 
 
@@ -153,7 +154,7 @@ def _advance(task: Task, batches: Iterator[Any], progress: Progress) -> StepResu
     results = task.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
     parts = dict(zip(PARTS, results.seconds.tolist(), strict=True))
     seconds = progress.time.lap("host" if progress.warm else "compile", within=parts)
-    progress.verified_step = _last_multiple(task.training.verify_every, progress, len(results.loss))
+    progress.verified_step = task.train_step.last_comparison(progress.step, len(results.loss)) or progress.verified_step
     progress.step += len(results.loss)
     progress.source_losses += results.source_losses.sum(axis=0)
     progress.source_tokens += results.source_tokens.sum(axis=0)
@@ -273,14 +274,6 @@ def _summarise(task: Task, progress: Progress) -> dict[str, Any]:
     if task.cluster.is_chief:
         task.run.write_summary(summary)
     return summary
-
-
-def _last_multiple(every: int, progress: Progress, num_steps: int) -> int:
-    """The last step before which the replicas compared their weights, `num_steps` after the present one."""
-    if every == 0 or not num_steps:
-        return progress.verified_step
-    last = progress.step + num_steps - 1
-    return max(progress.verified_step, last - last % every)
 
 
 def _due(step: int, every: int) -> bool:

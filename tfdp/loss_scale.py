@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tfdp.step_statistics import StepStatistics
+
 FIRST = 2.0**10  # of the sum over the tokens of a micro-batch; 65536 of their mean is about 2**6 times 1024 tokens
 LEAST, MOST = 2.0**-16, 2.0**24
 STEPS_TO_GROW = 1000  # without an overflow, before a scale twice as large is tried
@@ -24,15 +26,9 @@ def from_state(state: Sequence[float] | None, scales: bool) -> np.ndarray:
     return np.array(state, np.float32)
 
 
-def overflowed(refused: tf.Tensor, loss: tf.Tensor, num_weights: int) -> tf.Tensor:
-    """Whether a smaller scale may help: a gradient is not finite, and the loss is.
-
-    Args:
-      refused: of the row of a step, see `update.Update`.
-      loss: before scaling.
-      num_weights: of the model.
-    """
-    return (refused >= 0) & (refused < num_weights) & tf.math.is_finite(loss)
+def overflowed(found: StepStatistics, num_weights: int) -> tf.Tensor:
+    """Whether a smaller scale may help a step: a gradient is not finite, and the loss is, before scaling."""
+    return (found.refused >= 0) & (found.refused < num_weights) & tf.math.is_finite(found.loss)
 
 
 def after_overflow(scaling: tf.Tensor) -> tf.Tensor:

@@ -9,28 +9,28 @@ Keras and `tf.distribute` would do otherwise: a mean per replica, a clip per rep
 optimizer. Nothing here knows of files, models or metrics; a task enters as a function from rows to sums.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tfdp import distribution, loss_scale, sentinel, spikes
-from tfdp.buckets import Buckets
+from tfdp import data, distribution, loss_scale, sentinel, spikes
+from tfdp.clock import PARTS, after, clock
+from tfdp.compilation import Compilation
 from tfdp.data import Batch
 from tfdp.ledger import Spike
 from tfdp.losses import LossFunction
 from tfdp.optimizer import Optimizer, Schedule
 from tfdp.sentinel import Disagreement
+from tfdp.step_statistics import StepStatistics
 from tfdp.sums import running_sum, tree_sum
-from tfdp.update import NUM_TOLD, Packed, Update
+from tfdp.synchronizer import AllReduce, Synchronizer
+from tfdp.update import Packed, Update
 
-LARGE_MATRIX = 500_000  # numbers, from which on oneDNN multiplies faster in float32 than XLA's CPU backend
 UPDATE_GROUPS = 4  # of weights on CPUs, which several cores update at the same time
-PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
 @dataclass(frozen=True)
@@ -59,36 +59,6 @@ class StepRules:
 
 
 @dataclass(frozen=True)
-class Compilation:
-    """What XLA compiles.
-
-    Attributes:
-      whole: the whole micro-batch.
-      parts: what lies between its matrix products, each part by itself.
-      update: the update of the weights.
-    """
-
-    whole: bool
-    parts: bool
-    update: bool
-
-    @classmethod
-    def choose(cls, choice: bool | str, precision: str, on_gpu: bool, largest: int) -> "Compilation":
-        """Resolves `training.jit_compile`: auto is the whole, but on CPUs the parts where oneDNN's products are faster.
-
-        They are in bfloat16, which XLA's CPU backend computes as float32, and in float32 where matrices are large.
-        `largest` is how many numbers the largest matrix has.
-        """
-        if choice != "auto":
-            return cls(whole=bool(choice), parts=False, update=bool(choice))
-        whole = on_gpu or (precision == "float32" and largest < LARGE_MATRIX)
-        return cls(whole=whole, parts=not whole, update=True)
-
-    def __str__(self) -> str:
-        return "XLA" if self.whole else "XLA between the products" if self.parts else "no XLA"
-
-
-@dataclass(frozen=True)
 class StepResults:
     """What a call of the train step did: arrays over the steps that it ran, in order."""
 
@@ -105,6 +75,28 @@ class StepResults:
     seconds: np.ndarray  # of `PARTS`, over all steps that were begun; waiting for other replicas is reduction
 
 
+class _Outcome(NamedTuple):
+    """What one step came to on a replica; but for the seconds the same on all that update together."""
+
+    statistics: tf.Tensor  # the vector of `StepStatistics`
+    digests: tf.Tensor  # of what all replicas hold, at the steps that compare it
+    stop_requests: tf.Tensor  # how many workers want to stop
+    seconds: tf.Tensor  # of `PARTS`
+
+
+class _Loop(NamedTuple):
+    """Where the loop over steps stands."""
+
+    count: tf.Tensor  # steps done
+    recent_losses: tf.Tensor  # the window that spikes are judged by
+    digests: tf.Tensor  # of the last step, as are the two below
+    stop_requests: tf.Tensor
+    goes_on: tf.Tensor  # whether that step was done
+    seconds: tf.Tensor  # of `PARTS`, over all steps
+    scaling: tf.Tensor  # of the loss, see `loss_scale`
+    rows: tf.TensorArray  # the statistics of each step
+
+
 class TrainStep:
     """Runs optimizer steps; make it inside or outside the scope, once per run.
 
@@ -117,7 +109,7 @@ class TrainStep:
       rules: how to sum, and what to refuse.
       compilation: what XLA compiles; or whether it compiles micro-batch and update.
       num_sources: for which the loss function gives sums.
-      num_side_by_side: micro-batches that a replica computes at the same time, each on cores of its own.
+      parallel_microbatches: micro-batches that a replica computes at the same time, each on cores of its own.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by.
@@ -137,29 +129,23 @@ class TrainStep:
         rules: StepRules,
         compilation: Compilation | bool,
         num_sources: int = 1,
-        num_side_by_side: int = 1,
+        parallel_microbatches: int = 1,
     ) -> None:
         self._strategy, self._optimizer = strategy, optimizer
         self._loss_function, self._rules = loss_function, rules
         num_replicas = int(strategy.num_replicas_in_sync)
-        self._verified = [*optimizer.weights, *optimizer.state]
+        self._num_sources = num_sources
         self._verifies = rules.verify_every > 0 and num_replicas > 1
-        self._digests_shape = (num_replicas, len(self._verified), 2) if self._verifies else (0,)
-        self._num_sources, self._row_shape = num_sources, (NUM_TOLD + 2 * num_sources,)
-        packs_bytes = rules.bytes_per_pack
-        if packs_bytes is None:
-            packs_bytes = distribution.default_bytes_per_pack(strategy)
-        shapes = [tuple(weight.shape) for weight in optimizer.weights]
-        self._wire_dtype = tf.as_dtype(rules.wire_dtype)
-        self._buckets = Buckets(shapes, packs_bytes, self._wire_dtype.size)
-        self._told = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
-        self._reduces = num_replicas > 1
-        num_numbers = sum(math.prod(shape) for shape in shapes)
-        self.reduction_bytes = (num_numbers * self._wire_dtype.size + 4 * self._told.size) * self._reduces
-        self.num_reductions = distribution.num_reductions(strategy, self._buckets.num_packs) * self._reduces
+        self._synchronizer: Synchronizer = AllReduce(
+            strategy, optimizer.weights, optimizer.state, rules.reduction, rules.wire_dtype, rules.bytes_per_pack
+        )
+        self._digests_shape = (num_replicas, len(self._synchronizer.shared), 2) if self._verifies else (0,)
+        self._sums = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
+        self.reduction_bytes = self._synchronizer.reduction_bytes(self._sums.size)
+        self.num_reductions = self._synchronizer.num_reductions
         self._microbatch_size = microbatch_size
         self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
-        self._num_side_by_side = num_side_by_side
+        self._parallel_microbatches = parallel_microbatches
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
@@ -204,35 +190,36 @@ class TrainStep:
           first_step: number of optimizer steps done before.
           num_steps: how many to run.
         """
-        rows, count, recent, digests, stop, goes_on, seconds, scaling = self._run(
+        end: _Loop = self._run(
             batches,
             tf.constant(first_step, tf.int64),
             tf.constant(num_steps, tf.int32),
             tf.constant(self.recent_losses),
             tf.constant(self.scaling),
         )
-        self.recent_losses, self.scaling = np.asarray(recent), np.asarray(scaling)
-        done, rows = int(count), np.asarray(rows)
-        loss, grad_norm, learning_rate, num_tokens, refused, _ = rows[:done, :NUM_TOLD].T
-        source_losses, source_tokens = np.split(rows[:done, NUM_TOLD:], 2, axis=1)
-        skipped = [self._spike(rows[index], first_step + index + 1) for index in range(done) if refused[index] >= 0]
+        self.recent_losses, self.scaling = np.asarray(end.recent_losses), np.asarray(end.scaling)
+        done, rows = int(end.count), np.asarray(end.rows)
+        each = StepStatistics.from_vector(rows[:done])
+        skipped = [
+            self._spike(rows[index], first_step + index + 1) for index in range(done) if not each.was_applied[index]
+        ]
         spike = disagreement = None
-        if not bool(goes_on) and not bool(sentinel.agree(digests)):
-            disagreement = self._disagreement(digests)
-        elif not bool(goes_on):
+        if not bool(end.goes_on) and not bool(sentinel.agree(end.digests)):
+            disagreement = self._disagreement(end.digests)
+        elif not bool(end.goes_on):
             spike = self._spike(rows[done], first_step + done + 1)
         return StepResults(
-            loss,
-            grad_norm,
-            learning_rate,
-            num_tokens.astype(np.int64),
-            source_losses,
-            source_tokens.astype(np.int64),
+            each.loss,
+            each.grad_norm,
+            each.learning_rate,
+            each.num_tokens.astype(np.int64),
+            each.source_losses,
+            each.source_tokens.astype(np.int64),
             skipped,
             spike,
             disagreement,
-            stopped=float(stop) > 0,
-            seconds=np.asarray(seconds),
+            stopped=float(end.stop_requests) > 0,
+            seconds=np.asarray(end.seconds),
         )
 
     def verify(self) -> Disagreement | None:
@@ -243,141 +230,148 @@ class TrainStep:
         return None if bool(sentinel.agree(digests)) else self._disagreement(digests)
 
     def _disagreement(self, digests: tf.Tensor) -> Disagreement:
-        return sentinel.find_disagreement(digests.numpy(), [variable.path for variable in self._verified])
+        return sentinel.find_disagreement(digests.numpy(), [variable.path for variable in self._synchronizer.shared])
 
     def request_stop(self) -> None:
         """Ends the running call after its current step, on every worker after the same one; from any thread."""
         self._stop_requested.assign(1.0)
 
+    def last_comparison(self, first_step: int, num_steps: int) -> int | None:
+        """The last of some steps before which the replicas compared what they hold; None: before none of them."""
+        every = self._rules.verify_every
+        compared = (
+            step
+            for step in range(first_step + num_steps - 1, first_step - 1, -1)
+            if every and step % every == 0 and self._synchronizer.agree_before(step)
+        )
+        return next(compared, None)
+
     def _spike(self, row: np.ndarray, step: int) -> Spike:
-        loss, grad_norm, _, _, refused, limit = (float(value) for value in row[:NUM_TOLD])
+        found = StepStatistics.from_vector(row)
         names = [*(weight.path for weight in self._optimizer.weights), "loss", None]
-        return Spike(step, loss, grad_norm, limit, names[int(refused)])
+        return Spike(step, float(found.loss), float(found.grad_norm), float(found.limit), names[int(found.refused)])
 
     def _run_steps(
-        self, batches: Any, first_step: tf.Tensor, num_steps: tf.Tensor, recent: tf.Tensor, scaling: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+        self, batches: Any, first_step: tf.Tensor, num_steps: tf.Tensor, recent_losses: tf.Tensor, scaling: tf.Tensor
+    ) -> "_Loop":
         """Several steps in one graph, so that a short step does not wait for Python.
 
         Returns:
-          A row of `Update` for each step, one more if the last was refused; the number of steps done; the window of
-          recent losses; the digests of the last step; the number of stop requests; whether the last step was done;
-          the seconds of `PARTS`; and the scaling of the loss.
+          How the loop ended, with a row of statistics for each step, one more if the last was refused.
         """
 
-        def continues(
-            count: tf.Tensor, _r: tf.Tensor, _d: tf.Tensor, stop: tf.Tensor, goes_on: tf.Tensor, *_: Any
-        ) -> Any:
-            return (count < num_steps) & (stop <= 0) & goes_on
+        def continues(loop: _Loop) -> tf.Tensor:
+            return (loop.count < num_steps) & (loop.stop_requests <= 0) & loop.goes_on
 
-        def one_step(
-            count: tf.Tensor,
-            recent: tf.Tensor,
-            _d: tf.Tensor,
-            _s: tf.Tensor,
-            _g: tf.Tensor,
-            seconds: tf.Tensor,
-            scaling: tf.Tensor,
-            rows: tf.TensorArray,
-        ) -> tuple[tf.Tensor, ...]:
-            step = first_step + tf.cast(count, tf.int64)
-            limit = spikes.loss_limit(recent, self._rules.spike_threshold)
-            row, digests, stop, parts, scaling = self._one_step(next(batches), step, limit, _clock(count), scaling)
-            applied = row[4] < 0
-            goes_on = sentinel.agree(digests) & (applied | self._rules.skip_spikes)
-            recent = tf.where(goes_on & applied, tf.concat([recent[1:], row[:1]], axis=0), recent)
-            done = count + tf.cast(goes_on, tf.int32)
-            return done, recent, digests, stop, goes_on, seconds + parts, scaling, rows.write(count, row)
+        def one_step(loop: _Loop) -> tuple[_Loop]:
+            step = first_step + tf.cast(loop.count, tf.int64)
+            limit = spikes.loss_limit(loop.recent_losses, self._rules.spike_threshold)
+            found, scaling = self._one_step(next(batches), step, limit, clock(loop.count), loop.scaling)
+            statistics = StepStatistics.from_vector(found.statistics)
+            goes_on = sentinel.agree(found.digests) & (statistics.was_applied | self._rules.skip_spikes)
+            moved_on = tf.concat([loop.recent_losses[1:], statistics.loss[tf.newaxis]], axis=0)
+            return (
+                _Loop(
+                    count=loop.count + tf.cast(goes_on, tf.int32),
+                    recent_losses=tf.where(goes_on & statistics.was_applied, moved_on, loop.recent_losses),
+                    digests=found.digests,
+                    stop_requests=found.stop_requests,
+                    goes_on=goes_on,
+                    seconds=loop.seconds + found.seconds,
+                    scaling=scaling,
+                    rows=loop.rows.write(loop.count, found.statistics),
+                ),
+            )
 
-        rows = tf.TensorArray(tf.float32, num_steps, element_shape=self._row_shape, clear_after_read=False)
-        start = (
-            tf.constant(0),
-            recent,
-            tf.zeros(self._digests_shape),
-            tf.constant(0.0),
-            tf.constant(True),
-            tf.zeros([len(PARTS)], tf.float64),
-            scaling,
-            rows,
+        size = StepStatistics.size(self._num_sources)
+        start = _Loop(
+            count=tf.constant(0),
+            recent_losses=recent_losses,
+            digests=tf.zeros(self._digests_shape),
+            stop_requests=tf.constant(0.0),
+            goes_on=tf.constant(True),
+            seconds=tf.zeros([len(PARTS)], tf.float64),
+            scaling=scaling,
+            rows=tf.TensorArray(tf.float32, num_steps, element_shape=(size,), clear_after_read=False),
         )
-        count, recent, digests, stop, goes_on, seconds, scaling, rows = tf.while_loop(
-            continues, one_step, start, parallel_iterations=1
-        )
-        return rows.stack(), count, recent, digests, stop, goes_on, seconds, scaling
+        (end,) = tf.while_loop(continues, one_step, (start,), parallel_iterations=1)
+        return end._replace(rows=end.rows.stack())
 
     def _one_step(
         self, batch: Any, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor, scaling: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    ) -> tuple["_Outcome", tf.Tensor]:
         """One step on all replicas, repeated at half the loss scale as long as its gradient overflows.
 
         Returns:
-          What `_replica_step` does, on the first replica; and the scaling of the next step.
+          What it came to on the first replica, and the scaling of the next step.
         """
 
-        def attempt(begun: tf.Tensor, scaling: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def attempt(begun: tf.Tensor, scaling: tf.Tensor) -> _Outcome:
             per_replica = self._strategy.run(self._replica_step, args=(batch, step, limit, begun, scaling[0]))
-            return tuple(distribution.first_replica(self._strategy, per_replica))
+            return _Outcome(*distribution.first_replica(self._strategy, per_replica))
 
         if not self._rules.scales_loss:
-            return *attempt(begun, scaling), scaling
+            return attempt(begun, scaling), scaling
 
-        def overflowed(row: tf.Tensor) -> tf.Tensor:
-            return loss_scale.overflowed(row[4], row[0], len(self._optimizer.weights))
+        def overflowed(found: _Outcome) -> tf.Tensor:
+            return loss_scale.overflowed(StepStatistics.from_vector(found.statistics), len(self._optimizer.weights))
 
-        def goes_on(row: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, _p: Any, scaling: tf.Tensor, _: Any) -> tf.Tensor:
-            return overflowed(row) & (scaling[0] > loss_scale.LEAST)
+        def goes_on(found: _Outcome, scaling: tf.Tensor, _begun: tf.Tensor) -> tf.Tensor:
+            return overflowed(found) & (scaling[0] > loss_scale.LEAST)
 
-        def again(
-            _r: tf.Tensor, _d: tf.Tensor, _s: tf.Tensor, seconds: tf.Tensor, scaling: tf.Tensor, begun: tf.Tensor
-        ) -> tuple[tf.Tensor, ...]:
-            row, digests, stop, parts = attempt(begun, scaling)
-            scaling = tf.where(overflowed(row), loss_scale.after_overflow(scaling), scaling)
-            return row, digests, stop, seconds + parts, scaling, _clock(row)
+        def again(before: _Outcome, scaling: tf.Tensor, begun: tf.Tensor) -> tuple[_Outcome, tf.Tensor, tf.Tensor]:
+            found = attempt(begun, scaling)
+            scaling = tf.where(overflowed(found), loss_scale.after_overflow(scaling), scaling)
+            return found._replace(seconds=before.seconds + found.seconds), scaling, clock(found.statistics)
 
-        none_yet = tf.zeros(self._row_shape)  # which reads as an overflow: it is tried once at least
-        start = (none_yet, tf.zeros(self._digests_shape), 0.0, tf.zeros([len(PARTS)], tf.float64), scaling, begun)
-        row, digests, stop, seconds, scaled, _ = tf.while_loop(goes_on, again, start, parallel_iterations=1)
-        helped = tf.where(row[4] < 0, loss_scale.after_step(scaled), scaled)
-        return row, digests, stop, seconds, tf.where(overflowed(row), scaling, helped)
+        none_yet = _Outcome(  # which reads as an overflow: it is tried once at least
+            statistics=tf.zeros([StepStatistics.size(self._num_sources)]),
+            digests=tf.zeros(self._digests_shape),
+            stop_requests=tf.constant(0.0),
+            seconds=tf.zeros([len(PARTS)], tf.float64),
+        )
+        found, scaled, _ = tf.while_loop(goes_on, again, (none_yet, scaling, begun), parallel_iterations=1)
+        applied = StepStatistics.from_vector(found.statistics).was_applied
+        helped = tf.where(applied, loss_scale.after_step(scaled), scaled)
+        return found, tf.where(overflowed(found), scaling, helped)
 
     def _replica_step(
         self, batch: Batch, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor, scale: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        arrived = _clock(batch["tokens"])
-        batch = {key: _after(arrived, value) for key, value in batch.items()}
+    ) -> "_Outcome":
+        arrived = clock(batch["tokens"])
+        batch = {key: after(arrived, value) for key, value in batch.items()}
         summed = tree_sum if self._rules.reduction == "canonical" else running_sum
-        rows = _rows_of(batch, self._microbatch_size)
+        rows = data.rows_of(batch, self._microbatch_size)
         gradients, sums = summed(
             lambda index: self._microbatch(rows(index), step, scale),
             self._num_local_microbatches,
-            self._num_side_by_side,
+            self._parallel_microbatches,
         )
-        computed = _clock(sums, *gradients)
-        sums = _after(computed, sums)
-        told = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
-        if self._reduces:
-            packs = self._buckets.pack([tf.cast(gradient, self._wire_dtype) for gradient in gradients])
-            packs, told = distribution.sum_step(packs, told, self._rules.reduction)
-            gradients = self._buckets.unpack(packs)
-        reduced = _clock(told, *gradients)
-        loss_sums, counts, stop, digests = self._told.unpack(_after(reduced, told))
+        computed = clock(sums, *gradients)
+        sums = after(computed, sums)
+        sums = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
+        gradients, sums = self._synchronizer.reduce(gradients, sums)
+        reduced = clock(sums, *gradients)
+        loss_sums, counts, stop_requests, digests = self._sums.unpack(after(reduced, sums))
         agreed = sentinel.agree(digests)
-        row, written = self._update(gradients, (loss_sums, counts), agreed, step, limit, scale)
-        times = [begun, arrived, computed, reduced, _clock(row, written)]
-        return row, digests, stop, tf.stack([after - before for before, after in pairwise(times)])
+        statistics, written = self._update(gradients, (loss_sums, counts), agreed, step, limit, scale)
+        written = self._synchronizer.after_step(step, written)
+        times = [begun, arrived, computed, reduced, clock(statistics, written)]
+        seconds = tf.stack([later - earlier for earlier, later in pairwise(times)])
+        return _Outcome(statistics, digests, stop_requests, seconds)
 
     def _digest_slots(self, step: tf.Tensor) -> tf.Tensor:
         """The digests of what this replica holds in its slot, at the steps that verify; zeros at the others."""
         if not self._verifies:
             return tf.zeros(self._digests_shape)
         return tf.cond(
-            step % self._rules.verify_every == 0,
+            (step % self._rules.verify_every == 0) & self._synchronizer.agree_before(step),
             lambda: distribution.replica_slots(self._digests()),
             lambda: tf.zeros(self._digests_shape),
         )
 
     def _own_digests(self) -> tf.Tensor:
-        return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._verified])
+        return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._synchronizer.shared])
 
     def _microbatch_sums(self, rows: Batch, step: tf.Tensor, scale: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Gradients of the scaled sum of losses; and the sums and the counts of each source, (2, num_sources)."""
@@ -391,125 +385,6 @@ class TrainStep:
         if self._num_local_microbatches == 1:  # nothing is added to them here: half the bytes where they are bfloat16
             gradients = [_before_cast(gradient) for gradient in gradients]
         return gradients, tf.stack([loss_sums, counts])
-
-
-class EvalStep:
-    """Sums losses and counts over the batches of a split, without touching anything.
-
-    Args:
-      strategy, loss_function: as those of the train step.
-      jit_compile: whether XLA compiles a forward pass.
-      num_sources: for which the loss function gives sums.
-      rows: sequences of one forward pass; a replica computes those of its rows side by side. None: all in one.
-    """
-
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        loss_function: LossFunction,
-        jit_compile: bool,
-        num_sources: int = 1,
-        rows: int | None = None,
-    ) -> None:
-        self._strategy, self._loss_function, self._num_sources, self._rows = strategy, loss_function, num_sources, rows
-        self._replica = tf.function(self._replica_sums, jit_compile=jit_compile, autograph=False)
-        self._run = tf.function(self._run_batches, autograph=False)
-
-    def __call__(self, batches: Any, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the sum of the losses in nats and the number of valid tokens of each source, over all replicas.
-
-        The sums of each forward pass are added in float64 one by one, in the order of the sequences: the bits do not
-        depend on the number of replicas, as long as each pass has the same number of rows.
-        """
-        loss_sums, counts = self._run(batches, tf.constant(num_batches)).numpy()
-        return loss_sums, counts.astype(np.int64)
-
-    def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tf.Tensor:
-        def add(index: tf.Tensor, totals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            per_replica = self._strategy.run(self._gathered, args=(next(batches),))
-            passes = tf.reshape(distribution.first_replica(self._strategy, per_replica), [-1, 2, self._num_sources])
-            for sums in tf.unstack(passes):
-                totals += tf.cast(sums, tf.float64)
-            return index + 1, totals
-
-        start = (tf.constant(0), tf.zeros([2, self._num_sources], tf.float64))
-        _, totals = tf.while_loop(lambda index, _: index < num_batches, add, start, parallel_iterations=1)
-        return totals
-
-    def _gathered(self, batch: Batch) -> tf.Tensor:
-        size = batch["tokens"].shape[0]
-        rows = _rows_of(batch, self._rows or size)
-        passes = [self._replica(rows(index)) for index in range(size // (self._rows or size))]
-        return distribution.replica_gather(tf.stack(passes))
-
-    def _replica_sums(self, batch: Batch) -> tf.Tensor:
-        sums = self._loss_function(batch, tf.constant(0, tf.int64))
-        return tf.stack([tf.reshape(each, [self._num_sources]) for each in sums])
-
-
-class RowLosses:
-    """The loss of each sequence of a global batch, as a train step would see it; updates nothing.
-
-    Args:
-      strategy, microbatch_size, jit_compile: those of the train step.
-      row_losses: sums and counts for each row of one micro-batch.
-    """
-
-    def __init__(
-        self, strategy: tf.distribute.Strategy, row_losses: LossFunction, microbatch_size: int, jit_compile: bool
-    ) -> None:
-        self._strategy, self._row_losses, self._microbatch_size = strategy, row_losses, microbatch_size
-        self._microbatch = tf.function(self._microbatch_rows, jit_compile=jit_compile, autograph=False)
-        self._run = tf.function(lambda batch, step: strategy.run(self._gathered, args=(batch, step)), autograph=False)
-
-    def __call__(self, batches: Any, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of losses in nats and numbers of valid tokens, (global_batch_size,) each, in the order of positions."""
-        per_replica = self._run(next(batches), tf.constant(step, tf.int64))
-        rows = np.asarray(distribution.first_replica(self._strategy, per_replica)).reshape(-1, 2)
-        return rows[:, 0], rows[:, 1].astype(np.int64)
-
-    def _gathered(self, batch: Batch, step: tf.Tensor) -> tf.Tensor:
-        rows, size = _rows_of(batch, self._microbatch_size), batch["tokens"].shape[0]
-        parts = [self._microbatch(rows(index), step) for index in range(size // self._microbatch_size)]
-        return distribution.replica_gather(tf.concat(parts, axis=0))
-
-    def _microbatch_rows(self, rows: Batch, step: tf.Tensor) -> tf.Tensor:
-        sums, counts = self._row_losses(rows, step)
-        return tf.stack([tf.cast(sums, tf.float32), counts], axis=1)
-
-
-def _rows_of(batch: Batch, size: int) -> Callable[[int | tf.Tensor], Batch]:
-    """The rows of this replica's micro-batches, by index."""
-
-    def rows(index: int | tf.Tensor) -> Batch:
-        return {
-            key: tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
-            for key, value in batch.items()
-        }
-
-    return rows
-
-
-def _clock(*tensors: tf.Tensor) -> tf.Tensor:
-    """The time in seconds since the epoch, float64, at which the tensors are there; inside a graph.
-
-    One number of each is added up, because TensorFlow lets go of a mere dependency when it inlines a function; and on a
-    GPU, which runs behind the host, fetching the sum waits for the work.
-
-    Only the first replica of a process has a clock, the others get 0 at once: TensorFlow runs all readings of a graph
-    one after the other, in the order of its replicas, and what waits for them with them.
-    """
-    if distribution.is_first_replica():
-        one_of_each = [tf.cast(tf.reshape(tensor, [-1])[0], tf.float32) for tensor in tensors]
-        with tf.device("CPU:0"), tf.control_dependencies([tf.reduce_sum(tf.stack(one_of_each))]):
-            return tf.timestamp()
-    return tf.zeros([], tf.float64)
-
-
-def _after(clock: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    """The value, once the clock has been read: what comes next does not overtake it."""
-    with tf.control_dependencies([clock]):
-        return tf.identity(value)
 
 
 def _before_cast(gradient: tf.Tensor) -> tf.Tensor:

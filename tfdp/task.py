@@ -29,7 +29,7 @@ class Task:
     train_step: TrainStep
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
     left_out: Collection[int]  # positions that the configuration leaves out
-    row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see step.RowLosses
+    row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see evaluation.RowLosses
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
     cluster: Cluster

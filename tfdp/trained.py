@@ -25,8 +25,8 @@ from tfdp.runs import RunDirectory
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
+    from tfdp.compilation import Compilation
     from tfdp.gpt import GPT
-    from tfdp.step import Compilation
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TrainedGPT:
         """As in training: the same bits."""
         import tensorflow as tf
 
-        from tfdp.step import Compilation
+        from tfdp.compilation import Compilation
 
         training, on_gpu = self.config.training, bool(tf.config.list_physical_devices("GPU"))
         largest = largest_matrix(self.config.model, self.tokenizer.vocab_size)

@@ -17,9 +17,8 @@ import keras
 import tensorflow as tf
 
 from tfdp.optimizer import Group, Optimizer, Schedule
+from tfdp.step_statistics import StepStatistics
 from tfdp.sums import fixed_sum
-
-NUM_TOLD = 6  # numbers of a row, before those of each source
 
 
 class Packed:
@@ -92,20 +91,19 @@ class Update:
           scale: of the loss whose gradients these are.
 
         Returns:
-          The row (loss, grad_norm, learning_rate, num_tokens, refused, limit, losses and tokens of each source),
-          where refused is the index of the first tensor that is not finite (the number of weights stands for the
-          loss, one more for a loss above the limit) or -1; and a number that is there once the weights are written.
+          The vector of `StepStatistics`, and a number that is there once the weights are written.
         """
-        row, factor, good = self._measure(gradients, *losses, step, limit, scale)
+        statistics, factor, good = self._measure(gradients, *losses, step, limit, scale)
 
         def apply() -> tf.Tensor:
+            learning_rate = StepStatistics.from_vector(statistics).learning_rate
             written = [
-                function([gradients[index] for index in group.indices], factor, row[2], step)
+                function([gradients[index] for index in group.indices], factor, learning_rate, step)
                 for group, function in self._groups
             ]
             return tf.add_n(written)
 
-        return row, tf.cond(good & agreed, apply, lambda: tf.constant(0.0))
+        return statistics, tf.cond(good & agreed, apply, lambda: tf.constant(0.0))
 
     def _measure_sums(
         self,
@@ -116,7 +114,7 @@ class Update:
         limit: tf.Tensor,
         scale: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """The row, the factor that turns sums into clipped means, and whether nothing is wrong with the numbers."""
+        """The statistics, the factor that turns sums into clipped means, and whether all numbers are good."""
         loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
         loss = loss_sum / tf.maximum(count, 1.0)
         # A factor, because XLA computes a product again in each pass that needs it, and writes quotients to memory.
@@ -128,8 +126,8 @@ class Update:
         refused = tf.where(all_good, -1, tf.argmin(tf.cast(good, tf.int32), output_type=tf.int32))
         if self._clip_norm is not None:
             factor = factor * tf.minimum(1.0, self._clip_norm / tf.maximum(grad_norm, 1e-12))
-        row = tf.stack([loss, grad_norm, self._schedule(step), count, tf.cast(refused, tf.float32), limit])
-        return tf.concat([row, loss_sums, counts], axis=0), factor, all_good
+        found = StepStatistics(loss, grad_norm, self._schedule(step), count, refused, limit, loss_sums, counts)
+        return found.to_vector(), factor, all_good
 
     def _apply_group(
         self, group: Group, sums: Sequence[tf.Tensor], factor: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor

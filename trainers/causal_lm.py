@@ -28,13 +28,14 @@ from tfdp.config import (
 
 if TYPE_CHECKING:
     from tfdp.cluster import Cluster
+    from tfdp.compilation import Compilation
     from tfdp.data import Order
-    from tfdp.evaluation import Evaluator
+    from tfdp.evaluation import Evaluator, RowLosses
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer
     from tfdp.runs import RunDirectory
     from tfdp.sources import Corpus
-    from tfdp.step import Compilation, RowLosses, TrainStep
+    from tfdp.step import TrainStep
     from tfdp.stopping import StopSignal
 
 
@@ -251,9 +252,11 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
     from tfdp import data, distribution, estimates, losses
+    from tfdp.compilation import Compilation
+    from tfdp.evaluation import RowLosses
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.sequences import sequences_of
-    from tfdp.step import Compilation, RowLosses, StepRules, TrainStep
+    from tfdp.step import StepRules, TrainStep
 
     training, num_sources = config.training, len(corpus.sources)
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
