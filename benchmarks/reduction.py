@@ -25,9 +25,9 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
     from tfdp.compilation import Compilation
     from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
     from tfdp.gpt import GPT
-    from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.step import StepRules, TrainStep
+    from tfdp.tasks.causal_lm import next_token_loss
 
     training, config, rows = TrainingConfig(), OptimizerConfig(), TrainingConfig().global_batch_size
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas, reduction=reduction))  # type: ignore[arg-type]

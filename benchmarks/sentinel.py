@@ -20,9 +20,9 @@ def make_step(strategy: Any, verify_every: int) -> Any:
     from tfdp.compilation import Compilation
     from tfdp.config import ModelConfig, OptimizerConfig, TrainingConfig
     from tfdp.gpt import GPT
-    from tfdp.losses import next_token_loss
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.step import StepRules, TrainStep
+    from tfdp.tasks.causal_lm import next_token_loss
 
     training, config = TrainingConfig(), OptimizerConfig()
     with strategy.scope():

@@ -16,9 +16,9 @@ from tfdp import distribution
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
 from tfdp.exits import ConfigError
 from tfdp.gpt import GPT
-from tfdp.losses import next_token_loss
 from tfdp.optimizer import Optimizer, make_schedule
 from tfdp.step import StepRules, TrainStep
+from tfdp.tasks.causal_lm import next_token_loss
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import typing
 from pathlib import Path
 
@@ -527,3 +528,27 @@ def test_a_new_run_directory_brings_nothing(tmp_path: Path) -> None:
 def test_changed_keys_are_told() -> None:
     old, new = to_yaml(Config(seed=1)), to_yaml(Config(seed=2, model=ModelConfig(num_layers=5)))
     assert changed_keys(old, new) == ["seed: 1 -> 2", "model.num_layers: 4 -> 5"]
+
+
+def test_the_digest_of_the_code_covers_the_files_of_all_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, recipes = tmp_path / "tfdp", tmp_path / "recipes"
+    shutil.copytree(Path(config_module.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(config_module, "__file__", str(package / "config.py"))
+    recipes.mkdir()
+    (recipes / "mine.py").write_text("a = 1\n")
+    found = [config_module.code_sha256(recipes)]
+    for path, text in (
+        (package / "tasks" / "causal_lm.py", "a = 1\n"),
+        (package / "ops" / "new.py", "a = 1\n"),
+        (package / "exits.py", "a = 1\n"),
+        (recipes / "mine.py", "a = 2\n"),
+    ):
+        path.write_text(text)
+        found.append(config_module.code_sha256(recipes))
+    (package / "ops" / "new.py").rename(package / "tasks" / "new.py")
+    found.append(config_module.code_sha256(recipes))
+    assert len(set(found)) == len(found)
+    (package / "notes.txt").write_text("not code")
+    assert config_module.code_sha256(recipes) == found[-1]

@@ -8,11 +8,11 @@ from tfdp import distribution
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
 from tfdp.evaluation import Evaluator, Held, RowLosses
 from tfdp.gpt import GPT
-from tfdp.losses import next_token_loss, next_token_losses
 from tfdp.optimizer import Optimizer, make_schedule
 from tfdp.sequences import PackedSequences
 from tfdp.shards import Split
 from tfdp.step import StepRules, TrainStep
+from tfdp.tasks.causal_lm import next_token_loss, next_token_losses
 
 MODEL = ModelConfig(num_layers=2, num_heads=2, model_dim=16, context_length=8, zero_init=False, init_stddev=0.2)
 ROWS, VOCABULARY = 8, 32

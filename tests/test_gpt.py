@@ -14,7 +14,8 @@ from tfdp.config import ModelConfig
 from tfdp.estimates import query_blocks
 from tfdp.fused import Kernels
 from tfdp.gpt import GPT, rotary_tables, rotate
-from tfdp.losses import cross_entropy, next_token_loss
+from tfdp.losses import cross_entropy
+from tfdp.tasks.causal_lm import next_token_loss
 
 VOCAB_SIZE = 13
 POSITIONS = ["learned", "sinusoidal", "rope"]

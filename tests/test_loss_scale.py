@@ -12,10 +12,11 @@ import tensorflow as tf
 from tfdp import distribution, loss_scale
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
 from tfdp.gpt import GPT
-from tfdp.losses import next_token_loss, projected_cross_entropy
+from tfdp.losses import projected_cross_entropy
 from tfdp.optimizer import Optimizer, make_schedule
 from tfdp.shards import ABSENT
 from tfdp.step import StepRules, TrainStep
+from tfdp.tasks.causal_lm import next_token_loss
 from trainers.causal_lm import Config, train
 
 ROWS, LENGTH, VOCABULARY = 4, 9, 32

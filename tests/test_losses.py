@@ -5,7 +5,8 @@ import pytest
 import tensorflow as tf
 
 from tfdp.dropout import sequence_keys
-from tfdp.losses import cross_entropy, inputs_and_targets, next_token_loss, projected_cross_entropy
+from tfdp.losses import cross_entropy, projected_cross_entropy
+from tfdp.tasks.causal_lm import inputs_and_targets, next_token_loss
 
 
 def reference(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:

@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 
 from tfdp.config import ModelConfig
-from tfdp.gpt import GPT, within_documents
+from tfdp.gpt import GPT
 from tfdp.losses import next_token_loss
+from tfdp.ops.visibility import within_documents
 from tfdp.sequences import DocumentSequences, PackedSequences, sequences_of
 from tfdp.shards import ABSENT, Split
 from trainers import causal_lm

@@ -17,9 +17,8 @@ import tensorflow as tf
 from tfdp import distribution, mixture
 from tfdp.sequences import Sequences
 from tfdp.shards import ABSENT
+from tfdp.tasks.task import Rows
 
-# "tokens": (rows, context_length + 1) int32; "position": (rows,) int64; "source": (rows,) int32
-Batch = dict[str, tf.Tensor]
 Partition = Literal["shuffled", "block", "row"]
 _PREFETCHED = 4  # elements that are read before a step asks for them
 
@@ -146,10 +145,10 @@ def validation_batches(
     return _distribute(strategy, positions, read, global_batch_size, sequences[0].width), num_batches
 
 
-def rows_of(batch: Batch, size: int) -> Callable[[int | tf.Tensor], Batch]:
+def rows_of(batch: Rows, size: int) -> Callable[[int | tf.Tensor], Rows]:
     """The rows of this replica's micro-batches, by index."""
 
-    def rows(index: int | tf.Tensor) -> Batch:
+    def rows(index: int | tf.Tensor) -> Rows:
         return {
             key: tf.ensure_shape(value[index * size : (index + 1) * size], [size, *value.shape[1:]])
             for key, value in batch.items()
@@ -201,7 +200,7 @@ def _distribute(
 ) -> Iterable[Any]:
     """Reads the sequences of (position, source, index) in batches and hands each replica its rows."""
 
-    def batch(position: tf.Tensor, source: tf.Tensor, index: tf.Tensor) -> Batch:
+    def batch(position: tf.Tensor, source: tf.Tensor, index: tf.Tensor) -> Rows:
         tokens = tf.numpy_function(read, [position, source, index], tf.int32, stateful=False)
         return {
             "tokens": tf.ensure_shape(tokens, (global_batch_size, width)),

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp import data, distribution
-from tfdp.losses import LossFunction
 from tfdp.sequences import Sequences
+from tfdp.tasks.task import LossFunction, Rows
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,13 @@ class EvalStep:
         _, totals = tf.while_loop(lambda index, _: index < num_batches, add, start, parallel_iterations=1)
         return totals
 
-    def _gathered(self, batch: data.Batch) -> tf.Tensor:
+    def _gathered(self, batch: Rows) -> tf.Tensor:
         size = batch["tokens"].shape[0]
         rows = data.rows_of(batch, self._rows or size)
         passes = [self._replica(rows(index)) for index in range(size // (self._rows or size))]
         return distribution.replica_gather(tf.stack(passes))
 
-    def _replica_sums(self, batch: data.Batch) -> tf.Tensor:
+    def _replica_sums(self, batch: Rows) -> tf.Tensor:
         sums = self._loss_function(batch, tf.constant(0, tf.int64))
         return tf.stack([tf.reshape(each, [self._num_sources]) for each in sums])
 
@@ -149,11 +149,11 @@ class RowLosses:
         rows = np.asarray(distribution.first_replica(self._strategy, per_replica)).reshape(-1, 2)
         return rows[:, 0], rows[:, 1].astype(np.int64)
 
-    def _gathered(self, batch: data.Batch, step: tf.Tensor) -> tf.Tensor:
+    def _gathered(self, batch: Rows, step: tf.Tensor) -> tf.Tensor:
         rows, size = data.rows_of(batch, self._microbatch_size), batch["tokens"].shape[0]
         parts = [self._microbatch(rows(index), step) for index in range(size // self._microbatch_size)]
         return distribution.replica_gather(tf.concat(parts, axis=0))
 
-    def _microbatch_rows(self, rows: data.Batch, step: tf.Tensor) -> tf.Tensor:
+    def _microbatch_rows(self, rows: Rows, step: tf.Tensor) -> tf.Tensor:
         sums, counts = self._row_losses(rows, step)
         return tf.stack([tf.cast(sums, tf.float32), counts], axis=1)

@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfdp.config import ModelConfig
 from tfdp.dropout import KeyedDropout
 from tfdp.fused import Kernels
+from tfdp.ops.visibility import CAUSAL, AttentionKind, visibility
 
 Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, context_length, head_dim)
 
@@ -91,26 +92,6 @@ def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def within_documents(starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Positions and visibility in rows of several documents, none of which sees another.
-
-    Args:
-      starts: bool (batch, time), true where a document starts.
-
-    Returns:
-      The position of each token in its document (in the row, before the first start), int32 (batch, time); and
-      whether a token (rows) sees another (columns), bool (batch, 1, time, time).
-    """
-    time = starts.shape[1]
-    past = tf.constant(np.tril(np.ones((time, time), dtype=bool)))
-    index = tf.range(time)
-    begins = tf.where(starts, index, 0)[:, tf.newaxis, :]
-    positions = index - tf.reduce_max(tf.where(past, begins, 0), axis=2)
-    document = tf.reduce_sum(tf.cast(past & starts[:, tf.newaxis, :], tf.int32), axis=2)
-    visible = past & (document[:, :, tf.newaxis] == document[:, tf.newaxis, :])
-    return positions, visible[:, tf.newaxis]
-
-
 def rms_normalise(x: tf.Tensor, epsilon: float) -> tf.Tensor:
     """Divides the last axis by its root mean square, in float32 (QK-norm: Henry et al. 2020, Dehghani et al. 2023)."""
     y = tf.cast(x, tf.float32)
@@ -157,15 +138,16 @@ class Attention(keras.layers.Layer):
         self.query_key_value.build(input_shape)
         self.output_projection.build((*input_shape[:-1], self.config.model_dim))
 
-    def call(self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
+    def call(self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor, is_causal: bool = True) -> tf.Tensor:
         """Every token attends to those that are visible to it.
 
         Args:
           x: (batch, time, dim).
           positions: int32 (time,), or (batch, time) where rows differ.
           visible: bool (time, time), or (batch, 1, time, time): who (rows) sees whom.
+          is_causal: whether nobody sees what is later.
         """
-        return self._attend(*self._project(x, positions), visible, causal=True)
+        return self._attend(*self._project(x, positions), visible, is_causal)
 
     def extend(
         self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
@@ -280,9 +262,14 @@ class Block(keras.layers.Layer):
             layer.build(input_shape)
 
     def call(
-        self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor, dropout_keys: tf.Tensor | None = None
+        self,
+        x: tf.Tensor,
+        positions: tf.Tensor,
+        visible: tf.Tensor,
+        dropout_keys: tf.Tensor | None = None,
+        is_causal: bool = True,
     ) -> tf.Tensor:
-        attended = self.attention(self.attention_norm(x), positions, visible)
+        attended = self.attention(self.attention_norm(x), positions, visible, is_causal)
         x = x + self.attention_dropout(attended, dropout_keys)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), dropout_keys)
 
@@ -294,7 +281,7 @@ class Block(keras.layers.Layer):
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
 
-def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | None) -> tf.Tensor:
+def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | bool | None) -> tf.Tensor:
     """block(x, *arguments), which keeps x alone for the backward pass and computes the rest again (Chen et al. 2016).
 
     `tf.recompute_grad` would take the gradient of all variables that it meets through the strategy.
@@ -380,32 +367,28 @@ class GPT(keras.Model):
         self.output_norm.build((None, input_shape[1], config.model_dim))
 
     def call(
-        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, starts: tf.Tensor | None = None
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
     ) -> tf.Tensor:
         """Logits of the next token: int32 (batch, time) -> float32 (batch, time, vocab_size).
 
         Args:
           tokens: ids, time at most context_length.
           dropout_keys: uint32 (batch,) from `dropout.sequence_keys` to train with dropout; None to drop nothing.
-          starts: bool (batch, time), where a document starts: there attention and positions start anew. None: each
-            row is one document.
+          attention: who sees whom.
         """
-        return self.logits(self.features(tokens, dropout_keys, starts))
+        return self.logits(self.features(tokens, dropout_keys, attention))
 
     def features(
-        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, starts: tf.Tensor | None = None
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
     ) -> tf.Tensor:
         """What the output projection sees: (batch, time, dim) in the compute dtype."""
-        time = tokens.shape[1]
-        positions, visible = tf.range(time), tf.constant(np.tril(np.ones((time, time), dtype=bool)))
-        if starts is not None:
-            positions, visible = within_documents(starts)
+        positions, visible, is_causal = visibility(attention, tokens.shape[1])
         x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
         for block in self.blocks:
             if self.remat:
-                x = rematerialised(block, x, positions, visible, dropout_keys)
+                x = rematerialised(block, x, positions, visible, dropout_keys, is_causal)
             else:
-                x = block(x, positions, visible, dropout_keys)
+                x = block(x, positions, visible, dropout_keys, is_causal)
         return self.output_norm(x)
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:

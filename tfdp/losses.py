@@ -2,36 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import tensorflow as tf
 
-from tfdp.dropout import sequence_keys
 from tfdp.estimates import loss_chunk_size
 from tfdp.sums import fixed_sum
 
 Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of valid tokens
-LossFunction = Callable[[dict[str, tf.Tensor], tf.Tensor], Sums]  # (rows of one micro-batch, step) -> sums
 
 _ROOM = 64  # a power of two, by which sums in float16 may be larger than float16 can hold
-
-
-class LanguageModel(Protocol):
-    """What is scored: `gpt.GPT`, or whatever else ends in one projection to a vocabulary."""
-
-    output_table: Any  # (vocab_size, dim)
-
-    def features(self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, starts: Any = None) -> tf.Tensor:
-        """(batch, time, dim), which the rows of the table are multiplied with."""
-        ...
-
-
-def inputs_and_targets(tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Splits windows (rows, time + 1) into inputs and next-token targets, (rows, time) each.
-
-    Absent tokens (negative) become input 0, and stay negative as targets: they are not valid.
-    """
-    return tf.maximum(tokens[:, :-1], 0), tokens[:, 1:]
 
 
 def row_cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> Sums:
@@ -162,54 +142,3 @@ def _losses_and_slopes(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor,
     is_label = tf.range(logits.shape[1])[tf.newaxis] == labels[:, tf.newaxis]
     slopes = tf.exp(wide - log_sum) - tf.cast(is_label, tf.float32)
     return log_sum[:, 0] - of_labels, tf.cast(slopes, logits.dtype)
-
-
-def next_token_losses(
-    model: LanguageModel,
-    dropout_seed: int | None = None,
-    document_start: int | None = None,
-    chunk_size: int | None = None,
-    fuse: bool = False,
-) -> LossFunction:
-    """The task of a causal language model: the losses and counts of each row, as a function of (rows, step).
-
-    Args:
-      model: to features of tokens.
-      dropout_seed: of the masks; None drops nothing, for evaluation.
-      document_start: the token id at which attention starts anew; None: nowhere in a row.
-      chunk_size, fuse: as in `projected_cross_entropy`.
-    """
-
-    def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
-        inputs, targets = inputs_and_targets(rows["tokens"])
-        keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
-        starts = None if document_start is None else rows["tokens"][:, :-1] == document_start
-        features = model.features(inputs, keys, starts)
-        losses = projected_cross_entropy(features, model.output_table, targets, chunk_size, fuse)
-        valid = tf.cast(targets >= 0, tf.float32)
-        return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
-
-    return loss_function
-
-
-def next_token_loss(
-    model: LanguageModel,
-    dropout_seed: int | None = None,
-    document_start: int | None = None,
-    num_sources: int = 1,
-    chunk_size: int | None = None,
-    fuse: bool = False,
-) -> LossFunction:
-    """The same, summed over the rows of each source, (num_sources,): what a step and an evaluation add up."""
-    row_losses = next_token_losses(model, dropout_seed, document_start, chunk_size, fuse)
-
-    def loss_function(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
-        loss_sums, counts = row_losses(rows, step)
-        if num_sources == 1:
-            sums = fixed_sum(loss_sums)[tf.newaxis]
-            return tf.cast(sums, tf.float32), tf.reduce_sum(counts, keepdims=True)
-        own = [rows["source"] == source for source in range(num_sources)]
-        sums = tf.stack([fixed_sum(tf.where(mask, loss_sums, 0.0)) for mask in own])
-        return tf.cast(sums, tf.float32), tf.stack([tf.reduce_sum(tf.where(mask, counts, 0.0)) for mask in own])
-
-    return loss_function

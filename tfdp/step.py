@@ -20,14 +20,13 @@ import tensorflow as tf
 from tfdp import data, distribution, loss_scale, sentinel, spikes
 from tfdp.clock import PARTS, after, clock
 from tfdp.compilation import Compilation
-from tfdp.data import Batch
 from tfdp.ledger import Spike
-from tfdp.losses import LossFunction
 from tfdp.optimizer import Optimizer, Schedule
 from tfdp.sentinel import Disagreement
 from tfdp.step_statistics import StepStatistics
 from tfdp.sums import running_sum, tree_sum
 from tfdp.synchronizer import AllReduce, Synchronizer
+from tfdp.tasks.task import LossFunction, Rows
 from tfdp.update import Packed, Update
 
 UPDATE_GROUPS = 4  # of weights on CPUs, which several cores update at the same time
@@ -336,7 +335,7 @@ class TrainStep:
         return found, tf.where(overflowed(found), scaling, helped)
 
     def _replica_step(
-        self, batch: Batch, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor, scale: tf.Tensor
+        self, batch: Rows, step: tf.Tensor, limit: tf.Tensor, begun: tf.Tensor, scale: tf.Tensor
     ) -> "_Outcome":
         arrived = clock(batch["tokens"])
         batch = {key: after(arrived, value) for key, value in batch.items()}
@@ -373,7 +372,7 @@ class TrainStep:
     def _own_digests(self) -> tf.Tensor:
         return sentinel.digests([tf.convert_to_tensor(variable.value) for variable in self._synchronizer.shared])
 
-    def _microbatch_sums(self, rows: Batch, step: tf.Tensor, scale: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def _microbatch_sums(self, rows: Rows, step: tf.Tensor, scale: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Gradients of the scaled sum of losses; and the sums and the counts of each source, (2, num_sources)."""
         weights = [weight.value for weight in self._optimizer.weights]
         with tf.GradientTape(watch_accessed_variables=False) as tape:

@@ -251,12 +251,13 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
     Raises:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
-    from tfdp import data, distribution, estimates, losses
+    from tfdp import data, distribution, estimates
     from tfdp.compilation import Compilation
     from tfdp.evaluation import RowLosses
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.sequences import sequences_of
     from tfdp.step import StepRules, TrainStep
+    from tfdp.tasks.causal_lm import next_token_loss, next_token_losses
 
     training, num_sources = config.training, len(corpus.sources)
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
@@ -271,7 +272,7 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     train_step = TrainStep(
         strategy,
-        losses.next_token_loss(model, config.seed, document_start, num_sources, chunk_size, compilation.parts),
+        next_token_loss(model, config.seed, document_start, num_sources, chunk_size, compilation.parts),
         optimizer,
         make_schedule(config.optimizer, training.steps),
         training.global_batch_size,
@@ -290,7 +291,7 @@ def build(config: Config, corpus: "Corpus", strategy: Any) -> Parts:
         num_sources,
         side_by_side,
     )
-    rows_loss = losses.next_token_losses(model, config.seed, document_start, chunk_size, compilation.parts)
+    rows_loss = next_token_losses(model, config.seed, document_start, chunk_size, compilation.parts)
     row_losses = RowLosses(strategy, rows_loss, microbatch_size, compilation.whole)
     rows = training.rows_of_evaluation
     evaluate = _of_recipe(config, make_evaluator)
@@ -330,9 +331,9 @@ def make_evaluator(
     num_side_by_side: int = 1,
 ) -> "Evaluator":
     """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
-    from tfdp import losses
     from tfdp.evaluation import Evaluator, Held
     from tfdp.sequences import sequences_of
+    from tfdp.tasks.causal_lm import next_token_loss
 
     length, form = config.model.context_length, config.data.sequences
     held = [
@@ -341,7 +342,7 @@ def make_evaluator(
     ]
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
     chunk_size = config.training.loss_chunk_size
-    loss = losses.next_token_loss(model, None, document_start, len(held), chunk_size, compilation.parts)
+    loss = next_token_loss(model, None, document_start, len(held), chunk_size, compilation.parts)
     return Evaluator(strategy, loss, held, rows, compilation.whole, num_side_by_side)
 
 

@@ -1,0 +1,89 @@
+"""The contract of a task, and how its losses are summed.
+
+Sums add up over any split of the rows, means do not; so a task gives sums, and whoever has all of them divides.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from tfdp.dropout import sequence_keys
+from tfdp.losses import projected_cross_entropy
+from tfdp.ops.visibility import CAUSAL, AttentionKind
+from tfdp.sums import fixed_sum
+
+# As the pipeline gives them. "tokens": int32 (rows, width); "position": int64 (rows,); "source": int32 (rows,)
+Rows = Mapping[str, tf.Tensor]
+Sums = tuple[tf.Tensor, tf.Tensor]  # sums of losses in nats, numbers of valid targets
+LossFunction = Callable[[Rows, tf.Tensor], Sums]  # (rows of one micro-batch, step) -> sums
+
+
+class Batch(NamedTuple):
+    """What a model is to learn from some rows. A target may be left out, and its input stays."""
+
+    inputs: tf.Tensor  # int32 (rows, time), token ids
+    targets: tf.Tensor  # int32 (rows, time), token ids; negative where nothing is to be predicted
+    attention: AttentionKind = CAUSAL
+
+
+class Task(Protocol):
+    """What is learned from rows."""
+
+    def batch(self, rows: Rows) -> Batch:
+        """What the model sees of some rows, and what it is to predict."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """What is scored: `gpt.GPT`, or whatever else ends in one projection to a vocabulary."""
+
+    output_table: Any  # (vocab_size, dim)
+
+    def features(
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
+    ) -> tf.Tensor:
+        """(rows, time, dim), which the rows of the table are multiplied with."""
+        ...
+
+
+def row_losses(
+    task: Task,
+    model: LanguageModel,
+    dropout_seed: int | None = None,
+    chunk_size: int | None = None,
+    fuse: bool = False,
+) -> LossFunction:
+    """The losses and the valid targets of each row, as a function of (rows, step).
+
+    Args:
+      task: what is predicted.
+      model: to features of tokens.
+      dropout_seed: of the masks; None drops nothing, for evaluation.
+      chunk_size, fuse: as in `projected_cross_entropy`.
+    """
+
+    def loss_function(rows: Rows, step: tf.Tensor) -> Sums:
+        batch = task.batch(rows)
+        keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
+        features = model.features(batch.inputs, keys, batch.attention)
+        losses = projected_cross_entropy(features, model.output_table, batch.targets, chunk_size, fuse)
+        valid = tf.cast(batch.targets >= 0, tf.float32)
+        return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
+
+    return loss_function
+
+
+def source_losses(losses_of_rows: LossFunction, num_sources: int = 1) -> LossFunction:
+    """The same, summed over the rows of each source, (num_sources,): what a step and an evaluation add up."""
+
+    def loss_function(rows: Rows, step: tf.Tensor) -> Sums:
+        loss_sums, counts = losses_of_rows(rows, step)
+        if num_sources == 1:
+            sums = fixed_sum(loss_sums)[tf.newaxis]
+            return tf.cast(sums, tf.float32), tf.reduce_sum(counts, keepdims=True)
+        own = [rows["source"] == source for source in range(num_sources)]
+        sums = tf.stack([fixed_sum(tf.where(mask, loss_sums, 0.0)) for mask in own])
+        return tf.cast(sums, tf.float32), tf.stack([tf.reduce_sum(tf.where(mask, counts, 0.0)) for mask in own])
+
+    return loss_function
