@@ -6,13 +6,13 @@ import tensorflow as tf
 
 from tfdp import distribution
 from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
-from tfdp.evaluation import Evaluator, Held, RowLosses
+from tfdp.evaluation import Evaluator, RowLosses, ValidationSet
 from tfdp.gpt import GPT
 from tfdp.optimizer import Optimizer, make_schedule
 from tfdp.sequences import PackedSequences
 from tfdp.shards import Split
 from tfdp.step import StepRules, TrainStep
-from tfdp.tasks.causal_lm import next_token_loss, next_token_losses
+from tfdp.tasks.causal_lm import CausalLM, next_token_loss, next_token_losses
 
 MODEL = ModelConfig(num_layers=2, num_heads=2, model_dim=16, context_length=8, zero_init=False, init_stddev=0.2)
 ROWS, VOCABULARY = 8, 32
@@ -82,11 +82,11 @@ def test_the_validation_loss_is_identical_for_any_number_of_replicas(num_tokens:
         strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
         with strategy.scope():
             model = GPT(MODEL, VOCABULARY)
-        held = [Held("all", PackedSequences(split, MODEL.context_length), num_tokens)]
-        evaluate = Evaluator(strategy, next_token_loss(model), held, 3, jit_compile=False)
+        sets = [ValidationSet("all", PackedSequences(split, MODEL.context_length), num_tokens)]
+        evaluate = Evaluator(strategy, CausalLM(), next_token_loss(model), sets, 3, jit_compile=False)
         found[num_replicas] = evaluate()
     assert {result.num_tokens for result in found.values()} == {num_tokens - 1}
-    assert len({result.loss for result in found.values()}) == 1
+    assert len({result.metrics["loss"].value for result in found.values()}) == 1
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])

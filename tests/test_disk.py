@@ -169,7 +169,7 @@ def test_a_disk_that_fills_up_under_tensorboard_is_one_warning(
     with file_size_limit(200):
         for step in range(1, 4):
             writer.validation(
-                {"step": step, "validation_loss": 1.0, "validation_bits_per_byte": 1.0, "evaluation_seconds": 1.0}, 3
+                {"step": step, "validation_loss": 1.0, "evaluation_seconds": 1.0}, 3, {"loss": 1.0}, ["loss 1.0"]
             )
             writer.text("sample", "text" * 1000, step)
     writer.close()

@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from tfdp.clock import PARTS
 from tfdp.estimates import duration
-from tfdp.metrics import Attribution, MetricsWriter, Throughput, matrix_peak, perplexity, step_line
+from tfdp.metrics import Attribution, MetricsWriter, Throughput, matrix_peak, step_line
+from tfdp.tasks.causal_lm import perplexity
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -56,14 +57,17 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 def test_rows_and_scalars_are_written_and_a_resume_tells_each_step_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, resumed_step=0)
     for step in (10, 20, 30):
-        writer.train({**VALUES, "step": step}, 2000, 1.0)
+        writer.train({**VALUES, "step": step}, 2000, 1.0, {"perplexity": 8.5})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # the process was killed here
     writer = MetricsWriter(tmp_path, resumed_step=20)
     writer.train({**VALUES, "step": 30, "loss": 1.5}, 2000, 1.0)
     writer.validation(
-        {"step": 30, "validation_loss": 1.0, "validation_bits_per_byte": 1.25, "evaluation_seconds": 0.5}, 2000
+        {"step": 30, "validation_loss": 1.0, "validation_bits_per_byte": 1.25, "evaluation_seconds": 0.5},
+        2000,
+        {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 1.25},
+        ["loss 1.0000", "perplexity 2.72", "1.2500 bits per byte"],
     )
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -49,6 +49,7 @@ Variables = Mapping[str, "keras.Variable"]
 FORMAT = 2  # in state.json; checkpoints before it did not say so, and had no SHA256SUMS
 
 _NAME = re.compile(r"step_(\d{8,})")
+_BEST_BY = ("validation_loss", 1)  # of checkpoints that do not say: metric, and -1 where the highest is the best
 _PIECE_BYTES = 1 << 20
 
 
@@ -215,9 +216,13 @@ class CheckpointFolder:
         return f"{message}; moved to {aside.name}, falling back to the checkpoint before it"
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss among the whole checkpoints that carry one."""
-        losses = {step: state.get("validation_loss") for step, state in self.states()[0].items()}
-        known = {step: loss for step, loss in losses.items() if isinstance(loss, float)}
+        """The step of the whole checkpoint that was evaluated best, by the metric that its run names."""
+        known = {}
+        for step, state in self.states()[0].items():
+            metric, sign = state.get("best_by", _BEST_BY)
+            value = state.get(metric)
+            if isinstance(value, float):
+                known[step] = sign * value
         return min(known, key=lambda step: known[step]) if known else None
 
     def _prune(self) -> None:

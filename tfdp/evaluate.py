@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from tfdp.config import MOST_TOKENS, DistributionConfig, load, require, require_at_most
 from tfdp.exits import run_command
@@ -59,10 +59,12 @@ def main() -> None:
     result = evaluator()
     found = {
         "step": trained.step,
-        "validation_loss": result.loss,
-        "validation_bits_per_byte": result.bits_per_byte,
+        **{f"validation_{name}": value for name, value in result.recorded().items()},
         "num_tokens": result.num_tokens,
-        "sources": {name: asdict(each) for name, each in result.sources.items()},
+        "sources": {
+            name: {**each.recorded(), "num_tokens": each.num_tokens, "sources": {}}
+            for name, each in result.sets.items()
+        },
         "corpus_sha256": corpus.corpus_sha256,
     }
     print(json.dumps(found, indent=1))

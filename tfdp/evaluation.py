@@ -1,7 +1,6 @@
-"""A pass over a whole split: each token once, whatever the number of replicas."""
+"""A pass over whole validation sets: each token once, whatever the number of replicas."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,12 @@ import tensorflow as tf
 
 from tfdp import data, distribution
 from tfdp.sequences import Sequences
-from tfdp.tasks.task import LossFunction, Rows
+from tfdp.tasks.task import LossFunction, Metric, Rows, Task
 
 
 @dataclass(frozen=True)
-class Held:
-    """The validation text of one source."""
+class ValidationSet:
+    """Text that nothing is learned from."""
 
     name: str
     sequences: Sequences
@@ -26,52 +25,57 @@ class Held:
 class Evaluation:
     """What a pass found."""
 
-    loss: float  # nats per token
-    bits_per_byte: float
+    metrics: Mapping[str, Metric]  # that the task names, over all sets
     num_tokens: int
-    sources: dict[str, "Evaluation"]  # each source by its name, where there are several
+    sets: Mapping[str, "Evaluation"]  # each by its name, where there are several
+
+    def recorded(self) -> dict[str, float]:
+        """The metrics that rows and summaries hold."""
+        return {name: metric.value for name, metric in self.metrics.items() if metric.is_recorded}
 
 
 class Evaluator:
-    """Evaluates validation text, as often as it is called.
+    """Evaluates validation sets, as often as it is called.
 
     Args:
       strategy: that the model was made under.
-      loss_function: sums and counts over rows, by source, without dropout.
-      held: the text.
+      task: names the metrics.
+      loss_function: sums and counts over rows, by set, without dropout.
+      sets: what is read.
       rows: sequences per forward pass on each replica.
       jit_compile: whether XLA compiles the forward pass.
-      num_side_by_side: forward passes that a replica computes at the same time.
+      parallel_passes: forward passes that a replica computes at the same time.
     """
 
     def __init__(
         self,
         strategy: tf.distribute.Strategy,
+        task: Task,
         loss_function: LossFunction,
-        held: Sequence[Held],
+        sets: Sequence[ValidationSet],
         rows: int,
         jit_compile: bool,
-        num_side_by_side: int = 1,
+        parallel_passes: int = 1,
     ) -> None:
-        self._step = EvalStep(strategy, loss_function, jit_compile, len(held), rows)
-        self._strategy, self._held = strategy, held
-        self._rows = rows * num_side_by_side * int(strategy.num_replicas_in_sync)
+        self._step = EvalStep(strategy, loss_function, jit_compile, len(sets), rows)
+        self._strategy, self._task, self._sets = strategy, task, sets
+        self._rows = rows * parallel_passes * int(strategy.num_replicas_in_sync)
 
     def __call__(self) -> Evaluation:
-        sequences = [each.sequences for each in self._held]
+        sequences = [each.sequences for each in self._sets]
         batches, num_batches = data.validation_batches(self._strategy, sequences, self._rows)
         sums, counts = self._step(iter(batches), num_batches)
-        sizes = np.array([each.num_bytes for each in self._held])
-        parts = zip(self._held, sums, counts, sizes, strict=True)
-        sources = {each.name: _evaluation(*numbers) for each, *numbers in parts} if len(self._held) > 1 else {}
-        return _evaluation(sums.sum(), counts.sum(), sizes.sum(), sources)
+        sizes = [each.num_bytes for each in self._sets]
+        found = {
+            each.name: self._evaluation(*totals) for each, *totals in zip(self._sets, sums, counts, sizes, strict=True)
+        }
+        return self._evaluation(sums.sum(), counts.sum(), sum(sizes), found if len(found) > 1 else {})
 
-
-def _evaluation(
-    loss_sum: float, count: int, num_bytes: int, sources: dict[str, Evaluation] | None = None
-) -> Evaluation:
-    loss_sum = float(loss_sum)
-    return Evaluation(loss_sum / int(count), loss_sum / math.log(2) / int(num_bytes), int(count), sources or {})
+    def _evaluation(
+        self, loss: float, count: int, num_bytes: int, sets: Mapping[str, Evaluation] | None = None
+    ) -> Evaluation:
+        totals = {"loss": float(loss), "targets": int(count), "bytes": int(num_bytes)}
+        return Evaluation(self._task.metrics(totals), int(count), sets or {})
 
 
 class EvalStep:

@@ -8,9 +8,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tensorflow as tf
@@ -40,28 +41,45 @@ class MetricsWriter:
         self._rows = RowWriter(self._path)
         self._boards = Boards(run_dir / "tensorboard")
 
-    def train(self, values: Mapping[str, float | int], num_steps: int, eta_seconds: float) -> None:
-        """One logged step: `step, loss, learning_rate, grad_norm, tokens_per_second, step_seconds, mfu, ...`."""
+    def train(
+        self,
+        values: Mapping[str, float | int],
+        num_steps: int,
+        eta_seconds: float,
+        derived: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """One logged step.
+
+        Args:
+          values: the row: `step, loss, learning_rate, grad_norm, tokens_per_second, step_seconds, mfu, ...`.
+          num_steps: of the run.
+          eta_seconds: to its end.
+          derived: what follows from them, for TensorBoard alone.
+        """
         if not self._is_chief:
             return
         self._rows.write(_finite(values))
-        scalars = {**values, "perplexity": perplexity(values["loss"])}
-        self._boards.scalars("train", int(values["step"]), scalars)
+        self._boards.scalars("train", int(values["step"]), {**values, **derived})
         say(step_line(values, num_steps, eta_seconds))
 
-    def validation(self, values: Mapping[str, float | int], num_steps: int) -> None:
-        """One evaluation: `step, validation_loss, validation_bits_per_byte`."""
+    def validation(
+        self, values: Mapping[str, float | int], num_steps: int, scalars: Mapping[str, float], texts: Sequence[str]
+    ) -> None:
+        """One evaluation.
+
+        Args:
+          values: the row: `step, validation_..., evaluation_seconds`.
+          num_steps: of the run.
+          scalars: for TensorBoard.
+          texts: for people.
+        """
         if not self._is_chief:
             return
         self._rows.write(_finite(values))
-        step, loss, bits = int(values["step"]), values["validation_loss"], values["validation_bits_per_byte"]
-        scalars = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits}
-        scalars |= {key.removeprefix("validation_"): value for key, value in values.items() if "/" in key}
+        step = int(values["step"])
         self._boards.scalars("validation", step, scalars)
-        say(
-            f"step {step:>5}/{num_steps} | validation loss {loss:.4f} | perplexity {perplexity(loss):.2f} | "
-            f"{bits:.4f} bits per byte | {values['evaluation_seconds']:.1f} s"
-        )
+        seconds = f"{values['evaluation_seconds']:.1f} s"
+        say(" | ".join([f"step {step:>5}/{num_steps}", f"validation {texts[0]}", *texts[1:], seconds]))
 
     def event(self, values: Mapping[str, Any]) -> None:
         """Something that happened at a step, such as a spike; for metrics.jsonl alone."""
@@ -227,11 +245,6 @@ def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: fl
         f"eta {duration(eta_seconds)}",
     ]
     return " | ".join(parts)
-
-
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats; infinite where that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_side_by_side: int = 1) -> float:

@@ -16,8 +16,8 @@ from tfdp.evaluation import Evaluation
 from tfdp.exits import CommandError, ConfigError
 from tfdp.ledger import Ledger
 from tfdp.metrics import Attribution, Throughput
+from tfdp.run import Run
 from tfdp.saver import AsyncSaver
-from tfdp.task import Task
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Progress:
     verified_step: int = 0  # up to here all replicas held the same weights
     evaluated_step: int = -1
     is_best: bool = False
-    best_loss: float | None = None
+    best_value: float | None = None  # of the metric that the task compares checkpoints by
     evaluation: Evaluation | None = None
     train_loss: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -75,65 +75,69 @@ def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Ch
     return None if step == "none" else folder.load(int(step))
 
 
-def note_start(task: Task, progress: Progress) -> None:
+def note_start(run: Run, progress: Progress) -> None:
     """Begins an entry of the history: from which step on this process carries the run, and which keys changed there.
 
     It goes into each checkpoint, so it tells of the steps that a checkpoint stands for, and of no others.
     """
-    earlier = task.config_yaml if progress.earlier_yaml is None else progress.earlier_yaml
+    earlier = run.config_yaml if progress.earlier_yaml is None else progress.earlier_yaml
     entry = {
         "from_step": progress.step,
-        "changed": {key: list(values) for key, values in differing_keys(earlier, task.config_yaml).items()},
+        "changed": {key: list(values) for key, values in differing_keys(earlier, run.config_yaml).items()},
         "version": __version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "layout": dict(task.layout),
+        "layout": dict(run.layout),
     }
     progress.history.append(entry)
 
 
-def restore(task: Task, progress: Progress, saved: Checkpoint) -> None:
+def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
     """Puts the run back to where a checkpoint was saved, on every replica."""
-    checkpoint.restore(task.weights, saved.weights)
-    checkpoint.restore(task.optimizer_state, saved.optimizer)
+    checkpoint.restore(run.weights, saved.weights)
+    checkpoint.restore(run.optimizer_state, saved.optimizer)
     state = saved.state
-    task.train_step.load_state(state)
+    run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
-    progress.evaluated_step = -1 if state["validation_loss"] is None else saved.step
-    progress.best_loss, progress.train_loss = state["best_validation_loss"], state["train_loss"]
+    compared = f"validation_{run.task.best}"
+    progress.evaluated_step = -1 if state[compared] is None else saved.step
+    progress.best_value, progress.train_loss = state[f"best_{compared}"], state["train_loss"]
     for entry in progress.history:  # of this process, after a rollback beyond the step it began with
         entry["from_step"] = min(entry["from_step"], progress.step)
 
 
-def save(task: Task, saver: AsyncSaver, progress: Progress, background: bool) -> None:
+def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> None:
     """Copies the state to host memory and has it written; only the chief has anything to do."""
-    if progress.step == progress.saved_step or not task.cluster.is_chief:
+    if progress.step == progress.saved_step or not run.cluster.is_chief:
         progress.saved_step = progress.step
         return
-    weights, optimizer = checkpoint.snapshot(task.weights), checkpoint.snapshot(task.optimizer_state)
-    evaluated = progress.evaluation if progress.evaluated_step == progress.step else None
+    weights, optimizer = checkpoint.snapshot(run.weights), checkpoint.snapshot(run.optimizer_state)
+    compared, value = f"validation_{run.task.best}", None
+    if progress.evaluation is not None and progress.evaluated_step == progress.step:
+        value = progress.evaluation.metrics[run.task.best].value
     state = {
         "step": progress.step,
-        "sequences_seen": sequences_seen(task, progress),
-        "identity": dict(task.identity),
+        "sequences_seen": sequences_seen(run, progress),
+        "identity": dict(run.identity),
         "train_loss": progress.train_loss,
-        "validation_loss": evaluated.loss if evaluated and math.isfinite(evaluated.loss) else None,
-        "best_validation_loss": progress.best_loss,
-        **task.train_step.to_state(),
+        compared: value if value is not None and math.isfinite(value) else None,
+        f"best_{compared}": progress.best_value,
+        "best_by": [compared, 1 if run.task.best_is_lowest else -1],
+        **run.train_step.to_state(),
         "ledger": progress.ledger.to_state(),
-        "layout": dict(task.layout),
-        "config": task.config_yaml,
+        "layout": dict(run.layout),
+        "config": run.config_yaml,
         "history": [dict(entry) for entry in progress.history],
     }
     saver.save(Checkpoint(weights, optimizer, state), background)
     progress.saved_step = progress.step
 
 
-def left_out(task: Task, progress: Progress) -> set[int]:
+def left_out(run: Run, progress: Progress) -> set[int]:
     """Positions that nothing is learned from: by the configuration, and since by spikes."""
-    return {*task.left_out, *progress.ledger.left_out}
+    return {*run.left_out, *progress.ledger.left_out}
 
 
-def sequences_seen(task: Task, progress: Progress) -> int:
+def sequences_seen(run: Run, progress: Progress) -> int:
     """Sequences of the global order that were trained on: those up to here, without those left out."""
-    positions = progress.step * task.training.global_batch_size
-    return positions - sum(position < positions for position in left_out(task, progress))
+    positions = progress.step * run.training.global_batch_size
+    return positions - sum(position < positions for position in left_out(run, progress))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tfdp.sources import Corpus
     from tfdp.step import TrainStep
     from tfdp.stopping import StopSignal
+    from tfdp.tasks.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,11 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
     """Builds the parts of the run, tells what they are, and runs the loop.
 
     Args:
-      process: the fields of `loop.Task` that say where this runs: cluster, watch, stop, started.
+      process: the fields of `run.Run` that say where this runs: cluster, watch, stop, started.
     """
     from tfdp import console, distribution, loop, metrics
+    from tfdp.run import Run
     from tfdp.sampling import Sampler
-    from tfdp.task import Task
     from tfdp.tokenizer import save_tokenizer
 
     training, context_length = config.training, config.model.context_length
@@ -161,8 +162,8 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
         say(f"reduction  {parts.train_step.reduction_bytes / 1e6:,.1f} MB in {count} pack{'s' * (count > 1)}")
     say(f"run        {run.path}")
     summary = loop.fit(
-        Task(
-            run=run,
+        Run(
+            directory=run,
             training=training,
             checkpointing=config.checkpoint,
             identity=identity(config, corpus),
@@ -171,6 +172,7 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
             train_step=parts.train_step,
             batches_from=parts.batches_from,
             left_out=config.data.left_out,
+            task=task_of(config, corpus),
             row_losses=parts.row_losses,
             evaluate=parts.evaluator,
             sample=sample if training.sample_tokens else None,
@@ -331,19 +333,24 @@ def make_evaluator(
     num_side_by_side: int = 1,
 ) -> "Evaluator":
     """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
-    from tfdp.evaluation import Evaluator, Held
+    from tfdp.evaluation import Evaluator, ValidationSet
     from tfdp.sequences import sequences_of
     from tfdp.tasks.causal_lm import next_token_loss
 
     length, form = config.model.context_length, config.data.sequences
-    held = [
-        Held(source.name, sequences_of(source.shards.validation, length, form), source.shards.validation.num_bytes)
-        for source in corpus.sources
-    ]
+    splits = {source.name: source.shards.validation for source in corpus.sources}
+    sets = [ValidationSet(name, sequences_of(split, length, form), split.num_bytes) for name, split in splits.items()]
     document_start = corpus.tokenizer.end_of_text if config.data.document_attention else None
     chunk_size = config.training.loss_chunk_size
-    loss = next_token_loss(model, None, document_start, len(held), chunk_size, compilation.parts)
-    return Evaluator(strategy, loss, held, rows, compilation.whole, num_side_by_side)
+    loss = next_token_loss(model, None, document_start, len(sets), chunk_size, compilation.parts)
+    return Evaluator(strategy, task_of(config, corpus), loss, sets, rows, compilation.whole, num_side_by_side)
+
+
+def task_of(config: Config, corpus: "Corpus") -> "CausalLM":
+    """What is learned: the next token, of all before it or of those of its document."""
+    from tfdp.tasks.causal_lm import CausalLM
+
+    return CausalLM(corpus.tokenizer.end_of_text if config.data.document_attention else None)
 
 
 def shared_facts(config: Config, corpus: "Corpus", strategy: Any) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Causal language modelling: each token of a row from those before it."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import tensorflow as tf
 
 from tfdp.ops.visibility import ByDocument
-from tfdp.tasks.task import Batch, LanguageModel, LossFunction, Rows, row_losses, source_losses
+from tfdp.tasks.task import Batch, LanguageModel, LossFunction, Metric, Rows, row_losses, source_losses
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class CausalLM:
       document_start: the token id at which attention starts anew; None: nowhere in a row.
     """
 
+    best: ClassVar[str] = "loss"
+    best_is_lowest: ClassVar[bool] = True
     document_start: int | None = None
 
     def batch(self, rows: Rows) -> Batch:
@@ -25,6 +30,19 @@ class CausalLM:
         if self.document_start is None:
             return Batch(inputs, targets)
         return Batch(inputs, targets, ByDocument(tokens[:, :-1] == self.document_start))
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, Metric]:
+        loss, bits = totals["loss"] / totals["targets"], totals["loss"] / math.log(2) / totals["bytes"]
+        return {
+            "loss": Metric(loss, f"loss {loss:.4f}"),
+            "perplexity": Metric(perplexity(loss), f"perplexity {perplexity(loss):.2f}", is_recorded=False),
+            "bits_per_byte": Metric(bits, f"{bits:.4f} bits per byte"),
+        }
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def inputs_and_targets(tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

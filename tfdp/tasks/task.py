@@ -4,7 +4,7 @@ Sums add up over any split of the rows, means do not; so a task gives sums, and 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import tensorflow as tf
 
@@ -27,11 +27,35 @@ class Batch(NamedTuple):
     attention: AttentionKind = CAUSAL
 
 
+class Metric(NamedTuple):
+    """What is reported of some rows."""
+
+    value: float
+    text: str  # with its name and unit, for people
+    is_recorded: bool = True  # in rows and summaries; what follows from other metrics is only shown
+
+
 class Task(Protocol):
-    """What is learned from rows."""
+    """What is learned from rows, and what is reported of it.
+
+    Attributes:
+      best: the metric by which the checkpoints of a run are compared.
+      best_is_lowest: whether a lower one is better.
+    """
+
+    best: ClassVar[str]
+    best_is_lowest: ClassVar[bool]
 
     def batch(self, rows: Rows) -> Batch:
         """What the model sees of some rows, and what it is to predict."""
+        ...
+
+    def metrics(self, totals: Mapping[str, float]) -> Mapping[str, Metric]:
+        """The metrics of some rows by name, in the order in which they are told.
+
+        Args:
+          totals: over the rows. "loss": of all targets, in nats; "targets": their number; "bytes": of their text.
+        """
         ...
 
 

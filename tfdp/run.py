@@ -14,13 +14,14 @@ from tfdp.evaluation import Evaluation
 from tfdp.runs import RunDirectory
 from tfdp.step import TrainStep
 from tfdp.stopping import StopSignal
+from tfdp.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Task:
+class Run:
     """One run: its parts as functions, and who carries it. The loop knows no more of what is trained."""
 
-    run: RunDirectory
+    directory: RunDirectory
     training: TrainingConfig
     checkpointing: CheckpointConfig
     identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
@@ -29,6 +30,7 @@ class Task:
     train_step: TrainStep
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
     left_out: Collection[int]  # positions that the configuration leaves out
+    task: Task  # what is learned, and what is reported of it
     row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see evaluation.RowLosses
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
