@@ -19,13 +19,14 @@ def main() -> None:
     import tensorflow as tf
 
     from tfdp import distribution
-    from tfdp.checkpoint import Checkpoint, CheckpointFolder, snapshot
+    from tfdp.checkpoint import Checkpoint, CheckpointFolder
     from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
     from tfdp.gpt import GPT
     from tfdp.optimizer import Optimizer, make_schedule
     from tfdp.saver import AsyncSaver
     from tfdp.step import StepRules, TrainStep
     from tfdp.tasks.causal_lm import next_token_loss
+    from tfdp.weights import snapshot
 
     num_rounds, context_length, rows = int(sys.argv[1]) if len(sys.argv) > 1 else 8, 64, 8
     config = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")

@@ -12,6 +12,7 @@ import safetensors.numpy
 from tfdp import checkpoint
 from tfdp.checkpoint import Checkpoint, CheckpointFolder
 from tfdp.exits import ConfigError
+from tfdp.weights import digests_of
 
 
 def make(step: int, validation_loss: float | None = None) -> Checkpoint:
@@ -138,7 +139,7 @@ def test_the_digest_is_over_float32_bytes_in_the_order_of_names() -> None:
     weights = {"b": np.array([3.0]), "a": np.array([[1.0, 2.0]], np.float32), "c": np.array(4, np.int32)}
     optimizer = {"m": np.array([[5, 7], [6, 8]], np.float32).T}
     expected = [hashlib.sha256(np.arange(1, stop, dtype="<f4").tobytes()).hexdigest() for stop in (5, 9)]
-    assert checkpoint.digests_of(weights, optimizer) == {"weights_sha256": expected[0], "state_sha256": expected[1]}
+    assert digests_of(weights, optimizer) == {"weights_sha256": expected[0], "state_sha256": expected[1]}
 
 
 def test_files_are_safetensors_that_its_own_library_reads(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 A checkpoint is a folder `step_00000250` with
 
-    weights.safetensors     every trainable variable, by name
+    weights.safetensors     the trainable weights, by name
     optimizer.safetensors   the optimizer's state, by name
     state.json              step, position in the data, what the run is (its identity), its keys and their history
     SHA256SUMS              of the three, as `sha256sum --check SHA256SUMS` reads it
+
+Frozen weights never change: they are saved once, beside these folders, in a file that is named after its sha256.
 
 It is written under another name, file by file, each one synced, then renamed and the parent folder synced: a crash
 at any byte leaves the previous checkpoint as it was. All random numbers of a run are functions of (seed, step,
@@ -18,12 +20,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -39,14 +40,11 @@ from tfdp.verified import (
     read_verified,
     sums_text,
 )
-
-if TYPE_CHECKING:  # this module looks at folders before TensorFlow is loaded
-    import keras
-
-Tensors = dict[str, np.ndarray]
-Variables = Mapping[str, "keras.Variable"]
+from tfdp.weights import Tensors, bytes_of
 
 FORMAT = 2  # in state.json; checkpoints before it did not say so, and had no SHA256SUMS
+
+FROZEN = "frozen_sha256"  # key of state.json, where a run has frozen weights
 
 _NAME = re.compile(r"step_(\d{8,})")
 _BEST_BY = ("validation_loss", 1)  # of checkpoints that do not say: metric, and -1 where the highest is the best
@@ -61,9 +59,10 @@ class SaveFailed(CommandError):
 class Checkpoint:
     """A checkpoint in memory: host copies of the tensors and the facts of its state.json."""
 
-    weights: Tensors
+    weights: Tensors  # the trainable ones
     optimizer: Tensors
     state: dict[str, Any]
+    frozen: Tensors = field(default_factory=dict)  # as it was read; a save writes none
 
     @property
     def step(self) -> int:
@@ -111,6 +110,33 @@ class CheckpointFolder:
         except OSError as error:
             raise SaveFailed(f"old checkpoints in {self.folder} cannot be removed: {error}") from error
         return final
+
+    def save_frozen(self, tensors: Tensors) -> str:
+        """Writes the weights that no step changes, once; returns their sha256, for the state of each checkpoint.
+
+        Raises:
+          SaveFailed: as `save` does.
+        """
+        scratch = self.folder / ".frozen.tmp"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            digest = _write_synced(scratch, _safetensors_parts(tensors))
+            os.rename(scratch, self._frozen_path(digest))
+            sync_folder(self.folder)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise SaveFailed(
+                f"the frozen weights cannot be saved in {self.folder}: {error.strerror or error}"
+            ) from error
+        return digest
+
+    def _frozen_path(self, digest: str) -> Path:
+        return self.folder / f"frozen_{digest[:16]}.safetensors"
+
+    def _read_frozen(self, digest: Any) -> Tensors:
+        if not isinstance(digest, str):
+            raise DamagedCheckpoint(f"checkpoints in {self.folder} are damaged: {FROZEN} is no sha256")
+        return _read_tensors(self._frozen_path(digest), digest)
 
     def _scratch(self, step: int) -> Path:
         return self.folder / f".{self.path(step).name}.tmp"
@@ -170,7 +196,8 @@ class CheckpointFolder:
         if "step" not in state or not isinstance(digests, dict) or not set(TENSOR_FILES) <= digests.keys():
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {STATE_FILE} lacks its step or its files")
         weights, optimizer = (_read_tensors(folder / name, digests[name]) for name in TENSOR_FILES)
-        return Checkpoint(weights, optimizer, state)
+        frozen = state.get(FROZEN)
+        return Checkpoint(weights, optimizer, state, {} if frozen is None else self._read_frozen(frozen))
 
     def _verified_state(self, step: int) -> tuple[dict[str, Any], dict[str, str]]:
         """What state.json says, and the sha256 of each file; {} for a checkpoint of before there were such."""
@@ -243,32 +270,6 @@ class CheckpointFolder:
             shutil.rmtree(doomed)
 
 
-def snapshot(variables: Variables) -> Tensors:
-    """Copies variables to the host, under the names given (`numpy` of an eager tensor is a copy already)."""
-    return {name: np.asarray(variable.numpy()) for name, variable in variables.items()}
-
-
-def restore(variables: Variables, tensors: Tensors) -> None:
-    """Assigns tensors to variables of the same names and shapes, on every replica of this worker.
-
-    Raises:
-      ConfigError: names or shapes differ, listing every difference.
-    """
-    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    refuse_differences({name: list(shape) for name, shape in saved.items()}, {n: list(s) for n, s in shapes.items()})
-    for name, variable in variables.items():
-        variable.assign(tensors[name])
-
-
-def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` that lists where a checkpoint and this run differ."""
-    differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
-    if differing:
-        listed = "; ".join(f"{key} is {saved.get(key)} there and {wanted.get(key)} here" for key in differing)
-        raise ConfigError(f"run_dir holds the checkpoints of another run: {listed}; name another run_dir")
-
-
 def _read_tensors(path: Path, digest: str) -> Tensors:
     try:
         tensors: Tensors = safetensors.numpy.load(read_verified(path, digest))
@@ -279,22 +280,6 @@ def _read_tensors(path: Path, digest: str) -> Tensors:
 
 def _free_bytes(folder: Path) -> str:
     return f"{shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free:,}"
-
-
-def digests_of(weights: Tensors, optimizer: Tensors) -> dict[str, str]:
-    """sha256 over the float32 bytes of every tensor by name: of the weights, and of those and the optimizer's."""
-    total = hashlib.sha256()
-    found = {}
-    for key, tensors in (("weights_sha256", weights), ("state_sha256", optimizer)):
-        for name in sorted(tensors):
-            total.update(_bytes_of(np.asarray(tensors[name], dtype="<f4")))
-        found[key] = total.hexdigest()
-    return found
-
-
-def _bytes_of(tensor: np.ndarray) -> memoryview:
-    """The memory of a tensor, without a copy where it lies in C order."""
-    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 def _safetensors_parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
@@ -314,7 +299,7 @@ def _safetensors_parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
     yield len(encoded).to_bytes(8, "little")
     yield encoded
     for tensor in tensors.values():
-        yield _bytes_of(tensor)
+        yield bytes_of(tensor)
 
 
 def _write_synced(path: Path, parts: Iterable[bytes | memoryview], paced: bool = False) -> str:

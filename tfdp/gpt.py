@@ -81,7 +81,7 @@ class Norm(keras.layers.Layer):
             self.bias = self.add_weight(shape=(dim,), initializer="zeros", name="bias", autocast=False)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        weights = [tf.convert_to_tensor(weight) for weight in self.trainable_variables]
+        weights = [tf.convert_to_tensor(weight) for weight in (self.gain, *([self.bias] if self.use_bias else []))]
         return self._kernels.norm(x, weights, self.center, self.epsilon)
 
 
@@ -269,7 +269,7 @@ class Block(keras.layers.Layer):
         dropout_keys: tf.Tensor | None = None,
         is_causal: bool = True,
     ) -> tf.Tensor:
-        attended = self.attention(self.attention_norm(x), positions, visible, is_causal)
+        attended = self.attention(self.attention_norm(x), positions, visible, is_causal=is_causal)
         x = x + self.attention_dropout(attended, dropout_keys)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), dropout_keys)
 
@@ -281,8 +281,8 @@ class Block(keras.layers.Layer):
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
 
-def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | bool | None) -> tf.Tensor:
-    """block(x, *arguments), which keeps x alone for the backward pass and computes the rest again (Chen et al. 2016).
+def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | None, **options: bool) -> tf.Tensor:
+    """block(x, ...), which keeps x alone for the backward pass and computes the rest again (Chen et al. 2016).
 
     `tf.recompute_grad` would take the gradient of all variables that it meets through the strategy.
     """
@@ -290,7 +290,7 @@ def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | boo
 
     def run_with(x: tf.Tensor, values: Sequence[tf.Tensor]) -> tf.Tensor:
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return block(x, *arguments)
+            return block(x, *arguments, **options)
 
     @tf.custom_gradient
     def keep_input(x: tf.Tensor, *values: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], list[tf.Tensor]]]:
@@ -386,9 +386,9 @@ class GPT(keras.Model):
         x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
         for block in self.blocks:
             if self.remat:
-                x = rematerialised(block, x, positions, visible, dropout_keys, is_causal)
+                x = rematerialised(block, x, positions, visible, dropout_keys, is_causal=is_causal)
             else:
-                x = block(x, positions, visible, dropout_keys, is_causal)
+                x = block(x, positions, visible, dropout_keys, is_causal=is_causal)
         return self.output_norm(x)
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:
@@ -425,6 +425,10 @@ class GPT(keras.Model):
         """The trainable variables by name, such as "block_0/attention/query_key_value/kernel"."""
         return {variable.path.removeprefix("gpt/"): variable for variable in self.trainable_variables}
 
+    def named_frozen_weights(self) -> dict[str, keras.Variable]:
+        """The weights that are not trained (`layer.trainable = False`), by name."""
+        return {variable.path.removeprefix("gpt/"): variable for variable in self.non_trainable_variables}
+
     def describe(self) -> str:
         """The shape, for people."""
         config = self.config
@@ -442,12 +446,15 @@ class GPT(keras.Model):
 
         6 per weight of a matrix product (the output projection included, embedding look-ups not) and
         12 * layers * context_length * width for attention, causal masking not discounted: the convention of
-        PaLM's appendix B (Chowdhery et al. 2022), which MFU figures use.
+        PaLM's appendix B (Chowdhery et al. 2022), which MFU figures use. A frozen weight needs no gradient: 4.
         """
         config = self.config
-        matrices = sum(math.prod(v.shape) for v in self.trainable_variables if v.name == "kernel")
-        matrices += self.vocab_size * config.model_dim
-        return 6 * matrices + 12 * config.num_layers * config.context_length * config.model_dim
+        trained, frozen = (
+            sum(math.prod(variable.shape) for variable in variables if variable.name == "kernel")
+            for variables in (self.trainable_variables, self.non_trainable_variables)
+        )
+        trained += self.vocab_size * config.model_dim
+        return 6 * trained + 4 * frozen + 12 * config.num_layers * config.context_length * config.model_dim
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         x = tf.gather(tf.convert_to_tensor(self.token_embedding), tokens)

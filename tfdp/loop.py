@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from tfdp import checkpoint
 from tfdp.checkpoint import CheckpointFolder
 from tfdp.clock import PARTS
 from tfdp.cluster import publish, read
@@ -25,6 +24,7 @@ from tfdp.recovery import judge, save_verified
 from tfdp.run import Run
 from tfdp.saver import AsyncSaver
 from tfdp.step import StepResults
+from tfdp.weights import refuse_differences
 
 
 def fit(run: Run) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
     newest = load_agreed(run.cluster, folder, "resume")
     if newest is None:
         return progress
-    checkpoint.refuse_differences(newest.state["identity"], run.identity)
+    refuse_differences(newest.state["identity"], run.identity)
     progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
     progress.history = newest.state.get("history", [])
     progress.earlier_yaml = newest.state.get("config")
@@ -119,12 +119,11 @@ def _find_finished(run: Run, progress: Progress) -> dict[str, Any] | None:
     if not run.cluster.is_chief:
         return run.directory.read_summary() if read("finished", 0) == "yes" else None
     summary = run.directory.read_summary()
-    weights, optimizer = checkpoint.snapshot(run.weights), checkpoint.snapshot(run.optimizer_state)
     expected = {
         "step": progress.step,
         "train_loss": progress.train_loss,
         f"best_validation_{run.task.best}": progress.best_value,
-        **checkpoint.digests_of(weights, optimizer),
+        **run.weights.digests(),
     }
     is_finished = all(summary.get(key) == value for key, value in expected.items())
     if run.cluster.num_workers > 1:
@@ -257,7 +256,6 @@ def _should_save(run: Run, progress: Progress) -> bool:
 
 
 def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
-    weights, optimizer = checkpoint.snapshot(run.weights), checkpoint.snapshot(run.optimizer_state)
     assert progress.evaluation is not None, "the loop evaluates at its last step"
     summary = {
         "step": progress.step,
@@ -272,7 +270,7 @@ def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
         "sequences_seen": sequences_seen(run, progress),
         **{f"seconds/{part}": seconds for part, seconds in progress.time.total.items()},
         **run.facts,
-        **checkpoint.digests_of(weights, optimizer),
+        **run.weights.digests(),
         "history": progress.history,
     }
     if run.cluster.is_chief:

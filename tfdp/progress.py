@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tfdp import __version__, checkpoint
-from tfdp.checkpoint import Checkpoint, CheckpointFolder
+from tfdp import __version__
+from tfdp.checkpoint import FROZEN, Checkpoint, CheckpointFolder
 from tfdp.cluster import Cluster, publish, read
 from tfdp.config import differing_keys
 from tfdp.evaluation import Evaluation
@@ -18,6 +18,8 @@ from tfdp.ledger import Ledger
 from tfdp.metrics import Attribution, Throughput
 from tfdp.run import Run
 from tfdp.saver import AsyncSaver
+from tfdp.weights import restore as restore_weights
+from tfdp.weights import snapshot
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Progress:
     ledger: Ledger = field(default_factory=Ledger)
     history: list[dict[str, Any]] = field(default_factory=list)  # the processes that carried the run: see note_start
     earlier_yaml: str | None = None  # the configuration of the process before this one
+    frozen_sha256: str | None = None  # of the frozen weights, once they are saved
     num_rollbacks: int = 0  # of this process
     source_losses: np.ndarray | float = 0.0  # of each source since the last line, summed over its tokens
     source_tokens: np.ndarray | int = 0
@@ -93,9 +96,12 @@ def note_start(run: Run, progress: Progress) -> None:
 
 def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
     """Puts the run back to where a checkpoint was saved, on every replica."""
-    checkpoint.restore(run.weights, saved.weights)
-    checkpoint.restore(run.optimizer_state, saved.optimizer)
+    restore_weights(run.weights.trainable, saved.weights)
+    restore_weights(run.weights.optimizer, saved.optimizer)
     state = saved.state
+    progress.frozen_sha256 = state.get(FROZEN)
+    if progress.frozen_sha256 is not None:
+        restore_weights(run.weights.frozen, saved.frozen)
     run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
     compared = f"validation_{run.task.best}"
@@ -110,7 +116,9 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
     if progress.step == progress.saved_step or not run.cluster.is_chief:
         progress.saved_step = progress.step
         return
-    weights, optimizer = checkpoint.snapshot(run.weights), checkpoint.snapshot(run.optimizer_state)
+    if run.weights.frozen and progress.frozen_sha256 is None:
+        progress.frozen_sha256 = saver.folder.save_frozen(snapshot(run.weights.frozen))
+    trainable, optimizer = run.weights.snapshot()
     compared, value = f"validation_{run.task.best}", None
     if progress.evaluation is not None and progress.evaluated_step == progress.step:
         value = progress.evaluation.metrics[run.task.best].value
@@ -127,8 +135,9 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
         "layout": dict(run.layout),
         "config": run.config_yaml,
         "history": [dict(entry) for entry in progress.history],
+        **({} if progress.frozen_sha256 is None else {FROZEN: progress.frozen_sha256}),
     }
-    saver.save(Checkpoint(weights, optimizer, state), background)
+    saver.save(Checkpoint(trainable, optimizer, state), background)
     progress.saved_step = progress.step
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tfdp.checkpoint import Checkpoint
 from tfdp.config import (
     MOST,
     MOST_DEVICES,
@@ -30,9 +31,9 @@ from tfdp.config import (
 )
 from tfdp.exits import TrainingError, run_command
 from tfdp.startup import load_tensorflow
+from tfdp.weights import restore
 
 if TYPE_CHECKING:
-    from tfdp.checkpoint import Checkpoint
     from tfdp.ledger import Spike
     from tfdp.runs import RunDirectory
     from tfdp.sources import Corpus
@@ -211,7 +212,7 @@ class Replayer:
     """
 
     def __init__(self, run: PastRun, corpus: "Corpus", step: int, num_replicas: int | None = None) -> None:
-        from tfdp import checkpoint, distribution
+        from tfdp import distribution
 
         self.run = run
         self.config = config_of_layout(run, step, num_replicas)
@@ -219,10 +220,9 @@ class Replayer:
         side_by_side = run.recipe.num_side_by_side(self.config, corpus, num_workers=1)
         self.strategy = distribution.make_strategy(self.config.distribution, num_side_by_side=side_by_side)
         self._parts = run.recipe.build(self.config, corpus, self.strategy)
-        self._weights, self._optimizer = self._parts.model.named_weights(), self._parts.optimizer.named_state()
-        self._initial = checkpoint.Checkpoint(
-            checkpoint.snapshot(self._weights), checkpoint.snapshot(self._optimizer), {"step": 0}
-        )
+        self._weights = self._parts.weights
+        trainable, optimizer = self._weights.snapshot()
+        self._initial = Checkpoint(trainable, optimizer, {"step": 0})
 
     def __call__(self, step: int, num_sequences: int = 3) -> Replay:
         """Runs up to a step, looks at its batch, and runs it.
@@ -248,10 +248,10 @@ class Replayer:
         return Replay(done + 1, float(results.loss[0]), float(results.grad_norm[0]), skipped, worst)
 
     def _restore(self, saved: "Checkpoint") -> int:
-        from tfdp import checkpoint
-
-        checkpoint.restore(self._weights, saved.weights)
-        checkpoint.restore(self._optimizer, saved.optimizer)
+        restore(self._weights.trainable, saved.weights)
+        restore(self._weights.optimizer, saved.optimizer)
+        if saved.frozen:
+            restore(self._weights.frozen, saved.frozen)
         self._parts.train_step.load_state(saved.state)
         return saved.step
 

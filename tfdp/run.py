@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tfdp import checkpoint
 from tfdp.cluster import Cluster, Watch
 from tfdp.config import CheckpointConfig, TrainingConfig
 from tfdp.evaluation import Evaluation
@@ -15,6 +14,7 @@ from tfdp.runs import RunDirectory
 from tfdp.step import TrainStep
 from tfdp.stopping import StopSignal
 from tfdp.tasks.task import Task
+from tfdp.weights import WeightSets
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Run:
     training: TrainingConfig
     checkpointing: CheckpointConfig
     identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
-    weights: checkpoint.Variables
-    optimizer_state: checkpoint.Variables
+    weights: WeightSets
     train_step: TrainStep
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
     left_out: Collection[int]  # positions that the configuration leaves out

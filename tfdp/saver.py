@@ -14,7 +14,7 @@ class AsyncSaver:
     """
 
     def __init__(self, folder: CheckpointFolder) -> None:
-        self._folder = folder
+        self.folder = folder
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -31,7 +31,7 @@ class AsyncSaver:
         """Writes a checkpoint beside the steps that follow, or, where none does, at once and at full speed."""
         self.wait()
         if not background:
-            self._folder.save(checkpoint)
+            self.folder.save(checkpoint)
             return
         self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="save-checkpoint")
         self._thread.start()
@@ -59,6 +59,6 @@ class AsyncSaver:
             if sys.platform == "linux":
                 # Runs where a core is idle, so that no step waits for it; nice 19 was not enough on two cores.
                 os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
-            self._folder.save(checkpoint, paced=True)
+            self.folder.save(checkpoint, paced=True)
         except BaseException as error:
             self._error = error

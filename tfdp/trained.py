@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tfdp.checkpoint import Tensors, restore
 from tfdp.config import (
     config_class,
     differing_keys,
@@ -23,6 +22,7 @@ from tfdp.messages import shown
 from tfdp.options import whole_number
 from tfdp.runs import RunDirectory
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
+from tfdp.weights import Tensors, restore
 
 if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
     from tfdp.compilation import Compilation
@@ -37,6 +37,7 @@ class TrainedGPT:
     config: Any
     tokenizer: Tokenizer
     weights: Tensors
+    frozen: Tensors
     step: int
     corpus_sha256: str  # of the text that it was trained on
 
@@ -62,7 +63,7 @@ class TrainedGPT:
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
         tokenizer = open_own_tokenizer(run, saved.state)
         corpus_sha256 = saved.state["identity"]["corpus_sha256"]
-        return cls(recipe, config, tokenizer, saved.weights, saved.step, corpus_sha256)
+        return cls(recipe, config, tokenizer, saved.weights, saved.frozen, saved.step, corpus_sha256)
 
     @property
     def compilation(self) -> "Compilation":
@@ -79,6 +80,8 @@ class TrainedGPT:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
         model: GPT = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
         restore(model.named_weights(), self.weights)
+        if self.frozen:
+            restore(model.named_frozen_weights(), self.frozen)
         return model
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tfdp.step import TrainStep
     from tfdp.stopping import StopSignal
     from tfdp.tasks.causal_lm import CausalLM
+    from tfdp.weights import WeightSets
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,7 @@ def _fit(config: Config, run: "RunDirectory", corpus: "Corpus", strategy: Any, *
             training=training,
             checkpointing=config.checkpoint,
             identity=identity(config, corpus),
-            weights=model.named_weights(),
-            optimizer_state=parts.optimizer.named_state(),
+            weights=parts.weights,
             train_step=parts.train_step,
             batches_from=parts.batches_from,
             left_out=config.data.left_out,
@@ -216,6 +216,13 @@ class Parts:
     microbatch_size: int  # sequences of one forward pass on one replica
     num_side_by_side: int  # micro-batches that a replica computes at the same time
     compilation: "Compilation"
+
+    @property
+    def weights(self) -> "WeightSets":
+        """The variables of the run."""
+        from tfdp.weights import WeightSets
+
+        return WeightSets(self.model.named_weights(), self.model.named_frozen_weights(), self.optimizer.named_state())
 
 
 def _of_recipe(config: Config, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,10 +27,8 @@ def main() -> None:
 
 def _hold_what_a_run_holds(parts: Any) -> Any:
     """Evaluates, and copies the weights and the optimizer's state as a save does, which lasts while steps go on."""
-    from tfdp import checkpoint
-
     parts.evaluator()
-    return checkpoint.snapshot(parts.model.named_weights()), checkpoint.snapshot(parts.optimizer.named_state())
+    return parts.weights.snapshot()
 
 
 if __name__ == "__main__":
