@@ -10,7 +10,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tfdp.config import OptimizerConfig, import_trainer, load, to_yaml
+from tfdp.config import OptimizerConfig, load, to_yaml
+from tfdp.recipe import import_recipe
 from tfdp.systems import own
 from tfdp.systems.running import Running
 from tfdp.systems.shapes import SHAPES
@@ -22,7 +23,7 @@ def main() -> None:
     options = [word for word in sys.argv[1:] if word.startswith("--")]
     precisions = [word for word in sys.argv[1:] if not word.startswith("--")]
     shape = SHAPES["baby"]
-    recipe = import_trainer("causal_lm")
+    recipe = import_recipe("causal_lm")
     for precision in precisions or ("float32", "bfloat16"):
         batch = ["--training.global_batch_size", str(shape.num_rows), f"--training.precision={precision}"]
         config = load(recipe.Config, [*batch, *options], "benchmarks/workers.py", "")

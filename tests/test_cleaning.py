@@ -50,8 +50,7 @@ def test_everything_off_returns_the_text_itself() -> None:
     for text in random_texts(200, seed=1):
         kept, reason = cleaner.clean(text)
         assert kept is text and reason is None
-    assert Cleaning().is_off and fingerprint(Cleaning()) == {}
-    assert not Cleaning(duplicates=True).is_off
+    assert fingerprint(Cleaning()) == {}
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,13 @@ from tfdp.config import (
     SamplingConfig,
     TrainingConfig,
     changed_keys,
-    find_trainer,
-    import_trainer,
     known_keys,
     load_file,
     to_yaml,
     with_run_config,
 )
 from tfdp.exits import CommandError, ConfigError
+from tfdp.recipe import find_trainer, import_recipe
 from trainers.causal_lm import Config
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +175,7 @@ def test_help_shows_every_key_with_its_default(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_every_recipe_parses(path: Path) -> None:
-    config = load_file(import_trainer(find_trainer(["--config", str(path)])).Config, path)
+    config = load_file(import_recipe(find_trainer(["--config", str(path)])).Config, path)
     assert config != Config(), "a recipe changes something"
 
 
@@ -467,7 +466,7 @@ def test_the_trainer_that_runs_is_the_one_the_config_names() -> None:
 
 @pytest.mark.parametrize("name", ["causal_lm", "trainers.causal_lm"])
 def test_a_recipe_is_found_by_short_and_by_dotted_name(name: str) -> None:
-    assert import_trainer(name).Config is Config
+    assert import_recipe(name).Config is Config
 
 
 @pytest.mark.parametrize(
@@ -482,7 +481,7 @@ def test_a_recipe_is_found_by_short_and_by_dotted_name(name: str) -> None:
 )
 def test_a_wrong_recipe_is_one_line(name: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        import_trainer(name)
+        import_recipe(name)
     assert str(caught.value) == message
 
 
@@ -492,13 +491,17 @@ def test_a_recipe_of_the_users_own_may_live_anywhere(tmp_path: Path, monkeypatch
     (tmp_path / "my" / "half.py").write_text("from trainers.causal_lm import Config\n")
     (tmp_path / "my" / "broken.py").write_text("import none_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert import_trainer("my.recipe").Config is Config
-    with pytest.raises(ConfigError, match=r"^trainer \(my.half\) must be a module that defines train$"):
-        import_trainer("my.half")
+    assert import_recipe("my.recipe").Config is Config
+    with pytest.raises(ConfigError) as refused:
+        import_recipe("my.half")
+    assert str(refused.value) == (
+        "trainer (my.half) must be a recipe, but it does not define make_model, make_task, make_sequences, "
+        "weight_shapes; or a program with a train(config) of its own"
+    )
     with pytest.raises(
         CommandError, match=r"No module named 'none_such_library' \(\S+/my/broken.py, line 1\)$"
     ) as caught:
-        import_trainer("my.broken")  # the recipe is there: what it lacks must not be hidden
+        import_recipe("my.broken")  # the recipe is there: what it lacks must not be hidden
     assert caught.value.exit_code == 1
 
 

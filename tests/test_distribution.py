@@ -40,7 +40,7 @@ def test_the_global_batch_is_cut_evenly_or_refused() -> None:
     training = TrainingConfig(global_batch_size=24, microbatch_size=2)
     assert distribution.microbatch_size(strategy, training) == 2
     assert distribution.describe_batch(strategy, training, 2, 1) == "24 sequences = 4 replicas x 3 micro-batches x 2"
-    assert distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24), num_side_by_side=2) == 3
+    assert distribution.microbatch_size(strategy, TrainingConfig(global_batch_size=24), parallel_microbatches=2) == 3
     assert distribution.describe_batch(strategy, TrainingConfig(global_batch_size=24), 3, 2) == (
         "24 sequences = 4 replicas x 2 micro-batches x 3, 2 side by side,"
     )
@@ -67,7 +67,7 @@ def test_the_global_batch_is_cut_evenly_or_refused() -> None:
         (1, {"global_batch_size": 12, "parallel_microbatches": 4}, 1, 800_000, 64, 4),
     ],
 )
-def test_micro_batches_are_computed_side_by_side_where_it_pays(
+def test_micro_batches_are_computed_parallel_where_it_pays(
     monkeypatch: pytest.MonkeyPatch,
     cores: int,
     training: dict[str, int],
@@ -78,7 +78,7 @@ def test_micro_batches_are_computed_side_by_side_where_it_pays(
 ) -> None:
     monkeypatch.setattr(distribution, "available_cores", lambda: list(range(cores)))
     config, sizes = DistributionConfig(num_replicas=num_local), TrainingConfig(**training)  # type: ignore[arg-type]
-    assert distribution.num_side_by_side(config, sizes, 1, num_params, context_length) == expected
+    assert distribution.parallel_microbatches(config, sizes, 1, num_params, context_length) == expected
 
 
 def test_the_threads_that_a_launcher_has_given_are_shared_too() -> None:
@@ -86,10 +86,11 @@ def test_the_threads_that_a_launcher_has_given_are_shared_too() -> None:
 import tensorflow as tf
 from tfdp import distribution
 from tfdp.config import DistributionConfig, TrainingConfig
-side_by_side = distribution.num_side_by_side(DistributionConfig(), TrainingConfig(global_batch_size=8), 1, 1000, 64)
-distribution.make_strategy(DistributionConfig(), num_side_by_side=side_by_side)
-print(side_by_side, tf.config.threading.get_intra_op_parallelism_threads())
-print(distribution.num_side_by_side(DistributionConfig(num_replicas=2), TrainingConfig(global_batch_size=8), 1, 9, 64))
+parallel = distribution.parallel_microbatches(DistributionConfig(), TrainingConfig(global_batch_size=8), 1, 1000, 64)
+distribution.make_strategy(DistributionConfig(), parallel_microbatches=parallel)
+print(parallel, tf.config.threading.get_intra_op_parallelism_threads())
+two = DistributionConfig(num_replicas=2)
+print(distribution.parallel_microbatches(two, TrainingConfig(global_batch_size=8), 1, 9, 64))
 """
     environment = {**os.environ, "TF_NUM_INTRAOP_THREADS": "4", "CUDA_VISIBLE_DEVICES": "-1"}
     command = [sys.executable, "-c", program]
@@ -103,7 +104,7 @@ def test_micro_batches_that_cannot_be_grouped_are_refused() -> None:
         ConfigError,
         match=r"^training.parallel_microbatches \(2\) must divide the 3 micro-batches of a replica: try 1$",
     ):
-        distribution.num_side_by_side(DistributionConfig(), training, 1, 1000, 16)
+        distribution.parallel_microbatches(DistributionConfig(), training, 1, 1000, 16)
 
 
 def test_without_a_cluster_there_is_one_worker() -> None:

@@ -16,7 +16,7 @@ from trainers.causal_lm import Config
 
 RECIPE = """
 from tfdp.gpt import GPT
-from trainers.causal_lm import Config, build, make_evaluator, num_side_by_side, train
+from trainers.causal_lm import Config, make_sequences, make_task, weight_shapes
 
 def make_model(config, vocab_size, fuse):
     model = GPT(config.model, vocab_size, config.seed + {}, config.training.precision, config.training.remat, fuse)

@@ -33,6 +33,15 @@ def make_order(*weights: str, partition: str = "shuffled") -> data.Order:
     return data.Order(sequences, [Fraction(weight) for weight in weights], partition, 3, 12)  # type: ignore[arg-type]
 
 
+def locate(node: mixture.Fork | mixture.Leaf, position: int) -> tuple[int, int]:
+    """(source, number of the position among those of its source)."""
+    while isinstance(node, mixture.Fork):
+        before = mixture.count_left(node, position)
+        goes_left = mixture.count_left(node, position + 1) > before
+        node, position = (node.left, before) if goes_left else (node.right, position - before)
+    return node.source, position
+
+
 def located(order: data.Order, start: int, count: int) -> np.ndarray:
     """(source, sequence) at each of `count` positions."""
     positions = tf.data.Dataset.range(start, start + count).map(order.locate)
@@ -75,7 +84,7 @@ def test_a_weight_of_hundreds_of_digits_is_one_short_line(weight: str) -> None:
 @pytest.mark.parametrize("weight", ["7/10", "1/2", "1/3", "999/1000", "123457/1000000"])
 def test_every_stretch_of_a_thousand_has_its_share_to_one(weight: str) -> None:
     fork = mixture.tree([Fraction(weight), 1 - Fraction(weight)])
-    sources = np.array([mixture.locate(fork, position)[0] for position in range(20_000)])
+    sources = np.array([locate(fork, position)[0] for position in range(20_000)])
     counts = np.convolve(sources == 0, np.ones(1000, int), mode="valid")
     assert counts.min() >= math.floor(1000 * Fraction(weight))
     assert counts.max() <= math.ceil(1000 * Fraction(weight))
@@ -83,7 +92,7 @@ def test_every_stretch_of_a_thousand_has_its_share_to_one(weight: str) -> None:
 
 def test_three_sources_are_exact_to_one_a_level() -> None:
     weights = [Fraction(5, 10), Fraction(3, 10), Fraction(2, 10)]
-    sources = np.array([mixture.locate(mixture.tree(weights), position)[0] for position in range(10_000)])
+    sources = np.array([locate(mixture.tree(weights), position)[0] for position in range(10_000)])
     for source, weight in enumerate(weights):
         counts = np.convolve(sources == source, np.ones(1000, int), mode="valid")
         assert np.abs(counts - 1000 * weight).max() <= 2
@@ -96,7 +105,7 @@ def test_tensorflow_locates_as_python_does(weights: tuple[str, ...], start: int)
     order = make_order(*weights, partition="row")
     tree = mixture.tree(order.weights)
     for (source, index), position in zip(located(order, start, 200), range(start, start + 200), strict=True):
-        expected, number = mixture.locate(tree, position)
+        expected, number = locate(tree, position)
         assert (source, index) == (expected, number % SIZES[expected])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tfdp import overlap
-from tfdp.overlap import WINDOW, Chunk, Overlap, OverlapResult, scale_for, window_hashes
+from tfdp.overlap import WINDOW, Chunk, Overlap, OverlapResult, hash_blocks, scale_for
 
 
 def chunk(documents: Sequence[bytes]) -> Chunk:
@@ -31,6 +31,10 @@ def random_corpus(num_chunks: int, seed: int) -> list[list[bytes]]:
         return b"".join(part[rng.integers(0, 40) :] for part in parts)
 
     return [[document() for _ in range(rng.integers(1, 30))] for _ in range(num_chunks)]
+
+
+def window_hashes(data: np.ndarray, starts: np.ndarray, length: int = WINDOW) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint64), *(block.copy() for block in hash_blocks(data, starts, length))])
 
 
 @pytest.mark.parametrize("length", [8, 9, 15, 16, 31, 33, 50, 64, 100])

@@ -18,7 +18,7 @@ RECIPE = """
 import tensorflow as tf
 from dataclasses import dataclass
 from tfdp.gpt import GPT
-from trainers.causal_lm import Config, build, make_evaluator, num_side_by_side, train
+from trainers.causal_lm import Config, make_sequences, make_task, weight_shapes
 
 class Shifted(GPT):
     def build(self, input_shape):
@@ -108,7 +108,7 @@ def test_a_recipe_that_makes_no_model_is_refused_and_not_taken_for_another(folde
         for command, function, purpose in (
             ("evaluate", "make_model", "evaluated"),
             ("generate", "make_model", "read back"),
-            ("replay", "build", "replayed"),
+            ("replay", "make_model", "replayed"),
         ):
             result = tfdp(folder, command, "--run_dir", "run")
             line = f"error: trainer (mine.unnamed) must be a recipe with a {function} function to be {purpose}\n"

@@ -9,10 +9,10 @@ import tensorflow as tf
 
 from tfdp.config import ModelConfig
 from tfdp.gpt import GPT
-from tfdp.losses import next_token_loss
-from tfdp.ops.visibility import within_documents
+from tfdp.ops.visibility import ByDocument, within_documents
 from tfdp.sequences import DocumentSequences, PackedSequences, sequences_of
 from tfdp.shards import ABSENT, Split
+from tfdp.tasks.causal_lm import next_token_loss
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -90,7 +90,7 @@ def test_logits_of_a_packed_document_are_those_of_the_document_alone(position: s
     generator = np.random.default_rng(0)
     documents = [np.concatenate([[END], generator.integers(1, 40, length)]) for length in (6, 0, 9, 5)]
     packed = np.concatenate(documents)[None, :24].astype(np.int32)
-    found = model(tf.constant(packed), None, tf.constant(packed == END)).numpy()[0]
+    found = model(tf.constant(packed), attention=ByDocument(tf.constant(packed == END))).numpy()[0]
     start = 0
     for document in documents:
         alone = np.zeros((1, 24), np.int32)

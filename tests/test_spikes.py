@@ -16,7 +16,7 @@ from tfdp.data import shuffled_index
 from tfdp.exits import TrainingError
 from tfdp.ledger import Ledger, Spike
 from tfdp.spikes import ENOUGH, WINDOW, loss_limit, offending_rows, recent_from_state, recent_to_state
-from tfdp.tasks import causal_lm as language_task
+from tfdp.tasks import task
 from tfdp.tasks.task import LossFunction, Sums
 from trainers import causal_lm
 from trainers.causal_lm import Config
@@ -180,19 +180,19 @@ def test_stop_saves_what_was_good(tiny_config: Callable[..., Config], poisoned: 
 
 def nan_at(position: int) -> Callable[..., LossFunction]:
     """The next-token task, but the loss of one position is not a number."""
-    original = language_task.next_token_losses
+    original = task.row_losses
 
-    def next_token_losses(*arguments: object) -> LossFunction:
-        row_losses = original(*arguments)  # type: ignore[arg-type]
+    def row_losses(*arguments: object) -> LossFunction:
+        of_rows = original(*arguments)  # type: ignore[arg-type]
 
         def poisoned_losses(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
-            sums, counts = row_losses(rows, step)
+            sums, counts = of_rows(rows, step)
             hit = (rows["position"] == position) & (counts > 0)
             return sums * tf.where(hit, np.float64(math.nan), np.float64(1.0)), counts
 
         return poisoned_losses
 
-    return next_token_losses
+    return row_losses
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_is_gone_around(
 ) -> None:
     distribution = {"num_replicas": num_replicas}
     changes = {"training": {"steps": 12, "on_spike": "rollback"}, "distribution": distribution}
-    monkeypatch.setattr(language_task, "next_token_losses", nan_at(100))
+    monkeypatch.setattr(task, "row_losses", nan_at(100))
     config = tiny_config("around", **changes)
     found = causal_lm.train(config)
     (spike,) = rows_of(config, "spike_action")
@@ -213,18 +213,18 @@ def test_a_loss_that_is_not_finite_is_gone_around(
 
 
 def test_spikes_without_end_stop_the_run(tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = language_task.next_token_losses
+    original = task.row_losses
 
     def always_nan(*arguments: object) -> LossFunction:
-        row_losses = original(*arguments)  # type: ignore[arg-type]
+        of_rows = original(*arguments)  # type: ignore[arg-type]
 
         def poisoned_losses(rows: dict[str, tf.Tensor], step: tf.Tensor) -> Sums:
-            sums, counts = row_losses(rows, step)
+            sums, counts = of_rows(rows, step)
             return sums * np.float64(math.nan), counts
 
         return poisoned_losses
 
-    monkeypatch.setattr(language_task, "next_token_losses", always_nan)
+    monkeypatch.setattr(task, "row_losses", always_nan)
     for on_spike, message in (
         ("skip", r"^training.max_spikes \(3\) is reached at step 4"),
         ("rollback", r"^step 1: .* not finite, though its whole batch is left out"),

@@ -83,7 +83,7 @@ def test_a_target_that_is_left_out_keeps_its_input() -> None:
     targets = PrefixLM().batch(given).targets.numpy()
     assert int(counts[0]) == (targets >= 0).sum() == sum(TIME - max(0, length - 1) for length in LENGTHS)
 
-    logits = model(given["tokens"][:, :-1], None, Prefix(given["length"])).numpy()
+    logits = model(given["tokens"][:, :-1], attention=Prefix(given["length"])).numpy()
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(np.maximum(targets, 0), logits).numpy()
     np.testing.assert_allclose(float(sums[0]), losses[targets >= 0].sum(), rtol=1e-5)
     # the last row is a prefix whole: it teaches its last token, by way of all its inputs

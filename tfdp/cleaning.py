@@ -67,10 +67,6 @@ class Cleaning:
             f"must not exceed cleaning.max_chars ({self.max_chars}): try {self.max_chars}",
         )
 
-    @property
-    def is_off(self) -> bool:
-        return self == Cleaning()
-
 
 class Cleaner:
     """Cleans one document after the other; can be sent to other processes.

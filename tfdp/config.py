@@ -9,12 +9,9 @@ touching a device is found here, as a `ConfigError` of one line that names key, 
 
 import dataclasses
 import hashlib
-import importlib
 import math
 import re
 import sys
-import traceback
-import types
 import typing
 from argparse import SUPPRESS
 from collections.abc import Collection, Mapping, Sequence
@@ -23,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tfdp import mixture, options
-from tfdp.exits import CommandError, ConfigError
+from tfdp.exits import ConfigError
 from tfdp.files import follow_links
 from tfdp.messages import nearest, shown
 from tfdp.options import values_of as _values_of
-from tfdp.startup import importing
 from tfdp.strict_yaml import read as _read_yaml
 
 ConfigType = TypeVar("ConfigType")
@@ -686,69 +682,6 @@ def _flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
             _flatten_mapping(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         )
     return flat
-
-
-def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:
-    """The value of `--trainer` or of the YAML's `trainer` key, before anything else is read."""
-    in_files = (_read_yaml(Path(path)).get("trainer") for path in _values_of("--config", argv))
-    named = _values_of("--trainer", argv) or [str(name) for name in in_files if name is not None]
-    return named[-1] if named else default
-
-
-def import_trainer(name: str) -> types.ModuleType:
-    """Imports a recipe: `causal_lm` means `trainers.causal_lm`; a dotted path is used as it is.
-
-    Raises:
-      ConfigError: the name is wrong.
-      CommandError: the module is there, and its import fails.
-    """
-    path = name if "." in name else f"trainers.{name}"
-    try:
-        if path.startswith("."):
-            raise ModuleNotFoundError(name=path)
-        if path not in sys.modules:
-            with importing():
-                importlib.import_module(path)
-        module = sys.modules[path]
-    except Exception as error:  # whatever the module of a user raises
-        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
-            raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None
-        raise CommandError(f"trainer ({name}) cannot be imported: {_what_and_where(error)}") from error
-    for attribute in ("Config", "train"):
-        require(hasattr(module, attribute), "trainer", name, f"must be a module that defines {attribute}")
-    require(dataclasses.is_dataclass(module.Config), "trainer", name, "must have a dataclass as its Config")
-    return module
-
-
-def _what_and_where(error: Exception) -> str:
-    """One line: "NameError: name 'x' is not defined (recipe.py, line 3)"."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}, line {place.lineno})"
-
-
-def require_functions(recipe: types.ModuleType, name: str, wanted: Sequence[str], purpose: str) -> None:
-    """Raises `ConfigError` that names the first function that a recipe lacks to be, say, "evaluated"."""
-    for function in wanted:
-        require(
-            hasattr(recipe, function), "trainer", name, f"must be a recipe with a {function} function to be {purpose}"
-        )
-
-
-def config_class(recipe: types.ModuleType, trainer: str) -> type[Any]:
-    """The recipe's Config. Where it has no key `trainer` it gets one: the commands have it, whatever the recipe."""
-    own: type[Any] = recipe.Config
-    if any(field.name == "trainer" for field in dataclasses.fields(own)):
-        return own
-    made = dataclasses.make_dataclass(
-        own.__name__,
-        [("trainer", str, dataclasses.field(default=trainer, kw_only=True))],
-        bases=(own,),
-        frozen=own.__dataclass_params__.frozen,
-    )
-    made.__doc__ = f"{own.__doc__ or 'The run.'}\n\nArgs:\n    trainer: The recipe, by the dotted path of its module."
-    return made
 
 
 def _make_parser(config_class: type, prog: str, description: str) -> Any:

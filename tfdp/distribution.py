@@ -32,7 +32,7 @@ _AS_PACKED = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
 def make_strategy(
     config: DistributionConfig,
     cluster: Cluster | None = None,
-    num_side_by_side: int = 1,
+    parallel_microbatches: int = 1,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> tf.distribute.Strategy:
     """Makes the strategy of this process. Call it before TensorFlow has touched a device.
@@ -42,7 +42,7 @@ def make_strategy(
 
     Args:
       config, cluster: who computes.
-      num_side_by_side: micro-batches that each replica will compute at the same time; each gets its share of the cores.
+      parallel_microbatches: that each replica will compute at the same time; each gets its share of the cores.
       meanwhile: is called again and again while it waits for other workers; what it raises ends the waiting.
 
     Raises:
@@ -65,7 +65,7 @@ def make_strategy(
     else:
         keep_freed_memory()
         _make_logical_cpus(num_replicas)
-        _share_cores(num_replicas * num_side_by_side, config.reduction == "canonical")
+        _share_cores(num_replicas * parallel_microbatches, config.reduction == "canonical")
     kind = "GPU" if gpus else "CPU"
     if cluster is not None and cluster.num_workers > 1:
         require_free_port(cluster)
@@ -179,7 +179,7 @@ def num_local_replicas(strategy: tf.distribute.Strategy) -> int:
 
 
 def microbatch_size(
-    strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast", num_side_by_side: int = 1
+    strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast", parallel_microbatches: int = 1
 ) -> int:
     """Sequences of one forward pass on one replica.
 
@@ -198,7 +198,7 @@ def microbatch_size(
         training.global_batch_size,
         f"must be a multiple of {within} ({unit}): try {-(-training.global_batch_size // unit) * unit}",
     )
-    size = training.microbatch_size or training.global_batch_size // (replicas * num_side_by_side)
+    size = training.microbatch_size or training.global_batch_size // (replicas * parallel_microbatches)
     num_microbatches = training.global_batch_size // size
     listed = ", ".join(map(str, possible_owners(num_microbatches)))
     require(
@@ -211,7 +211,7 @@ def microbatch_size(
     return size
 
 
-def num_side_by_side(
+def parallel_microbatches(
     config: DistributionConfig, training: TrainingConfig, num_workers: int, num_params: int, context_length: int
 ) -> int:
     """Micro-batches that a replica computes at the same time, from `training.parallel_microbatches`.
@@ -258,14 +258,16 @@ def transport_of(strategy: tf.distribute.Strategy) -> str:
     return "TCP" if _exchange_of(strategy) else "NCCL" if on_gpu(strategy) else "gRPC"
 
 
-def describe_batch(strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, num_side_by_side: int) -> str:
+def describe_batch(
+    strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, parallel_microbatches: int
+) -> str:
     """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
     replicas = int(strategy.num_replicas_in_sync)
     count = training.global_batch_size // (replicas * size)
     plural = "es" * (count > 1)
     return (
         f"{training.global_batch_size} sequences = {replicas} replica{'s' * (replicas > 1)} x {count} "
-        f"micro-batch{plural} x {size}{f', {num_side_by_side} side by side,' if num_side_by_side > 1 else ''}"
+        f"micro-batch{plural} x {size}{f', {parallel_microbatches} side by side,' if parallel_microbatches > 1 else ''}"
     )
 
 

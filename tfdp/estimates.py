@@ -45,9 +45,9 @@ def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, 
     return shapes
 
 
-def largest_matrix(config: ModelConfig, vocab_size: int) -> int:
+def largest_matrix(shapes: Shapes) -> int:
     """Numbers of the largest matrix that features are multiplied with."""
-    return max(math.prod(shape) for shape in weight_shapes(config, vocab_size).values())
+    return max(math.prod(shape) for shape in shapes.values())
 
 
 def num_params(shapes: Shapes) -> int:

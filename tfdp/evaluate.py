@@ -30,11 +30,11 @@ class Config:
 def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
-    from tfdp import sources
+    from tfdp import assembly, sources
     from tfdp.trained import TrainedGPT
 
     trained = TrainedGPT.open(
-        config.run_dir, config.checkpoint, "evaluated", ["make_model", "num_side_by_side", "make_evaluator"]
+        config.run_dir, config.checkpoint, "evaluated", ["make_model", "make_task", "make_sequences", "weight_shapes"]
     )
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
@@ -50,12 +50,13 @@ def main() -> None:
     from tfdp import distribution
 
     rows = config.rows or run_config.training.rows_of_evaluation
-    side_by_side = trained.recipe.num_side_by_side(run_config, corpus, num_workers=1)
-    strategy = distribution.make_strategy(layout, num_side_by_side=side_by_side)
+    parallel = assembly.parallel_microbatches(trained.recipe, run_config, corpus, num_workers=1)
+    strategy = distribution.make_strategy(layout, parallel_microbatches=parallel)
     with strategy.scope():
         model = trained.make_model()
-    compilation = trained.compilation
-    evaluator = trained.recipe.make_evaluator(run_config, corpus, strategy, model, rows, compilation, side_by_side)
+    evaluator = assembly.make_evaluator(
+        trained.recipe, run_config, corpus, strategy, model, trained.compilation, rows, parallel
+    )
     result = evaluator()
     found = {
         "step": trained.step,

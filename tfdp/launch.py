@@ -23,9 +23,10 @@ from typing import IO
 
 from tfdp import exits
 from tfdp.checkpoint import CheckpointFolder
-from tfdp.config import config_class, find_trainer, import_trainer, load, require, with_run_config
+from tfdp.config import load, require, with_run_config
 from tfdp.exits import ConfigError
 from tfdp.machine import Share, free_ports, preparation, share_machine
+from tfdp.recipe import config_class, find_trainer, import_recipe
 from tfdp.restarts import History, job_code, whereabouts
 
 DESCRIPTION = (
@@ -116,7 +117,7 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
     """
     layered = with_run_config(arguments)
     trainer = find_trainer(layered)
-    config = load(config_class(import_trainer(trainer), trainer), layered, "python -m tfdp.train", "")
+    config = load(config_class(import_recipe(trainer), trainer), layered, "python -m tfdp.train", "")
     run_dir = getattr(config, "run_dir", None)
     if run_dir:
         return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed now, for all restarts

@@ -7,33 +7,10 @@ from typing import Any
 import tensorflow as tf
 
 from tfdp.estimates import loss_chunk_size
-from tfdp.sums import fixed_sum
 
 Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of valid tokens
 
 _ROOM = 64  # a power of two, by which sums in float16 may be larger than float16 can hold
-
-
-def row_cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> Sums:
-    """Cross-entropy in nats, summed over the valid targets of each row in float64, and their number.
-
-    Args:
-      logits: float32 (rows, time, vocab_size).
-      targets: int32 (rows, time); negative where there is nothing to predict.
-
-    Returns:
-      float64 and float32, (rows,) each.
-    """
-    valid = targets >= 0
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(targets, 0), logits)
-    losses = tf.cast(tf.where(valid, losses, 0.0), tf.float64)
-    return tf.reduce_sum(losses, axis=1), tf.reduce_sum(tf.cast(valid, tf.float32), axis=1)
-
-
-def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> Sums:
-    """The same over all rows: float32 scalars, added in float64."""
-    loss_sums, counts = row_cross_entropy(logits, targets)
-    return tf.cast(fixed_sum(loss_sums), tf.float32), tf.reduce_sum(counts)
 
 
 def projected_cross_entropy(

@@ -247,24 +247,24 @@ def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: fl
     return " | ".join(parts)
 
 
-def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_side_by_side: int = 1) -> float:
+def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_parallel: int = 1) -> float:
     """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured on this worker and
-    taken for each: each GPU, or the cores of each worker, where `num_side_by_side` products run at the same time."""
+    taken for each: each GPU, or the cores of each worker, where `num_parallel` products run at the same time."""
     gpu = find_gpu(gpu_names[0]) if gpu_names else None
     if gpu is not None:
         return gpu.matrix_peak(precision) * len(gpu_names)
-    return _measured_matrix_peak(precision, num_side_by_side) * (len(gpu_names) or num_workers)
+    return _measured_matrix_peak(precision, num_parallel) * (len(gpu_names) or num_workers)
 
 
-def _measured_matrix_peak(precision: str, num_side_by_side: int, size: int = 1024, num_runs: int = 6) -> float:
+def _measured_matrix_peak(precision: str, num_parallel: int, size: int = 1024, num_runs: int = 6) -> float:
     """Best of several square products on the first device, plain and under XLA; a few tenths of a second."""
-    products = square_products(precision, size, num_side_by_side)
-    return num_side_by_side * 2 * size**3 / min(_seconds(product) for product in products for _ in range(num_runs))
+    products = square_products(precision, size, num_parallel)
+    return num_parallel * 2 * size**3 / min(_seconds(product) for product in products for _ in range(num_runs))
 
 
-def square_products(precision: str, size: int, num_side_by_side: int = 1) -> list[Callable[[], object]]:
+def square_products(precision: str, size: int, num_parallel: int = 1) -> list[Callable[[], object]]:
     """Functions that multiply (size, size) matrices and wait for it: plain, and under XLA; both are traced."""
-    normal = [tf.random.stateless_normal([size, size], seed=(0, index)) for index in range(num_side_by_side)]
+    normal = [tf.random.stateless_normal([size, size], seed=(0, index)) for index in range(num_parallel)]
     matrices = [tf.cast(each, tf.as_dtype(precision)) for each in normal]
     products: list[Callable[[], object]] = []
     for jit_compile in (False, True):

@@ -94,12 +94,3 @@ def counts(node: Fork | Leaf, num_positions: int) -> list[int]:
         return [num_positions]
     left = count_left(node, num_positions)
     return counts(node.left, left) + counts(node.right, num_positions - left)
-
-
-def locate(node: Fork | Leaf, position: int) -> tuple[int, int]:
-    """(source, number of the position among those of its source)."""
-    while isinstance(node, Fork):
-        before = count_left(node, position)
-        goes_left = count_left(node, position + 1) > before
-        node, position = (node.left, before) if goes_left else (node.right, position - before)
-    return node.source, position

@@ -32,19 +32,11 @@ def scale_for(num_bytes: int) -> int:
     return max(1, -(-num_bytes // MAX_HASHES))
 
 
-def window_hashes(data: np.ndarray, starts: np.ndarray, length: int = WINDOW) -> np.ndarray:
-    """The hash (uint64) of each window of `length` >= 8 bytes inside one document, in the order of the windows."""
-    first, last = _window_ranges(starts, data.size, length)
-    hashes = np.empty(int(np.sum(last - first)), np.uint64)
-    filled = 0
-    for block in hash_blocks(data, starts, length):
-        hashes[filled : filled + block.size] = block
-        filled += block.size
-    return hashes
-
-
 def hash_blocks(data: np.ndarray, starts: np.ndarray, length: int = WINDOW) -> Iterator[np.ndarray]:
-    """The same in blocks, in about 3 MB for data of any size; a block is gone when the next one is asked for."""
+    """The hash (uint64) of each window of `length` >= 8 bytes inside one document, in the order of the windows.
+
+    They come in blocks, in about 3 MB for data of any size; a block is gone when the next one is asked for.
+    """
     assert length >= 8
     data = np.ascontiguousarray(data, np.uint8)
     first, last = _window_ranges(starts, data.size, length)

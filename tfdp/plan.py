@@ -18,9 +18,6 @@ from tfdp.config import (
     MOST,
     MOST_DEVICES,
     DataConfig,
-    config_class,
-    find_trainer,
-    import_trainer,
     known_keys,
     load,
     require,
@@ -31,6 +28,7 @@ from tfdp.config import (
 from tfdp.estimates import Measured, duration
 from tfdp.exits import run_command
 from tfdp.machine import GPUS, available_gpus, find_gpu, total_memory
+from tfdp.recipe import config_class, find_trainer, import_recipe
 from tfdp.systems.running import Running
 
 LAYERS = (1, 4)  # of the models that are measured; a model of no more layers than the last is measured itself
@@ -244,7 +242,7 @@ def main() -> None:
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
     trainer = find_trainer(rest)
-    run = load(config_class(import_trainer(trainer), trainer), rest, "python -m tfdp.plan", description)
+    run = load(config_class(import_recipe(trainer), trainer), rest, "python -m tfdp.plan", description)
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
     plan = make_plan(config, run)

@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,16 +19,13 @@ from tfdp.checkpoint import Checkpoint
 from tfdp.config import (
     MOST,
     MOST_DEVICES,
-    config_class,
-    find_trainer,
-    import_trainer,
     load,
     load_file,
     require,
     require_at_most,
-    require_functions,
 )
 from tfdp.exits import TrainingError, run_command
+from tfdp.recipe import PARTS, Recipe, config_class, find_trainer, import_recipe, require_parts
 from tfdp.startup import load_tensorflow
 from tfdp.weights import restore
 
@@ -87,7 +83,7 @@ class PastRun:
     """A run as its directory tells it, without the tensors."""
 
     directory: "RunDirectory"
-    recipe: ModuleType
+    recipe: Recipe
     config: Any
     logged: Mapping[int, Mapping[str, Any]]  # the rows of metrics.jsonl with a loss, by step
     reached: int  # last step that is known of
@@ -104,8 +100,8 @@ class PastRun:
 
         run = RunDirectory.open(run_dir)
         trainer = find_trainer(["--config", str(run.config_path)])
-        recipe = import_trainer(trainer)
-        require_functions(recipe, trainer, ["build", "num_side_by_side"], "replayed")
+        recipe = import_recipe(trainer)
+        require_parts(recipe, trainer, PARTS, "replayed")
         config = load_file(config_class(recipe, trainer), run.config_path)
         rows, damaged = read_rows(run.metrics_path)
         for line in damaged:
@@ -212,14 +208,14 @@ class Replayer:
     """
 
     def __init__(self, run: PastRun, corpus: "Corpus", step: int, num_replicas: int | None = None) -> None:
-        from tfdp import distribution
+        from tfdp import assembly, distribution
 
         self.run = run
         self.config = config_of_layout(run, step, num_replicas)
         self._tokenizer = corpus.tokenizer
-        side_by_side = run.recipe.num_side_by_side(self.config, corpus, num_workers=1)
-        self.strategy = distribution.make_strategy(self.config.distribution, num_side_by_side=side_by_side)
-        self._parts = run.recipe.build(self.config, corpus, self.strategy)
+        parallel = assembly.parallel_microbatches(run.recipe, self.config, corpus, num_workers=1)
+        self.strategy = distribution.make_strategy(self.config.distribution, parallel_microbatches=parallel)
+        self._parts = assembly.build(run.recipe, self.config, corpus, self.strategy)
         self._weights = self._parts.weights
         trainable, optimizer = self._weights.snapshot()
         self._initial = Checkpoint(trainable, optimizer, {"step": 0})

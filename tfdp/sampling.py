@@ -4,20 +4,30 @@ A new token costs one forward pass over that token alone. When the cache is full
 context is read again and generation goes on, so the cost per token stays bounded at any length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tfdp.config import SamplingConfig
-from tfdp.gpt import GPT, Cache
 from tfdp.tokenizer import Tokenizer
+
+Cache = list[tuple[tf.Tensor, tf.Tensor]]  # keys and values of each block
+
+
+class CachedModel(Protocol):
+    """What is sampled, such as `gpt.GPT`, which says what the methods take and give."""
+
+    config: Any  # has context_length
+    empty_cache: Callable[[int], Cache]
+    extend: Callable[[tf.Tensor, Cache, tf.Tensor], tuple[tf.Tensor, Cache]]
 
 
 class Sampler:
     """Generates text from a model; keeps its traced functions from call to call."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: CachedModel, tokenizer: Tokenizer) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._extend = tf.function(self._last_logits, reduce_retracing=True, autograph=False)
 

@@ -3,37 +3,27 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tfdp.config import (
-    config_class,
-    differing_keys,
-    find_trainer,
-    flatten_yaml,
-    import_trainer,
-    load_file,
-    require_functions,
-    to_yaml,
-)
+from tfdp.config import differing_keys, flatten_yaml, load_file, to_yaml
 from tfdp.estimates import largest_matrix
 from tfdp.exits import ConfigError
 from tfdp.messages import shown
 from tfdp.options import whole_number
+from tfdp.recipe import Model, Recipe, config_class, find_trainer, import_recipe, require_parts
 from tfdp.runs import RunDirectory
 from tfdp.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 from tfdp.weights import Tensors, restore
 
 if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
     from tfdp.compilation import Compilation
-    from tfdp.gpt import GPT
 
 
 @dataclass(frozen=True)
 class TrainedGPT:
     """One checkpoint of a run, and what it was trained with; TensorFlow is not needed before the model is made."""
 
-    recipe: ModuleType
+    recipe: Recipe
     config: Any
     tokenizer: Tokenizer
     weights: Tensors
@@ -56,8 +46,8 @@ class TrainedGPT:
         """
         run = RunDirectory.open(run_dir)
         trainer = find_trainer(["--config", str(run.config_path)])
-        recipe = import_trainer(trainer)
-        require_functions(recipe, trainer, functions, purpose)
+        recipe = import_recipe(trainer)
+        require_parts(recipe, trainer, functions, purpose)
         config = load_file(config_class(recipe, trainer), run.config_path)
         saved = run.checkpoints().load(_choose_step(run, which))
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
@@ -73,12 +63,12 @@ class TrainedGPT:
         from tfdp.compilation import Compilation
 
         training, on_gpu = self.config.training, bool(tf.config.list_physical_devices("GPU"))
-        largest = largest_matrix(self.config.model, self.tokenizer.vocab_size)
+        largest = largest_matrix(self.recipe.weight_shapes(self.config, self.tokenizer.vocab_size))
         return Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
 
-    def make_model(self) -> "GPT":
+    def make_model(self) -> Model:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
-        model: GPT = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
+        model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
         restore(model.named_weights(), self.weights)
         if self.frozen:
             restore(model.named_frozen_weights(), self.frozen)

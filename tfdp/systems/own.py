@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig, import_trainer
+from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tfdp.recipe import import_recipe
 from tfdp.shards import Split
 from tfdp.startup import load_tensorflow
 from tfdp.systems.pace import Pace
@@ -42,13 +43,13 @@ def train(
     """Trains the model of a recipe's configuration on ids, in steps as they are asked for; never returns.
 
     Args:
-      config: of a recipe that has `build`, such as causal_lm.
+      config: of a recipe, such as causal_lm.
       ids: of tokens, flat.
       vocab_size: largest id, and one more.
       pace: asks for steps.
       prepare: called with the recipe's parts; what it returns is kept as long as there are steps.
     """
-    from tfdp import distribution, metrics
+    from tfdp import assembly, distribution, metrics
     from tfdp.cluster_spec import find_cluster
     from tfdp.sources import Corpus, Source
 
@@ -56,11 +57,11 @@ def train(
     shards: Any = _Shards(split, split)
     tokenizer: Any = _Ids(vocab_size)
     corpus = Corpus([Source("ids", Fraction(1), shards)], tokenizer)
-    recipe, cluster = import_trainer(config.trainer), find_cluster(config.distribution)
-    side_by_side = recipe.num_side_by_side(config, corpus, cluster.num_workers)
-    strategy = distribution.make_strategy(config.distribution, cluster, side_by_side)
+    recipe, cluster = import_recipe(config.trainer), find_cluster(config.distribution)
+    parallel = assembly.parallel_microbatches(recipe, config, corpus, cluster.num_workers)
+    strategy = distribution.make_strategy(config.distribution, cluster, parallel)
     distribution.connect_workers(strategy, config.distribution, cluster)
-    parts = recipe.build(config, corpus, strategy)
+    parts = assembly.build(recipe, config, corpus, strategy)
     if distribution.on_gpu(strategy):
         pace.device_memory = metrics.peak_gpu_memory
     held = prepare(parts)
@@ -95,7 +96,7 @@ def model_config(shape: Shape) -> ModelConfig:
 def _config(shape: Shape, variant: str, num_replicas: int) -> Any:
     precision: Any
     precision, _, wire = variant.partition("+")
-    return import_trainer("causal_lm").Config(
+    return import_recipe("causal_lm").Config(
         model=model_config(shape),
         optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, schedule="constant", warmup_steps=0),
         training=TrainingConfig(

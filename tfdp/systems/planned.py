@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.config import config_class, find_trainer, import_trainer, load_file
+from tfdp.config import load_file
 from tfdp.exits import run_command
+from tfdp.recipe import config_class, find_trainer, import_recipe
 from tfdp.startup import load_tensorflow
 from tfdp.systems import own
 from tfdp.systems.pace import Pace
@@ -19,7 +20,7 @@ def main() -> None:
     pace = Pace()
     load_tensorflow()
     trainer = find_trainer([f"--config={path}"])
-    config = load_file(config_class(import_trainer(trainer), trainer), path)
+    config = load_file(config_class(import_recipe(trainer), trainer), path)
     rows = 2 * max(config.training.global_batch_size, config.training.rows_of_evaluation)
     ids = np.random.default_rng(0).integers(0, vocab_size, rows * config.model.context_length + 1, np.int32)
     own.train(config, ids, vocab_size, pace, prepare=_hold_what_a_run_holds)

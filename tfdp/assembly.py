@@ -1,0 +1,355 @@
+"""A recipe, a configuration and a text put together: what is trained, and what reads it back."""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfdp.config import SamplingConfig, code_sha256, flatten, require, to_yaml
+from tfdp.recipe import Model, Recipe
+
+if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
+    from tfdp.cluster import Cluster, Watch
+    from tfdp.compilation import Compilation
+    from tfdp.data import Order
+    from tfdp.evaluation import Evaluator, RowLosses
+    from tfdp.optimizer import Optimizer
+    from tfdp.runs import RunDirectory
+    from tfdp.sources import Corpus
+    from tfdp.step import TrainStep
+    from tfdp.stopping import StopSignal
+    from tfdp.tasks.task import Task
+    from tfdp.weights import WeightSets
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who carries a run, and since when."""
+
+    directory: "RunDirectory"
+    cluster: "Cluster"
+    watch: "Watch"
+    stop: "StopSignal"
+    started: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, wired together under one strategy."""
+
+    model: Model
+    task: "Task"
+    optimizer: "Optimizer"
+    weights: "WeightSets"
+    train_step: "TrainStep"
+    row_losses: "RowLosses"
+    evaluator: "Evaluator"
+    order: "Order"
+    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, positions left out) -> batches from it on
+    microbatch_size: int  # sequences of one forward pass on one replica
+    parallel_microbatches: int  # micro-batches that a replica computes at the same time
+    compilation: "Compilation"
+
+
+def train(recipe: Recipe, config: Any) -> dict[str, Any]:
+    """Trains, or goes on; returns what summary.json holds.
+
+    The cluster, the run directory and the text are looked at before TensorFlow is loaded: what is wrong there is told
+    in a fraction of a second.
+
+    Args:
+      recipe: what is trained.
+      config: its `Config`.
+    """
+    started = time.monotonic()
+    from tfdp.cluster_spec import find_cluster
+    from tfdp.runs import RunDirectory
+    from tfdp.stopping import StopSignal
+
+    with StopSignal() as stop:
+        cluster = find_cluster(config.distribution)
+        require(
+            config.run_dir is not None or cluster.num_workers == 1,
+            "run_dir",
+            config.run_dir,
+            "must be named where there are several workers: try --run_dir runs/NAME",
+        )
+        with RunDirectory.holding(config.run_dir, cluster.is_chief) as directory:
+            return _train(recipe, config, directory, cluster, stop, started)
+
+
+def _train(
+    recipe: Recipe, config: Any, directory: "RunDirectory", cluster: "Cluster", stop: "StopSignal", started: float
+) -> dict[str, Any]:
+    """Opens the text, starts the replicas and comes to terms with the other workers."""
+    from tfdp import sources
+    from tfdp.cluster import Watch, require_agreement
+    from tfdp.startup import load_tensorflow
+
+    corpus = sources.open_corpus(config.data, sources.cache_dir(config.data))
+    corpus.check_lengths(config.model.context_length)
+
+    load_tensorflow()
+    from tfdp import distribution
+
+    layout = config.distribution
+    with Watch(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
+        parallel = parallel_microbatches(recipe, config, corpus, cluster.num_workers)
+        strategy = distribution.make_strategy(layout, cluster, parallel, watch.wait_for_start)
+        require_agreement(cluster, shared_facts(recipe, config, corpus, strategy), watch.wait_for_start)
+        distribution.connect_workers(strategy, layout, cluster)
+        process = Process(directory, cluster, watch, stop, started)
+        return _fit(config, corpus, strategy, build(recipe, config, corpus, strategy), process)
+
+
+def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Process) -> dict[str, Any]:
+    """Tells what the parts of the run are, and runs the loop."""
+    from tfdp import console, distribution, loop, metrics
+    from tfdp.run import Run
+    from tfdp.sampling import Sampler
+    from tfdp.tokenizer import save_tokenizer
+
+    training, directory, cluster = config.training, process.directory, process.cluster
+    sampler = Sampler(parts.model, corpus.tokenizer)
+    sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
+    samples: list[str] = []  # the newest, which is shown at the end: drawing it again would hold the end up
+
+    def sample() -> str:
+        samples[:] = [sampler.text("", sampling)]
+        return samples[0]
+
+    matrix_peak = metrics.matrix_peak(
+        training.precision,
+        distribution.gpu_names(strategy),
+        cluster.num_workers,
+        distribution.num_local_replicas(strategy) * parts.parallel_microbatches,
+    )
+    say = console.say if cluster.is_chief else (lambda _line: None)
+    for line in _introduction(config, corpus, strategy, parts, matrix_peak):
+        say(line)
+    say(f"run        {directory.path}")
+    summary = loop.fit(
+        Run(
+            directory=directory,
+            training=training,
+            checkpointing=config.checkpoint,
+            identity=identity(config, corpus),
+            weights=parts.weights,
+            train_step=parts.train_step,
+            batches_from=parts.batches_from,
+            left_out=config.data.left_out,
+            task=parts.task,
+            row_losses=parts.row_losses,
+            evaluate=parts.evaluator,
+            sample=sample if training.sample_tokens else None,
+            cluster=cluster,
+            watch=process.watch,
+            stop=process.stop,
+            furnish=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
+            source_names=[source.name for source in corpus.sources],
+            bytes_per_token=corpus.bytes_per_token,
+            flops_per_token=parts.model.flops_per_token(),
+            matrix_peak=matrix_peak,
+            layout=_layout(cluster, strategy, parts),
+            facts={
+                "num_params": parts.model.num_params(),
+                "corpus_sha256": corpus.corpus_sha256,
+                "transport": distribution.transport_of(strategy),
+            },
+            config_yaml=to_yaml(config, without=["run_dir"]),
+            started=process.started,
+        )
+    )
+    for text in samples:
+        say(f"\n--- a sample ---\n{text}\n---\n")
+    say(directory.next_steps())
+    return summary
+
+
+def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, matrix_peak: float) -> list[str]:
+    """What a run is, for people."""
+    from tfdp import distribution
+
+    training, step, names = config.training, parts.train_step, [source.name for source in corpus.sources]
+    cut = distribution.describe_batch(strategy, training, parts.microbatch_size, parts.parallel_microbatches)
+    lines = [
+        f"model      {parts.model.describe()}",
+        *(f"data       {line}" for line in corpus.describe()),
+        f"order      {parts.order.describe(training.steps, names)}",
+        f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s",
+        f"precision  {training.precision}, {parts.compilation}",
+        f"step       {cut} of {config.model.context_length} tokens",
+    ]
+    if step.num_reductions:
+        count, megabytes = step.num_reductions, step.reduction_bytes / 1e6
+        lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}")
+    return lines
+
+
+def _layout(cluster: "Cluster", strategy: Any, parts: Parts) -> dict[str, int]:
+    """Who carries a run, as its checkpoints tell it."""
+    return {
+        "num_workers": cluster.num_workers,
+        "num_replicas": int(strategy.num_replicas_in_sync),
+        "microbatch_size": parts.microbatch_size,
+        "parallel_microbatches": parts.parallel_microbatches,
+    }
+
+
+def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
+    """Micro-batches that each replica computes at the same time."""
+    from tfdp import distribution, estimates
+
+    num_params = estimates.num_params(recipe.weight_shapes(config, corpus.tokenizer.vocab_size))
+    context_length = config.model.context_length
+    return distribution.parallel_microbatches(
+        config.distribution, config.training, num_workers, num_params, context_length
+    )
+
+
+def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts:
+    """Makes the model with its initial weights, its step, its evaluation and its batches; runs nothing.
+
+    Raises:
+      ConfigError: the global batch cannot be cut among the replicas of this strategy.
+    """
+    from tfdp import data, distribution
+    from tfdp.compilation import Compilation
+    from tfdp.estimates import largest_matrix
+    from tfdp.evaluation import RowLosses
+    from tfdp.optimizer import Optimizer
+    from tfdp.tasks.task import row_losses
+    from tfdp.weights import WeightSets
+
+    training, vocab_size = config.training, corpus.tokenizer.vocab_size
+    parallel = parallel_microbatches(recipe, config, corpus, distribution.num_workers(strategy))
+    microbatch_size = distribution.microbatch_size(strategy, training, config.distribution.reduction, parallel)
+    largest = largest_matrix(recipe.weight_shapes(config, vocab_size))
+    on_gpu = distribution.on_gpu(strategy)
+    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
+    task = recipe.make_task(config, corpus)
+    with strategy.scope():
+        model = recipe.make_model(config, vocab_size, compilation.parts)
+        optimizer = Optimizer(config.optimizer, model.trainable_variables)
+    losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.parts)
+    order = data.Order(
+        [recipe.make_sequences(config, split) for split in corpus.train],
+        [source.weight for source in corpus.sources],
+        config.data.partition,
+        config.seed,
+        training.global_batch_size,
+    )
+
+    def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
+        return iter(data.train_batches(strategy, order, step, left_out))
+
+    return Parts(
+        model,
+        task,
+        optimizer,
+        WeightSets(model.named_weights(), model.named_frozen_weights(), optimizer.named_state()),
+        _make_step(config, strategy, losses, optimizer, compilation, (microbatch_size, parallel), len(corpus.sources)),
+        RowLosses(strategy, losses, microbatch_size, compilation.whole),
+        make_evaluator(recipe, config, corpus, strategy, model, compilation, training.rows_of_evaluation, parallel),
+        order,
+        batches_from,
+        microbatch_size,
+        parallel,
+        compilation,
+    )
+
+
+def _make_step(
+    config: Any,
+    strategy: Any,
+    losses: Any,
+    optimizer: "Optimizer",
+    compilation: "Compilation",
+    microbatches: tuple[int, int],
+    num_sources: int,
+) -> "TrainStep":
+    """The train step; `microbatches` is their size, and how many of them a replica computes at the same time."""
+    from tfdp.optimizer import make_schedule
+    from tfdp.step import StepRules, TrainStep
+    from tfdp.tasks.task import source_losses
+
+    training, size, parallel = config.training, *microbatches
+    rules = StepRules(
+        clip_norm=config.optimizer.clip_norm,
+        reduction=config.distribution.reduction,
+        verify_every=training.verify_every,
+        spike_threshold=training.spike_threshold,
+        skip_spikes=training.on_spike == "skip",
+        wire_dtype=config.distribution.wire_dtype,
+        bytes_per_pack=config.distribution.bytes_per_pack,
+        scales_loss=training.precision == "float16",
+    )
+    return TrainStep(
+        strategy,
+        source_losses(losses, num_sources),
+        optimizer,
+        make_schedule(config.optimizer, training.steps),
+        training.global_batch_size,
+        size,
+        rules,
+        compilation,
+        num_sources,
+        parallel,
+    )
+
+
+def make_evaluator(
+    recipe: Recipe,
+    config: Any,
+    corpus: "Corpus",
+    strategy: Any,
+    model: Model,
+    compilation: "Compilation",
+    rows: int,
+    parallel_passes: int = 1,
+) -> "Evaluator":
+    """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
+    from tfdp.evaluation import Evaluator, ValidationSet
+    from tfdp.tasks.task import row_losses, source_losses
+
+    splits = {source.name: source.shards.validation for source in corpus.sources}
+    sets = [
+        ValidationSet(name, recipe.make_sequences(config, split), split.num_bytes) for name, split in splits.items()
+    ]
+    task = recipe.make_task(config, corpus)
+    losses = row_losses(task, model, None, config.training.loss_chunk_size, compilation.parts)
+    loss = source_losses(losses, len(sets))
+    return Evaluator(strategy, task, loss, sets, rows, compilation.whole, parallel_passes)
+
+
+def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
+    """What all workers must have in common: every key but where each keeps its cache, text, code and devices."""
+    from tfdp import distribution
+
+    keys = flatten(config)
+    del keys["data.cache_dir"]
+    return {
+        **keys,
+        "split_sha256": corpus.split_sha256,
+        "code_sha256": code_sha256(*([Path(recipe.__file__).parent] if recipe.__file__ else [])),
+        **distribution.shared_facts(strategy),
+    }
+
+
+def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
+    """What two processes must have in common to be one run: the shapes, the data and its order."""
+    free = {"dropout", "init_stddev"}  # may change on the way: they shape neither tensors nor data
+    model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
+    return {
+        **model,
+        "data.tokenizer": corpus.tokenizer.fingerprint,
+        "data.sequences": config.data.sequences,
+        "data.document_attention": config.data.document_attention,
+        "data.partition": config.data.partition,
+        "corpus_sha256": corpus.corpus_sha256,
+        "split_sha256": corpus.split_sha256,
+        "optimizer.name": config.optimizer.name,
+        "training.global_batch_size": config.training.global_batch_size,
+        "seed": config.seed,
+    }

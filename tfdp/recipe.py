@@ -1,0 +1,172 @@
+"""The contract of a recipe: what a module must define to be run by `--trainer`, checked when it is imported.
+
+A recipe says what is trained on what; the step, the loop, the layouts and the files are the library's
+(`tfdp/assembly.py`). Every command that trains, or reads a run back, asks the recipe that the run names, and nothing
+else of it than this:
+
+    Config                                  the keys: a dataclass with the sections that it needs
+    make_model(config, vocab_size, fuse)    the model with its initial weights, a `Model`
+    make_task(config, corpus)               what is learned, a `tasks.task.Task`
+    make_sequences(config, split)           the rows that the tokens of a split are cut into
+    weight_shapes(config, vocab_size)       of the model before it is made, for estimates
+
+Or, instead of the functions, `train(config)`: a program of its own, which nothing else can read back.
+"""
+
+import dataclasses
+import importlib
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from tfdp.config import require
+from tfdp.exits import CommandError, ConfigError
+from tfdp.options import values_of
+from tfdp.startup import importing
+from tfdp.strict_yaml import read as read_yaml
+
+if TYPE_CHECKING:
+    import keras
+
+    from tfdp.sequences import Sequences
+    from tfdp.shards import Split
+    from tfdp.sources import Corpus
+    from tfdp.tasks.task import Task
+
+PARTS = ("make_model", "make_task", "make_sequences", "weight_shapes")
+
+
+class Recipe(Protocol):
+    """A module that can be trained, resumed, evaluated, sampled and replayed."""
+
+    __name__: str
+    __file__: str | None
+    Config: type[Any]
+
+    def make_model(self, config: Any, vocab_size: int, fuse: bool) -> "Model":
+        """The model with its initial weights; called inside the scope of the strategy that will use it.
+
+        Args:
+          config: of the run.
+          vocab_size: of the tokenizer.
+          fuse: whether XLA compiles what lies between the matrix products: `Compilation.parts`.
+        """
+        ...
+
+    def make_task(self, config: Any, corpus: "Corpus") -> "Task":
+        """What is learned from the rows, and reported of them."""
+        ...
+
+    def make_sequences(self, config: Any, split: "Split") -> "Sequences":
+        """The rows that the tokens of a split are cut into; of all splits of a run, rows of one width."""
+        ...
+
+    def weight_shapes(self, config: Any, vocab_size: int) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the weights by name, before there are any: for estimates, and for what suits their size."""
+        ...
+
+
+class Model(Protocol):
+    """What a recipe makes: `gpt.GPT`, or a model of one's own.
+
+    Attributes:
+      trainable_variables: in the order of their gradients.
+      output_table, features: what is scored, see `tasks.task.LanguageModel`.
+      config, empty_cache, extend: what is sampled, see `sampling.CachedModel`.
+    """
+
+    trainable_variables: Sequence[Any]
+    output_table: Any
+    features: Any
+    config: Any
+    empty_cache: Any
+    extend: Any
+
+    def named_weights(self) -> Mapping[str, "keras.Variable"]:
+        """The trainable weights by name."""
+        ...
+
+    def named_frozen_weights(self) -> Mapping[str, "keras.Variable"]:
+        """All other weights by name."""
+        ...
+
+    def num_params(self) -> int:
+        """Number of trainable numbers."""
+        ...
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward for one token of a full row, as MFU counts them."""
+        ...
+
+    def describe(self) -> str:
+        """The shape, for people."""
+        ...
+
+
+def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:
+    """The value of `--trainer` or of the YAML's `trainer` key, before anything else is read."""
+    in_files = (read_yaml(Path(path)).get("trainer") for path in values_of("--config", argv))
+    named = values_of("--trainer", argv) or [str(name) for name in in_files if name is not None]
+    return named[-1] if named else default
+
+
+def import_recipe(name: str) -> Recipe:
+    """Imports a recipe: `causal_lm` means `trainers.causal_lm`; a dotted path is used as it is.
+
+    Raises:
+      ConfigError: the name is wrong, or what it names is no recipe.
+      CommandError: the module is there, and its import fails.
+    """
+    path = name if "." in name else f"trainers.{name}"
+    try:
+        if path.startswith("."):
+            raise ModuleNotFoundError(name=path)
+        if path not in sys.modules:
+            with importing():
+                importlib.import_module(path)
+        module = sys.modules[path]
+    except Exception as error:  # whatever the module of a user raises
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None
+        raise CommandError(f"trainer ({name}) cannot be imported: {_what_and_where(error)}") from error
+    require(hasattr(module, "Config"), "trainer", name, "must be a module that defines Config")
+    require(dataclasses.is_dataclass(module.Config), "trainer", name, "must have a dataclass as its Config")
+    missing = [part for part in PARTS if not callable(getattr(module, part, None))]
+    require(
+        not missing or callable(getattr(module, "train", None)),
+        "trainer",
+        name,
+        f"must be a recipe, but it does not define {', '.join(missing)}; or a program with a train(config) of its own",
+    )
+    return cast(Recipe, module)
+
+
+def require_parts(recipe: Recipe, name: str, wanted: Sequence[str], purpose: str) -> None:
+    """Raises `ConfigError` that names the first function that a recipe lacks to be, say, "evaluated"."""
+    for part in wanted:
+        require(hasattr(recipe, part), "trainer", name, f"must be a recipe with a {part} function to be {purpose}")
+
+
+def _what_and_where(error: Exception) -> str:
+    """One line: "NameError: name 'x' is not defined (recipe.py, line 3)"."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}, line {place.lineno})"
+
+
+def config_class(recipe: Recipe, trainer: str) -> type[Any]:
+    """The recipe's Config. Where it has no key `trainer` it gets one: the commands have it, whatever the recipe."""
+    own: type[Any] = recipe.Config
+    if any(field.name == "trainer" for field in dataclasses.fields(own)):
+        return own
+    made = dataclasses.make_dataclass(
+        own.__name__,
+        [("trainer", str, dataclasses.field(default=trainer, kw_only=True))],
+        bases=(own,),
+        frozen=own.__dataclass_params__.frozen,
+    )
+    made.__doc__ = f"{own.__doc__ or 'The run.'}\n\nArgs:\n    trainer: The recipe, by the dotted path of its module."
+    return made
