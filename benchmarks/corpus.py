@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write_corpus(path: Path, num_bytes: int) -> None:
-    from tfdp.corpus import documents
+    from tfdp.data.corpus import documents
 
     generator = random.Random(0)
     texts = [document.text.split("\n") for document in documents("python-stdlib") if document.text]
@@ -104,15 +104,15 @@ def memory(pid: int, kind: str) -> float:
 
 def input_wait(shards: Path, num_rounds: int = 15, num_steps: int = 20) -> None:
     """Prints how much longer steps take on the real pipeline than on one batch that is there already."""
-    from tfdp.startup import load_tensorflow
+    from tfdp.system.startup import load_tensorflow
 
     load_tensorflow()
     import tensorflow as tf
 
-    from tfdp import data
-    from tfdp.config import DataConfig, DistributionConfig, ModelConfig, TrainingConfig
-    from tfdp.distribution import make_strategy
-    from tfdp.sources import open_corpus
+    from tfdp.config.sections import DataConfig, DistributionConfig, ModelConfig, TrainingConfig
+    from tfdp.data import pipeline
+    from tfdp.data.sources import open_corpus
+    from tfdp.parallel.distribution import make_strategy
     from trainers.causal_lm import Config, build
 
     strategy = make_strategy(DistributionConfig())
@@ -123,7 +123,7 @@ def input_wait(shards: Path, num_rounds: int = 15, num_steps: int = 20) -> None:
     )
     parts = build(config, open_corpus(config.data, Path("unused")), strategy)
     batches = parts.batches_from(0, ())
-    batch = next(iter(data.train_batches(strategy, parts.order, 0)))
+    batch = next(iter(pipeline.train_batches(strategy, parts.order, 0)))
     same = iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(batch).repeat()))
     parts.train_step(batches, 0, num_steps), parts.train_step(same, 0, num_steps)
     seconds: dict[str, list[float]] = {"pipeline": [], "one batch": []}

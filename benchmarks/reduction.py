@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.startup import load_tensorflow
+from tfdp.system.startup import load_tensorflow
 
 STEPS_OF_ROUND = 10
 LAYOUTS = {"2 replicas": (2, 8), "4 replicas": (4, 4), "accumulation 4": (1, 4)}  # (num_replicas, microbatch_size)
@@ -21,13 +21,14 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
     """A step of the default job in a layout, with weights of its own, and endless batches for it."""
     import tensorflow as tf
 
-    from tfdp import distribution
-    from tfdp.compilation import Compilation
-    from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
-    from tfdp.gpt import GPT
-    from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.step import StepRules, TrainStep
+    from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
+    from tfdp.models.gpt import GPT
+    from tfdp.optim.optimizer import Optimizer
+    from tfdp.optim.schedule import make_schedule
+    from tfdp.parallel import distribution
     from tfdp.tasks.causal_lm import next_token_loss
+    from tfdp.training.compilation import Compilation
+    from tfdp.training.step import StepRules, TrainStep
 
     training, config, rows = TrainingConfig(), OptimizerConfig(), TrainingConfig().global_batch_size
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas, reduction=reduction))  # type: ignore[arg-type]
@@ -53,8 +54,8 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
 def main() -> None:
     load_tensorflow()
 
-    from tfdp import distribution
-    from tfdp.config import DistributionConfig
+    from tfdp.config.sections import DistributionConfig
+    from tfdp.parallel import distribution
 
     num_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     distribution.make_strategy(DistributionConfig(num_replicas=4))  # as many devices as the widest layout needs

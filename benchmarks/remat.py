@@ -9,8 +9,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tfdp.config import DataConfig, ModelConfig, OptimizerConfig, import_trainer, to_yaml
-from tfdp.systems.running import Running
+from tfdp.benchmarking.running import Running
+from tfdp.config.parsing import import_trainer, to_yaml
+from tfdp.config.sections import DataConfig, ModelConfig, OptimizerConfig
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
                     )
                     path = Path(folder, f"{remat}-{rows}.yaml")
                     path.write_text(to_yaml(replace(base, training=training)), encoding="utf-8")
-                    found[remat, rows] = Running(path.stem, ["tfdp.systems.planned", str(path), "256"])
+                    found[remat, rows] = Running(path.stem, ["tfdp.benchmarking.planned", str(path), "256"])
                     found[remat, rows].settle(1.0)
         for _ in range(num_rounds):
             for each in found.values():

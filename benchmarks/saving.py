@@ -11,22 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from tfdp.startup import load_tensorflow
+from tfdp.system.startup import load_tensorflow
 
 
 def main() -> None:
     load_tensorflow()
     import tensorflow as tf
 
-    from tfdp import distribution
-    from tfdp.checkpoint import Checkpoint, CheckpointFolder
-    from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
-    from tfdp.gpt import GPT
-    from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.saver import AsyncSaver
-    from tfdp.step import StepRules, TrainStep
+    from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig
+    from tfdp.models.gpt import GPT
+    from tfdp.optim.optimizer import Optimizer
+    from tfdp.optim.schedule import make_schedule
+    from tfdp.parallel import distribution
     from tfdp.tasks.causal_lm import next_token_loss
-    from tfdp.weights import snapshot
+    from tfdp.training.checkpoint import Checkpoint, CheckpointFolder
+    from tfdp.training.saver import AsyncSaver
+    from tfdp.training.step import StepRules, TrainStep
+    from tfdp.training.weights import snapshot
 
     num_rounds, context_length, rows = int(sys.argv[1]) if len(sys.argv) > 1 else 8, 64, 8
     config = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")

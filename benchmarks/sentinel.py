@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.startup import load_tensorflow
+from tfdp.system.startup import load_tensorflow
 
 STEPS_OF_ROUND = 100
 
 
 def make_step(strategy: Any, verify_every: int) -> Any:
     """A step of the default job under a strategy, with weights of its own."""
-    from tfdp.compilation import Compilation
-    from tfdp.config import ModelConfig, OptimizerConfig, TrainingConfig
-    from tfdp.gpt import GPT
-    from tfdp.optimizer import Optimizer, make_schedule
-    from tfdp.step import StepRules, TrainStep
+    from tfdp.config.sections import ModelConfig, OptimizerConfig, TrainingConfig
+    from tfdp.models.gpt import GPT
+    from tfdp.optim.optimizer import Optimizer
+    from tfdp.optim.schedule import make_schedule
     from tfdp.tasks.causal_lm import next_token_loss
+    from tfdp.training.compilation import Compilation
+    from tfdp.training.step import StepRules, TrainStep
 
     training, config = TrainingConfig(), OptimizerConfig()
     with strategy.scope():
@@ -44,7 +45,7 @@ def endless_batches(strategy: Any) -> Any:
     """The same random batch for ever."""
     import tensorflow as tf
 
-    from tfdp.config import ModelConfig, TrainingConfig
+    from tfdp.config.sections import ModelConfig, TrainingConfig
 
     rows = TrainingConfig().global_batch_size
     tokens = np.random.default_rng(0).integers(0, 256, (rows, ModelConfig().context_length + 1)).astype(np.int32)
@@ -56,8 +57,8 @@ def endless_batches(strategy: Any) -> Any:
 def main() -> None:
     load_tensorflow()
 
-    from tfdp import distribution
-    from tfdp.config import DistributionConfig, TrainingConfig
+    from tfdp.config.sections import DistributionConfig, TrainingConfig
+    from tfdp.parallel import distribution
 
     num_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=2))

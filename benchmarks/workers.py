@@ -10,11 +10,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from tfdp.config import OptimizerConfig, load, to_yaml
+from tfdp.benchmarking import own
+from tfdp.benchmarking.running import Running
+from tfdp.benchmarking.shapes import SHAPES
+from tfdp.config.parsing import load, to_yaml
+from tfdp.config.sections import OptimizerConfig
 from tfdp.recipe import import_recipe
-from tfdp.systems import own
-from tfdp.systems.running import Running
-from tfdp.systems.shapes import SHAPES
 
 ROUNDS, ROUND_SECONDS = 9, 2.0
 
@@ -33,7 +34,7 @@ def main() -> None:
             whole_path, half_path = Path(folder, "whole.yaml"), Path(folder, "half.yaml")
             whole_path.write_text(to_yaml(config), encoding="utf-8")
             half_path.write_text(to_yaml(replace(config, training=half)), encoding="utf-8")
-            whole, halves = (["tfdp.systems.planned", str(path), "65"] for path in (whole_path, half_path))
+            whole, halves = (["tfdp.benchmarking.planned", str(path), "65"] for path in (whole_path, half_path))
             one = Running("one process", whole)
             two = Running("two workers", whole, num_workers=2)
             apart = Running("two apart", halves, num_workers=2, together=False)

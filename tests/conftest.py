@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdp.startup import load_tensorflow
+from tfdp.system.startup import load_tensorflow
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tfdp-tests-")
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for processes that tests start
@@ -17,7 +17,7 @@ load_tensorflow()
 
 import tensorflow as tf  # noqa: E402
 
-from tfdp.config import (  # noqa: E402
+from tfdp.config.sections import (  # noqa: E402
     CheckpointConfig,
     DataConfig,
     ModelConfig,

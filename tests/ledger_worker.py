@@ -22,7 +22,7 @@ from typing import Any
 def keep_ledger(ledger: str, delay: float) -> None:
     import tensorflow as tf
 
-    from tfdp.step import TrainStep
+    from tfdp.training.step import TrainStep
 
     file = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     replica_step = TrainStep._replica_step
@@ -41,7 +41,7 @@ def keep_ledger(ledger: str, delay: float) -> None:
 
 
 def die_at(count: int) -> None:
-    from tfdp import checkpoint
+    from tfdp.training import checkpoint
 
     left = [count]
 
@@ -62,7 +62,7 @@ def die_at(count: int) -> None:
 def main() -> None:
     ledger, delay, fault = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
     sys.argv = ["tfdp.train", *sys.argv[4:]]
-    from tfdp.startup import load_tensorflow
+    from tfdp.system.startup import load_tensorflow
 
     load_tensorflow()
     keep_ledger(ledger, delay)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tfdp.benchmark import Config, Row, table
-from tfdp.exits import ConfigError
-from tfdp.gpt import GPT
-from tfdp.systems import own
-from tfdp.systems.shapes import SHAPES, shuffled_windows, token_ids
+from tfdp.benchmarking import own
+from tfdp.benchmarking.shapes import SHAPES, shuffled_windows, token_ids
+from tfdp.models.gpt import GPT
+from tfdp.system.exits import ConfigError
 
 KEYS = [
     "shape",

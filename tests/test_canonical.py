@@ -12,13 +12,14 @@ import pytest
 import tensorflow as tf
 from workers import start, tiny_arguments
 
-from tfdp import distribution
-from tfdp.config import DistributionConfig, ModelConfig, OptimizerConfig
-from tfdp.exits import ConfigError
-from tfdp.gpt import GPT
-from tfdp.optimizer import Optimizer, make_schedule
-from tfdp.step import StepRules, TrainStep
+from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig
+from tfdp.models.gpt import GPT
+from tfdp.optim.optimizer import Optimizer
+from tfdp.optim.schedule import make_schedule
+from tfdp.parallel import distribution
+from tfdp.system.exits import ConfigError
 from tfdp.tasks.causal_lm import next_token_loss
+from tfdp.training.step import StepRules, TrainStep
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

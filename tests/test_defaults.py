@@ -14,7 +14,7 @@ import pytest
 from test_spikes import BATCH, CONTEXT, POSITION, STEP, poisoned  # noqa: F401 (a fixture)
 from workers import start
 
-from tfdp.config import CheckpointConfig, DataConfig, ModelConfig, TrainingConfig
+from tfdp.config.sections import CheckpointConfig, DataConfig, ModelConfig, TrainingConfig
 from tfdp.replay import PastRun, Replayer, report
 from trainers import causal_lm
 from trainers.causal_lm import Config

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdp.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
-from tfdp.config import differing_keys, load_file, to_yaml, with_run_config
-from tfdp.exits import ConfigError
-from tfdp.runs import RunDirectory
-from tfdp.tokenizer import open_tokenizer
-from tfdp.trained import TrainedGPT, open_own_tokenizer, refuse_other_keys
+from tfdp.config.parsing import load_file, to_yaml
+from tfdp.config.run_config import differing_keys, with_run_config
+from tfdp.data.tokenizers.tokenizer import open_tokenizer
+from tfdp.inference.trained import TrainedGPT, open_own_tokenizer, refuse_other_keys
+from tfdp.system.exits import ConfigError
+from tfdp.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from tfdp.training.run_directory import RunDirectory
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -44,7 +45,7 @@ def is_same(found: Checkpoint | None, expected: Checkpoint) -> bool:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> RunDirectory:
     """A run of the default optimizer with two checkpoints and a BPE vocabulary."""
-    from tfdp.config import DataConfig, ModelConfig, TrainingConfig
+    from tfdp.config.sections import DataConfig, ModelConfig, TrainingConfig
 
     path = tmp_path_factory.mktemp("flips") / "run"
     config = Config(

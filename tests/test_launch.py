@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tfdp import launch, restarts
+from tfdp import launch
+from tfdp.parallel import restarts
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30  # seconds for one job, on a busy machine

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from workers import Job, free_ports, start, tiny_arguments
 
-from tfdp.cluster import probe
+from tfdp.parallel.cluster import probe
 
 pytestmark = [pytest.mark.multiworker, pytest.mark.timeout(240)]
 
@@ -210,13 +210,13 @@ def test_a_worker_that_comes_and_dies_before_all_are_there_is_named(
 
 SILENT_PEER = """
 import os, sys, time
-from tfdp.startup import load_tensorflow
+from tfdp.system.startup import load_tensorflow
 load_tensorflow()
-from tfdp import distribution
-from tfdp.cluster import Watch, require_agreement
-from tfdp.cluster_spec import find_cluster
-from tfdp.config import DistributionConfig
-from tfdp.exits import end, run_command
+from tfdp.parallel import distribution
+from tfdp.parallel.cluster import Watch, require_agreement
+from tfdp.parallel.cluster_spec import find_cluster
+from tfdp.config.sections import DistributionConfig
+from tfdp.system.exits import end, run_command
 
 def main():
     config = DistributionConfig(start_timeout_seconds=15)

@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdp import bpe, joining, parts, preparation, shard_folder
-from tfdp.cleaning import Cleaning
-from tfdp.config import DataConfig
-from tfdp.exits import ConfigError
-from tfdp.manifest import read_manifest
-from tfdp.preparation import prepare
-from tfdp.reading import Recipe
-from tfdp.shards import Split, open_shards
-from tfdp.sources import open_corpus
-from tfdp.tokenizer import ByteTokenizer, make_tokenizer, save_tokenizer
+from tfdp.config.sections import DataConfig
+from tfdp.data import encoding, joining, preparation, shard_folder
+from tfdp.data.cleaning import Cleaning
+from tfdp.data.manifest import read_manifest
+from tfdp.data.preparation import prepare
+from tfdp.data.reading import Recipe
+from tfdp.data.shards import Split, open_shards
+from tfdp.data.sources import open_corpus
+from tfdp.data.tokenizers import bpe
+from tfdp.data.tokenizers.tokenizer import ByteTokenizer, make_tokenizer, save_tokenizer
+from tfdp.system.exits import ConfigError
 
 WORDS = ["return", "self.value", "import", "for", "lambda", "été", "漢字", "😀", "0", "+=", "(", "\n", "\n\t", "\r\n"]
 
@@ -68,7 +69,7 @@ def texts(split: Split, tokenizer: object) -> list[str]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "STRETCH_BYTES", 20_000)
+    monkeypatch.setattr(encoding, "STRETCH_BYTES", 20_000)
 
 
 def recipe(source: str, tokenizer: str = "bytes", **values: object) -> Recipe:
@@ -83,7 +84,7 @@ def test_parts_and_processes_do_not_show(tmp_path: Path, small_parts: None, toke
     source = write_jsonl(tmp_path / "a.jsonl", 300_000)
     one = prepare(recipe(source, tokenizer), tmp_path / "one", overlap=True)
     prepare(recipe(source, tokenizer), tmp_path / "two", num_processes=2, overlap=True)
-    parts.STRETCH_BYTES = 1 << 30
+    encoding.STRETCH_BYTES = 1 << 30
     prepare(recipe(source, tokenizer), tmp_path / "whole", overlap=True)
     assert digests(tmp_path / "one") == digests(tmp_path / "two") == digests(tmp_path / "whole")
     written = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tfdp.checkpoint import CheckpointFolder
+from tfdp.training.checkpoint import CheckpointFolder
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 400  # seconds, on a busy machine
@@ -17,7 +17,7 @@ TIMEOUT = 400  # seconds, on a busy machine
 RECIPE = """
 import tensorflow as tf
 from dataclasses import dataclass
-from tfdp.gpt import GPT
+from tfdp.models.gpt import GPT
 from trainers.causal_lm import Config, make_sequences, make_task, weight_shapes
 
 class Shifted(GPT):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from test_spikes import BATCH, POSITION, STEP, poisoned, poisoned_config  # noqa: F401 (a fixture)
 
-from tfdp.config import to_yaml
-from tfdp.exits import ConfigError, TrainingError, run_command
+from tfdp.config.parsing import to_yaml
 from tfdp.replay import PastRun, Replay, Replayer, compare, config_of_layout, main, report
+from tfdp.system.exits import ConfigError, TrainingError, run_command
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

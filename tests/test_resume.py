@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from workers import WORKER, tiny_arguments
 
-from tfdp.exits import ConfigError
+from tfdp.system.exits import ConfigError
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

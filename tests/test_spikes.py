@@ -11,13 +11,13 @@ import pytest
 import tensorflow as tf
 from workers import start, tiny_arguments
 
-from tfdp.config import DataConfig
-from tfdp.data import shuffled_index
-from tfdp.exits import TrainingError
-from tfdp.ledger import Ledger, Spike
-from tfdp.spikes import ENOUGH, WINDOW, loss_limit, offending_rows, recent_from_state, recent_to_state
+from tfdp.config.sections import DataConfig
+from tfdp.data.pipeline import shuffled_index
+from tfdp.system.exits import TrainingError
 from tfdp.tasks import task
 from tfdp.tasks.task import LossFunction, Sums
+from tfdp.training.ledger import Ledger, Spike
+from tfdp.training.spikes import ENOUGH, WINDOW, loss_limit, offending_rows, recent_from_state, recent_to_state
 from trainers import causal_lm
 from trainers.causal_lm import Config
 

@@ -6,21 +6,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tfdp.config import SamplingConfig, code_sha256, flatten, require, to_yaml
+from tfdp.config.parsing import flatten, to_yaml
+from tfdp.config.sections import SamplingConfig
 from tfdp.recipe import Model, Recipe
+from tfdp.system.code import code_sha256
+from tfdp.system.exits import require
 
 if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
-    from tfdp.cluster import Cluster, Watch
-    from tfdp.compilation import Compilation
-    from tfdp.data import Order
-    from tfdp.evaluation import Evaluator, RowLosses
-    from tfdp.optimizer import Optimizer
-    from tfdp.runs import RunDirectory
-    from tfdp.sources import Corpus
-    from tfdp.step import TrainStep
-    from tfdp.stopping import StopSignal
+    from tfdp.data.pipeline import Order
+    from tfdp.data.sources import Corpus
+    from tfdp.optim.optimizer import Optimizer
+    from tfdp.parallel.cluster import Cluster, Watch
     from tfdp.tasks.task import Task
-    from tfdp.weights import WeightSets
+    from tfdp.training.compilation import Compilation
+    from tfdp.training.evaluation import Evaluator, RowLosses
+    from tfdp.training.run_directory import RunDirectory
+    from tfdp.training.step import TrainStep
+    from tfdp.training.stopping import StopSignal
+    from tfdp.training.weights import WeightSets
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ def train(recipe: Recipe, config: Any) -> dict[str, Any]:
       config: its `Config`.
     """
     started = time.monotonic()
-    from tfdp.cluster_spec import find_cluster
-    from tfdp.runs import RunDirectory
-    from tfdp.stopping import StopSignal
+    from tfdp.parallel.cluster_spec import find_cluster
+    from tfdp.training.run_directory import RunDirectory
+    from tfdp.training.stopping import StopSignal
 
     with StopSignal() as stop:
         cluster = find_cluster(config.distribution)
@@ -83,15 +86,15 @@ def _train(
     recipe: Recipe, config: Any, directory: "RunDirectory", cluster: "Cluster", stop: "StopSignal", started: float
 ) -> dict[str, Any]:
     """Opens the text, starts the replicas and comes to terms with the other workers."""
-    from tfdp import sources
-    from tfdp.cluster import Watch, require_agreement
-    from tfdp.startup import load_tensorflow
+    from tfdp.data import sources
+    from tfdp.parallel.cluster import Watch, require_agreement
+    from tfdp.system.startup import load_tensorflow
 
     corpus = sources.open_corpus(config.data, sources.cache_dir(config.data))
     corpus.check_lengths(config.model.context_length)
 
     load_tensorflow()
-    from tfdp import distribution
+    from tfdp.parallel import distribution
 
     layout = config.distribution
     with Watch(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
@@ -105,10 +108,13 @@ def _train(
 
 def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Process) -> dict[str, Any]:
     """Tells what the parts of the run are, and runs the loop."""
-    from tfdp import console, distribution, loop, metrics
-    from tfdp.run import Run
-    from tfdp.sampling import Sampler
-    from tfdp.tokenizer import save_tokenizer
+    from tfdp.data.tokenizers.tokenizer import save_tokenizer
+    from tfdp.inference.sampling import Sampler
+    from tfdp.parallel import collectives, distribution
+    from tfdp.reporting import hardware
+    from tfdp.system import console
+    from tfdp.training import loop
+    from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
     sampler = Sampler(parts.model, corpus.tokenizer)
@@ -119,11 +125,11 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
         samples[:] = [sampler.text("", sampling)]
         return samples[0]
 
-    matrix_peak = metrics.matrix_peak(
+    matrix_peak = hardware.matrix_peak(
         training.precision,
         distribution.gpu_names(strategy),
         cluster.num_workers,
-        distribution.num_local_replicas(strategy) * parts.parallel_microbatches,
+        collectives.num_local_replicas(strategy) * parts.parallel_microbatches,
     )
     say = console.say if cluster.is_chief else (lambda _line: None)
     for line in _introduction(config, corpus, strategy, parts, matrix_peak):
@@ -155,7 +161,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             facts={
                 "num_params": parts.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
-                "transport": distribution.transport_of(strategy),
+                "transport": collectives.transport_of(strategy),
             },
             config_yaml=to_yaml(config, without=["run_dir"]),
             started=process.started,
@@ -169,10 +175,10 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
 
 def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, matrix_peak: float) -> list[str]:
     """What a run is, for people."""
-    from tfdp import distribution
+    from tfdp.parallel import batch_layout, distribution
 
     training, step, names = config.training, parts.train_step, [source.name for source in corpus.sources]
-    cut = distribution.describe_batch(strategy, training, parts.microbatch_size, parts.parallel_microbatches)
+    cut = batch_layout.describe_batch(strategy, training, parts.microbatch_size, parts.parallel_microbatches)
     lines = [
         f"model      {parts.model.describe()}",
         *(f"data       {line}" for line in corpus.describe()),
@@ -199,11 +205,12 @@ def _layout(cluster: "Cluster", strategy: Any, parts: Parts) -> dict[str, int]:
 
 def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
     """Micro-batches that each replica computes at the same time."""
-    from tfdp import distribution, estimates
+    from tfdp.models import dimensions
+    from tfdp.parallel import batch_layout
 
-    num_params = estimates.num_params(recipe.weight_shapes(config, corpus.tokenizer.vocab_size))
+    num_params = dimensions.num_params(recipe.weight_shapes(config, corpus.tokenizer.vocab_size))
     context_length = config.model.context_length
-    return distribution.parallel_microbatches(
+    return batch_layout.parallel_microbatches(
         config.distribution, config.training, num_workers, num_params, context_length
     )
 
@@ -214,26 +221,27 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts
     Raises:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
-    from tfdp import data, distribution
-    from tfdp.compilation import Compilation
-    from tfdp.estimates import largest_matrix
-    from tfdp.evaluation import RowLosses
-    from tfdp.optimizer import Optimizer
+    from tfdp.data import pipeline
+    from tfdp.models.dimensions import largest_matrix
+    from tfdp.optim.optimizer import Optimizer
+    from tfdp.parallel import batch_layout, collectives
     from tfdp.tasks.task import row_losses
-    from tfdp.weights import WeightSets
+    from tfdp.training.compilation import Compilation
+    from tfdp.training.evaluation import RowLosses
+    from tfdp.training.weights import WeightSets
 
     training, vocab_size = config.training, corpus.tokenizer.vocab_size
-    parallel = parallel_microbatches(recipe, config, corpus, distribution.num_workers(strategy))
-    microbatch_size = distribution.microbatch_size(strategy, training, config.distribution.reduction, parallel)
+    parallel = parallel_microbatches(recipe, config, corpus, collectives.num_workers(strategy))
+    microbatch_size = batch_layout.microbatch_size(strategy, training, config.distribution.reduction, parallel)
     largest = largest_matrix(recipe.weight_shapes(config, vocab_size))
-    on_gpu = distribution.on_gpu(strategy)
+    on_gpu = collectives.on_gpu(strategy)
     compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
     task = recipe.make_task(config, corpus)
     with strategy.scope():
         model = recipe.make_model(config, vocab_size, compilation.parts)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.parts)
-    order = data.Order(
+    order = pipeline.Order(
         [recipe.make_sequences(config, split) for split in corpus.train],
         [source.weight for source in corpus.sources],
         config.data.partition,
@@ -242,7 +250,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts
     )
 
     def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
-        return iter(data.train_batches(strategy, order, step, left_out))
+        return iter(pipeline.train_batches(strategy, order, step, left_out))
 
     return Parts(
         model,
@@ -270,9 +278,9 @@ def _make_step(
     num_sources: int,
 ) -> "TrainStep":
     """The train step; `microbatches` is their size, and how many of them a replica computes at the same time."""
-    from tfdp.optimizer import make_schedule
-    from tfdp.step import StepRules, TrainStep
+    from tfdp.optim.schedule import make_schedule
     from tfdp.tasks.task import source_losses
+    from tfdp.training.step import StepRules, TrainStep
 
     training, size, parallel = config.training, *microbatches
     rules = StepRules(
@@ -310,8 +318,8 @@ def make_evaluator(
     parallel_passes: int = 1,
 ) -> "Evaluator":
     """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
-    from tfdp.evaluation import Evaluator, ValidationSet
     from tfdp.tasks.task import row_losses, source_losses
+    from tfdp.training.evaluation import Evaluator, ValidationSet
 
     splits = {source.name: source.shards.validation for source in corpus.sources}
     sets = [
@@ -325,7 +333,7 @@ def make_evaluator(
 
 def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
     """What all workers must have in common: every key but where each keeps its cache, text, code and devices."""
-    from tfdp import distribution
+    from tfdp.parallel import distribution
 
     keys = flatten(config)
     del keys["data.cache_dir"]

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tfdp.config import A_DAY, MOST, MOST_DEVICES, load, require, require_at_most
-from tfdp.exits import run_command
-from tfdp.machine import available_gpus
-from tfdp.options import whole_number
-from tfdp.systems import SYSTEMS, variants
-from tfdp.systems.running import Running
-from tfdp.systems.shapes import SHAPES, Shape
+from tfdp.benchmarking import SYSTEMS, variants
+from tfdp.benchmarking.running import Running
+from tfdp.benchmarking.shapes import SHAPES, Shape
+from tfdp.config.options import whole_number
+from tfdp.config.parsing import load
+from tfdp.config.sections import A_DAY, MOST, MOST_DEVICES
+from tfdp.system.exits import require, require_at_most, run_command
+from tfdp.system.machine import available_gpus
 
 ROUNDS_OF_SCREENING = 3
 
@@ -85,7 +86,7 @@ class Entry:
     def start(self) -> Running:
         """Its processes, after their first step."""
         arguments = [self.system, self.shape.name, self.precision, str(self.num_replicas)]
-        return Running(str(self), ["tfdp.systems", *arguments], self.num_workers)
+        return Running(str(self), ["tfdp.benchmarking", *arguments], self.num_workers)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-from tfdp.config import MOST_TOKENS, DistributionConfig, load, require, require_at_most
-from tfdp.exits import run_command
-from tfdp.startup import load_tensorflow
+from tfdp.config.parsing import load
+from tfdp.config.sections import MOST_TOKENS, DistributionConfig
+from tfdp.system.exits import require, require_at_most, run_command
+from tfdp.system.startup import load_tensorflow
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Config:
 def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
-    from tfdp import assembly, sources
-    from tfdp.trained import TrainedGPT
+    from tfdp import assembly
+    from tfdp.data import sources
+    from tfdp.inference.trained import TrainedGPT
 
     trained = TrainedGPT.open(
         config.run_dir, config.checkpoint, "evaluated", ["make_model", "make_task", "make_sequences", "weight_shapes"]
@@ -47,7 +49,7 @@ def main() -> None:
         f"and is {corpus.corpus_sha256[:12]}... now",
     )
     load_tensorflow()
-    from tfdp import distribution
+    from tfdp.parallel import distribution
 
     rows = config.rows or run_config.training.rows_of_evaluation
     parallel = assembly.parallel_microbatches(trained.recipe, run_config, corpus, num_workers=1)

@@ -3,9 +3,10 @@
 import sys
 from dataclasses import dataclass
 
-from tfdp.config import SamplingConfig, load
-from tfdp.exits import run_command
-from tfdp.startup import load_tensorflow
+from tfdp.config.parsing import load
+from tfdp.config.sections import SamplingConfig
+from tfdp.system.exits import run_command
+from tfdp.system.startup import load_tensorflow
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Config(SamplingConfig):
 def main() -> None:
     description = "Generate text that continues a prompt; prints the prompt and its continuation."
     config = load(Config, sys.argv[1:], "python -m tfdp.generate", description)
-    from tfdp.trained import TrainedGPT
+    from tfdp.inference.trained import TrainedGPT
 
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "read back")
     seen = trained.config.model.context_length
     if len(trained.tokenizer.encode(config.prompt)) > seen:
         print(f"note: the model sees the last {seen} tokens of the prompt", file=sys.stderr)
     load_tensorflow()
-    from tfdp.sampling import Sampler
+    from tfdp.inference.sampling import Sampler
 
     sampler = Sampler(trained.make_model(), trained.tokenizer)
     print(config.prompt + sampler.text(config.prompt, config))

@@ -21,13 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from tfdp import exits
-from tfdp.checkpoint import CheckpointFolder
-from tfdp.config import load, require, with_run_config
-from tfdp.exits import ConfigError
-from tfdp.machine import Share, free_ports, preparation, share_machine
+from tfdp.config.parsing import load
+from tfdp.config.run_config import with_run_config
+from tfdp.parallel.restarts import History, job_code, whereabouts
 from tfdp.recipe import config_class, find_trainer, import_recipe
-from tfdp.restarts import History, job_code, whereabouts
+from tfdp.system import exits
+from tfdp.system.exits import ConfigError, require
+from tfdp.system.machine import Share, free_ports, preparation, share_machine
+from tfdp.training.checkpoint import CheckpointFolder
 
 DESCRIPTION = (
     "Start the workers of one training job on this machine and wait for them. Arguments after -- are those of "
@@ -136,7 +137,7 @@ def run_job(
       worker_command: program and first arguments of a worker.
 
     Returns:
-      The exit code of the job, one of those in tfdp.exits.
+      The exit code of the job, one of those in tfdp.system.exits.
     """
     console = Console()
     shares = share_machine(config.num_workers)

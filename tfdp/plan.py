@@ -13,23 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tfdp import estimates, sources
-from tfdp.config import (
-    MOST,
-    MOST_DEVICES,
-    DataConfig,
-    known_keys,
-    load,
-    require,
-    require_at_most,
-    to_yaml,
-    with_run_config,
-)
-from tfdp.estimates import Measured, duration
-from tfdp.exits import run_command
-from tfdp.machine import GPUS, available_gpus, find_gpu, total_memory
+from tfdp.benchmarking import estimates
+from tfdp.benchmarking.estimates import Measured
+from tfdp.benchmarking.running import Running
+from tfdp.config.parsing import known_keys, load, to_yaml
+from tfdp.config.run_config import with_run_config
+from tfdp.config.sections import MOST, MOST_DEVICES, DataConfig
+from tfdp.data import sources
+from tfdp.models import dimensions
 from tfdp.recipe import config_class, find_trainer, import_recipe
-from tfdp.systems.running import Running
+from tfdp.system.exits import require, require_at_most, run_command
+from tfdp.system.machine import GPUS, available_gpus, find_gpu, total_memory
+from tfdp.system.messages import duration
 
 LAYERS = (1, 4)  # of the models that are measured; a model of no more layers than the last is measured itself
 ASSUMED_MFU = 0.4  # of a GPU that is not here
@@ -97,7 +92,7 @@ def make_plan(config: Config, run: Any) -> Plan:
       TrainingError: a measured model failed.
     """
     vocab_size = sources.expected_vocab_size(run.data)
-    shapes = estimates.weight_shapes(run.model, vocab_size)
+    shapes = dimensions.weight_shapes(run.model, vocab_size)
     num_local = run.distribution.num_replicas or len(available_gpus()) or 1
     num_replicas = num_local * config.num_workers
     batch = run.training.global_batch_size
@@ -107,7 +102,7 @@ def make_plan(config: Config, run: Any) -> Plan:
         batch,
         f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
     )
-    num_params, num_state = estimates.num_params(shapes), estimates.num_state_numbers(run.optimizer, shapes)
+    num_params, num_state = dimensions.num_params(shapes), estimates.num_state_numbers(run.optimizer, shapes)
     num_rows = min(run.training.microbatch_size or batch, batch // num_replicas)
     activations = estimates.activation_bytes(run.model, run.training, vocab_size, num_rows)
     reduced = estimates.reduction_bytes(run.distribution, shapes, num_replicas)
@@ -155,7 +150,9 @@ def _measure(run: Any, vocab_size: int, config: Config) -> Measured:
                 path = Path(folder, f"{num_layers}.yaml")
                 path.write_text(to_yaml(_with_layers(run, num_layers, config.num_workers)), encoding="utf-8")
                 running.append(
-                    Running(f"a model of {num_layers} layers", ["tfdp.systems.planned", str(path), str(vocab_size)])
+                    Running(
+                        f"a model of {num_layers} layers", ["tfdp.benchmarking.planned", str(path), str(vocab_size)]
+                    )
                 )
                 running[-1].settle(1.0)
             for _ in range(config.rounds):

@@ -10,14 +10,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfdp.cleaning import Cleaning
-from tfdp.config import MOST_DEVICES, load, require, require_at_most
-from tfdp.exits import run_command
-from tfdp.manifest import SPLITS, read_manifest
-from tfdp.parts import Part
-from tfdp.preparation import Watcher, prepare
-from tfdp.reading import Recipe
-from tfdp.tokenizer import FORMS
+from tfdp.config.parsing import load
+from tfdp.config.sections import MOST_DEVICES
+from tfdp.data.cleaning import Cleaning
+from tfdp.data.encoding import Part
+from tfdp.data.manifest import SPLITS, read_manifest
+from tfdp.data.preparation import Watcher, prepare
+from tfdp.data.reading import Recipe
+from tfdp.data.tokenizers.tokenizer import FORMS
+from tfdp.system.exits import require, require_at_most, run_command
 
 
 @dataclass(frozen=True)

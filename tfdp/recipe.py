@@ -21,18 +21,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from tfdp.config import require
-from tfdp.exits import CommandError, ConfigError
-from tfdp.options import values_of
-from tfdp.startup import importing
-from tfdp.strict_yaml import read as read_yaml
+from tfdp.config.options import values_of
+from tfdp.config.strict_yaml import read as read_yaml
+from tfdp.system.exits import CommandError, ConfigError, require
+from tfdp.system.startup import importing
 
 if TYPE_CHECKING:
     import keras
 
-    from tfdp.sequences import Sequences
-    from tfdp.shards import Split
-    from tfdp.sources import Corpus
+    from tfdp.data.sequences import Sequences
+    from tfdp.data.shards import Split
+    from tfdp.data.sources import Corpus
     from tfdp.tasks.task import Task
 
 PARTS = ("make_model", "make_task", "make_sequences", "weight_shapes")

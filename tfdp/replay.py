@@ -15,24 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfdp.checkpoint import Checkpoint
-from tfdp.config import (
-    MOST,
-    MOST_DEVICES,
-    load,
-    load_file,
-    require,
-    require_at_most,
-)
-from tfdp.exits import TrainingError, run_command
+from tfdp.config.parsing import load, load_file
+from tfdp.config.sections import MOST, MOST_DEVICES
 from tfdp.recipe import PARTS, Recipe, config_class, find_trainer, import_recipe, require_parts
-from tfdp.startup import load_tensorflow
-from tfdp.weights import restore
+from tfdp.system.exits import TrainingError, require, require_at_most, run_command
+from tfdp.system.startup import load_tensorflow
+from tfdp.training.checkpoint import Checkpoint
+from tfdp.training.weights import restore
 
 if TYPE_CHECKING:
-    from tfdp.ledger import Spike
-    from tfdp.runs import RunDirectory
-    from tfdp.sources import Corpus
+    from tfdp.data.sources import Corpus
+    from tfdp.training.ledger import Spike
+    from tfdp.training.run_directory import RunDirectory
 
 _EXCERPT_WIDTH, _EXCERPT_LINES = 100, 4  # of the text of a sequence
 _MOST_NAMES = 3  # of documents, for one sequence
@@ -93,10 +87,10 @@ class PastRun:
     @classmethod
     def open(cls, run_dir: str) -> "PastRun":
         """Reads a run directory. Raises `ConfigError` where there is no run, or none that can be replayed."""
-        from tfdp.ledger import Ledger
-        from tfdp.rows import read_rows
-        from tfdp.runs import RunDirectory
-        from tfdp.trained import refuse_other_keys
+        from tfdp.inference.trained import refuse_other_keys
+        from tfdp.reporting.rows import read_rows
+        from tfdp.training.ledger import Ledger
+        from tfdp.training.run_directory import RunDirectory
 
         run = RunDirectory.open(run_dir)
         trainer = find_trainer(["--config", str(run.config_path)])
@@ -129,7 +123,7 @@ class PastRun:
 
     def open_corpus(self) -> "Corpus":
         """The text of the run. Raises `ConfigError` where it is another one now."""
-        from tfdp import sources
+        from tfdp.data import sources
 
         data = self.config.data
         corpus = sources.open_corpus(data, sources.cache_dir(data))
@@ -208,7 +202,8 @@ class Replayer:
     """
 
     def __init__(self, run: PastRun, corpus: "Corpus", step: int, num_replicas: int | None = None) -> None:
-        from tfdp import assembly, distribution
+        from tfdp import assembly
+        from tfdp.parallel import distribution
 
         self.run = run
         self.config = config_of_layout(run, step, num_replicas)
@@ -263,7 +258,7 @@ class Replayer:
     def _sequence(self, position: int, loss: float) -> Sequence:
         import tensorflow as tf
 
-        from tfdp.shards import ABSENT
+        from tfdp.data.shards import ABSENT
 
         order = self._parts.order
         source, index = order.locate(tf.constant(position, tf.int64))
@@ -379,7 +374,7 @@ def main() -> None:
         run.check_replicas(step, config.distribution.num_replicas)
     corpus = run.open_corpus()
     load_tensorflow()
-    from tfdp import distribution
+    from tfdp.parallel import distribution
 
     replayer = Replayer(run, corpus, step, config.distribution.num_replicas)
     saved = run.checkpoint_before(step)

@@ -7,9 +7,10 @@ by the recipe that the key `trainer` names (`tfdp/recipe.py`).
 import sys
 
 from tfdp import assembly
-from tfdp.config import load, with_run_config
-from tfdp.exits import end, run_command
+from tfdp.config.parsing import load
+from tfdp.config.run_config import with_run_config
 from tfdp.recipe import config_class, find_trainer, import_recipe
+from tfdp.system.exits import end, run_command
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tfdp import assembly, estimates
-from tfdp.config import (
+from tfdp import assembly
+from tfdp.config.sections import (
     MOST_TOKENS,
     CheckpointConfig,
     DataConfig,
@@ -17,15 +17,16 @@ from tfdp.config import (
     ModelConfig,
     OptimizerConfig,
     TrainingConfig,
-    require,
 )
+from tfdp.data.sequences import Sequences, sequences_of
+from tfdp.models import dimensions
 from tfdp.recipe import import_recipe
-from tfdp.sequences import Sequences, sequences_of
+from tfdp.system.exits import require
 
 if TYPE_CHECKING:
-    from tfdp.gpt import GPT
-    from tfdp.shards import Split
-    from tfdp.sources import Corpus
+    from tfdp.data.shards import Split
+    from tfdp.data.sources import Corpus
+    from tfdp.models.gpt import GPT
     from tfdp.tasks.causal_lm import CausalLM
 
 
@@ -73,7 +74,7 @@ def train(config: Config) -> dict[str, Any]:
 
 def make_model(config: Config, vocab_size: int, fuse: bool) -> "GPT":
     """A GPT with its initial weights."""
-    from tfdp.gpt import GPT
+    from tfdp.models.gpt import GPT
 
     return GPT(config.model, vocab_size, config.seed, config.training.precision, config.training.remat, fuse)
 
@@ -92,4 +93,4 @@ def make_sequences(config: Config, split: "Split") -> Sequences:
 
 def weight_shapes(config: Config, vocab_size: int) -> Mapping[str, tuple[int, ...]]:
     """Those of the GPT."""
-    return estimates.weight_shapes(config.model, vocab_size)
+    return dimensions.weight_shapes(config.model, vocab_size)

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import tensorflow as tf
 
-from tfdp.dropout import sequence_keys
-from tfdp.losses import projected_cross_entropy
+from tfdp.ops.cross_entropy import projected_cross_entropy
+from tfdp.ops.hashing import sequence_keys
+from tfdp.ops.sums import fixed_sum
 from tfdp.ops.visibility import CAUSAL, AttentionKind
-from tfdp.sums import fixed_sum
 
 # As the pipeline gives them. "tokens": int32 (rows, width); "position": int64 (rows,); "source": int32 (rows,)
 Rows = Mapping[str, tf.Tensor]

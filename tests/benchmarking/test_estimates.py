@@ -1,0 +1,69 @@
+"""What is known of a run before it is built, against what is built."""
+
+import math
+from typing import get_args, get_type_hints
+
+import pytest
+
+from tfdp.benchmarking import estimates
+from tfdp.benchmarking.estimates import Measured
+from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tfdp.models import dimensions
+from tfdp.models.gpt import GPT
+from tfdp.optim.optimizer import Optimizer
+
+VOCAB_SIZE = 33
+SHAPE = {"num_layers": 2, "num_heads": 2, "model_dim": 16, "context_length": 8}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "layer_norm", "use_bias": True, "position": "learned", "tie_embeddings": True, "qk_norm": False},
+        {"activation": "swiglu", "num_kv_heads": 1, "norm": "layer_norm"},
+        {"mlp_dim": 40, "position": "sinusoidal", "use_bias": True},
+    ],
+)
+def test_shapes_and_operations_are_those_of_the_model(changes: dict[str, object]) -> None:
+    config = ModelConfig(**{**SHAPE, **changes})  # type: ignore[arg-type]
+    model, shapes = GPT(config, VOCAB_SIZE), dimensions.weight_shapes(config, VOCAB_SIZE)
+    assert {name: tuple(weight.shape) for name, weight in model.named_weights().items()} == shapes
+    assert dimensions.num_params(shapes) == model.num_params()
+    assert estimates.flops_per_token(config, VOCAB_SIZE) == model.flops_per_token()
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
+def test_the_state_of_every_optimizer(name: str) -> None:
+    config = OptimizerConfig(name=name)  # type: ignore[arg-type]
+    model = GPT(ModelConfig(**SHAPE), VOCAB_SIZE)  # type: ignore[arg-type]
+    state = Optimizer(config, model.trainable_variables).named_state()
+    expected = sum(math.prod(variable.shape) for variable in state.values())
+    shapes = dimensions.weight_shapes(model.config, VOCAB_SIZE)
+    assert estimates.num_state_numbers(config, shapes) == expected
+
+
+def test_bytes_of_a_reduction() -> None:
+    shapes = {"a": (3, 5), "b": (2,)}
+    assert estimates.reduction_bytes(DistributionConfig(), shapes, num_replicas=1) == 0
+    assert estimates.reduction_bytes(DistributionConfig(), shapes, num_replicas=4) == 4 * 17
+    assert estimates.reduction_bytes(DistributionConfig(wire_dtype="bfloat16"), shapes, num_replicas=4) == 2 * 17
+    assert estimates.network_seconds(10**9, 2, gbits_per_second=8.0) == pytest.approx(1.0)
+    assert estimates.network_seconds(10**9, 4, gbits_per_second=8.0) == pytest.approx(1.5)
+
+
+def test_remat_and_half_precision_keep_less() -> None:
+    config = ModelConfig(num_layers=8, context_length=128)
+    found = [
+        estimates.activation_bytes(config, training, 256, num_rows=4)
+        for training in (TrainingConfig(), TrainingConfig(precision="bfloat16"), TrainingConfig(remat=True))
+    ]
+    whole, half, again = found
+    assert 0.45 < half / whole < 0.6
+    assert again < 0.4 * whole
+
+
+def test_measurements_extend_along_a_line() -> None:
+    few, more = Measured(1, 1.0, 100, 10.0), Measured(4, 2.5, 160, 13.0)
+    assert few.extended(more, 12) == Measured(12, 6.5, 320, 21.0)
+    assert few.extended(few, 1) == few

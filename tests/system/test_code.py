@@ -1,0 +1,32 @@
+"""The digest of the code that workers compare."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tfdp.system import code
+
+
+def test_the_digest_of_the_code_covers_the_files_of_all_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, recipes = tmp_path / "tfdp", tmp_path / "recipes"
+    shutil.copytree(Path(code.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code, "__file__", str(package / "system" / "code.py"))
+    recipes.mkdir()
+    (recipes / "mine.py").write_text("a = 1\n")
+    found = [code.code_sha256(recipes)]
+    for path, text in (
+        (package / "tasks" / "causal_lm.py", "a = 1\n"),
+        (package / "ops" / "new.py", "a = 1\n"),
+        (package / "train.py", "a = 1\n"),
+        (recipes / "mine.py", "a = 2\n"),
+    ):
+        path.write_text(text)
+        found.append(code.code_sha256(recipes))
+    (package / "ops" / "new.py").rename(package / "tasks" / "new.py")
+    found.append(code.code_sha256(recipes))
+    assert len(set(found)) == len(found)
+    (package / "notes.txt").write_text("not code")
+    assert code.code_sha256(recipes) == found[-1]

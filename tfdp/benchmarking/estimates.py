@@ -1,0 +1,80 @@
+"""Costs on paper: what a run will take, before it is run."""
+
+import math
+from dataclasses import dataclass
+
+from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from tfdp.models.dimensions import BYTES, Shapes, fused_width, num_params, weight_shapes, wide_dim
+from tfdp.ops.chunking import loss_chunk_size, query_blocks
+
+
+def num_state_numbers(config: OptimizerConfig, shapes: Shapes) -> int:
+    """How many numbers the optimizer keeps besides the weights."""
+    total = num_params(shapes)
+    if config.name in ("adamw", "adam"):
+        return 2 * total
+    if config.name in ("momentum", "rmsprop", "lion"):
+        return total
+    if config.name == "muon":  # a momentum for all, and a second moment where Adam does the update
+        return 2 * total - sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("/kernel"))
+    if config.name == "adafactor":  # sums of rows and of columns for each matrix, and a second moment for all
+        return total + sum(sum(shape) if len(shape) > 1 else 2 for shape in shapes.values())
+    return 0
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
+    """Floating-point operations of forward and backward for one token, as `gpt.GPT.flops_per_token` counts them."""
+    kernels = sum(
+        math.prod(shape) for name, shape in weight_shapes(config, vocab_size).items() if name.endswith("/kernel")
+    )
+    attention = 12 * config.num_layers * config.context_length * config.model_dim
+    return 6 * (kernels + vocab_size * config.model_dim) + attention
+
+
+def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: int, num_rows: int) -> int:
+    """What a forward pass over `num_rows` sequences keeps for its backward pass, and the logits of one chunk."""
+    each, num_tokens = BYTES[training.precision], num_rows * config.context_length
+    dim = config.model_dim
+    num_weights = sum((end - begin) * end for begin, end in query_blocks(config.context_length))  # of attention
+    block = 5 * dim + fused_width(config) + config.num_heads * num_weights // config.context_length
+    block += wide_dim(config) + config.hidden_dim
+    if config.qk_norm or config.position == "rope":  # queries and keys before and after
+        block += (config.num_heads + config.kv_heads) * config.head_dim
+    kept = config.num_layers * (dim if training.remat else block) + (block if training.remat else 0)
+    chunk = loss_chunk_size(training.loss_chunk_size, num_tokens, vocab_size)
+    return each * num_tokens * kept + chunk * vocab_size * (4 + 4 + each)
+
+
+def reduction_bytes(config: DistributionConfig, shapes: Shapes, num_replicas: int) -> int:
+    """What each replica hands to the reduction of a step: its gradients."""
+    return num_params(shapes) * BYTES[config.wire_dtype] if num_replicas > 1 else 0
+
+
+def network_seconds(num_bytes: int, num_workers: int, gbits_per_second: float) -> float:
+    """The least time of a ring all-reduce of so many bytes, from each worker to the next (Patarasu and Yuan 2009)."""
+    return 2 * (num_workers - 1) / num_workers * num_bytes * 8 / (gbits_per_second * 1e9)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Steps of a model with a number of layers."""
+
+    num_layers: int
+    step_seconds: float
+    peak_memory_bytes: int
+    first_step_seconds: float
+
+    def extended(self, other: "Measured", num_layers: int) -> "Measured":
+        """The same with so many layers, on the line through two measured models.
+
+        Every layer costs the same; embedding, projection, the update of their tables and the libraries are the rest.
+        """
+        if other.num_layers == self.num_layers:
+            return self
+        part = (num_layers - self.num_layers) / (other.num_layers - self.num_layers)
+        return Measured(
+            num_layers,
+            self.step_seconds + part * (other.step_seconds - self.step_seconds),
+            round(self.peak_memory_bytes + part * (other.peak_memory_bytes - self.peak_memory_bytes)),
+            self.first_step_seconds + part * (other.first_step_seconds - self.first_step_seconds),
+        )

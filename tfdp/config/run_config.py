@@ -1,0 +1,97 @@
+"""The configuration that a run directory holds, and how it differs from another."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfdp.config import options, strict_yaml
+from tfdp.system.exits import ConfigError
+from tfdp.system.files import follow_links
+from tfdp.system.messages import shown
+
+CONFIG_FILE = "config.yaml"  # of a run directory: the configuration of the run
+RESOLVED_FILE = "resolved.yaml"  # that configuration, where a user's own config.yaml stands there
+
+
+def with_run_config(argv: Sequence[str]) -> list[str]:
+    """Puts the configuration of the run directory that `argv` names below `--config` and flags, if there is one.
+
+    So a run is resumed as it was by its `--run_dir` alone, and what is named besides is what changes. The directory is
+    named by a flag or by a `--config`, but not by the config.yaml of another run, whose keys are taken without it. A
+    link such as runs/latest is followed here, once: it may name another run a moment later.
+    """
+    flags, paths = options.values_of("--run_dir", argv), [Path(path) for path in options.values_of("--config", argv)]
+    in_files = {path: str(run_dir) for path in paths if (run_dir := strict_yaml.read(path).get("run_dir")) is not None}
+    ignored = [path for path in in_files if is_record(path)]
+    named = flags or [run_dir for path, run_dir in in_files.items() if path not in ignored]
+    if not named or not named[-1]:
+        return [*argv, "--run_dir=null"] if ignored else list(argv)
+    try:
+        run_dir = str(follow_links(Path(named[-1])))
+    except OSError as error:
+        raise ConfigError(f"run_dir ({shown(Path(named[-1]))}) must be a folder: {error.strerror}") from None
+    records = config_records(Path(run_dir))
+    if len(set(flags)) > 1 or (flags and not records and run_dir == flags[-1]):
+        return list(argv)  # `load` refuses a flag with two values; and a new directory brings nothing
+    rest = options.without("--run_dir", argv)
+    return [*(f"--config={path}" for path in records), *rest, f"--run_dir={run_dir}"]
+
+
+def config_records(run_dir: Path) -> list[Path]:
+    """The files that tell the configuration of a run, what wins last; [] for a directory without.
+
+    A user's own config.yaml counts through resolved.yaml, and by itself again once it has been changed since.
+    """
+    own, resolved = run_dir / CONFIG_FILE, run_dir / RESOLVED_FILE
+    if not resolved.is_file():
+        return [own] if own.is_file() else []
+    is_changed = own.is_file() and file_sha256(own).encode() not in resolved.read_bytes().partition(b"\n")[0]
+    return [resolved, own] if is_changed else [resolved]
+
+
+def is_record(path: Path) -> bool:
+    """Whether a YAML file is the configuration of a run, by where it lies: not where a user keeps his own."""
+    folder = path.parent
+    if path.name not in (CONFIG_FILE, RESOLVED_FILE):
+        return False
+    named = strict_yaml.read(path).get("run_dir")
+    return is_begun(folder) or (named is not None and Path(str(named)).resolve() == folder.resolve())
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether a run has written into this directory."""
+    return (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flatten_yaml(text: str) -> dict[str, Any]:
+    """The values of a configuration in YAML by dotted key; {} where it is none."""
+    import yaml
+
+    content = yaml.safe_load(text)
+    return _flatten_mapping(content) if isinstance(content, dict) else {}
+
+
+def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ between two configurations, with both. `run_dir` is a name, and none of them."""
+    old, new = flatten_yaml(old_yaml), flatten_yaml(new_yaml)
+    keys = [key for key in {**old, **new} if key != "run_dir"]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def changed_keys(old_yaml: str, new_yaml: str) -> list[str]:
+    """The keys whose values differ between two configurations, as "key: old -> new"."""
+    return [f"{key}: {old} -> {new}" for key, (old, new) in differing_keys(old_yaml, new_yaml).items()]
+
+
+def _flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(
+            _flatten_mapping(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return flat

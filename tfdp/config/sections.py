@@ -1,0 +1,485 @@
+"""The sections of a configuration: every key, its default, its help and its rules."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from tfdp.config import options, source_syntax
+from tfdp.system.exits import require, require_at_most
+from tfdp.system.messages import nearest
+
+MOST = 2**31 - 1  # of what is counted: steps, tokens, bytes of a piece. TensorFlow counts with 32 bits here and there
+MOST_TOKENS = 2**24  # of a global batch: a float32 counts valid tokens exactly up to there
+MOST_DEVICES = 1024
+A_DAY = 86_400  # seconds
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the GPT."""
+
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    num_heads: int = 4
+    """Number of query heads; divides model_dim."""
+    num_kv_heads: int | None = None
+    """Number of key and value heads, which divides num_heads (grouped-query attention); null: num_heads."""
+    model_dim: int = 128
+    """Width of the residual stream."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; null: 4 * model_dim, or 8/3 * model_dim rounded up to a multiple of 64 with swiglu."""
+    context_length: int = 128
+    """Tokens that one prediction can look back on, and the length of a training sequence."""
+    position: Literal["learned", "sinusoidal", "rope"] = "rope"
+    """How positions enter: a learned table, a fixed sinusoidal table, or rotary embedding of queries and keys."""
+    norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
+    """Normalisation before attention, before the MLP and before the output projection."""
+    activation: Literal["gelu", "swiglu"] = "swiglu"
+    """Non-linearity of the MLP: tanh-approximated GELU, or SwiGLU (a gated pair of projections)."""
+    dropout: float = 0.0
+    """Fraction of activations dropped after the embedding and each residual branch, in [0, 1)."""
+    use_bias: bool = False
+    """Whether projections and layer norms have biases, as GPT-2's do."""
+    qk_norm: bool = True
+    """Whether queries and keys are RMS-normalised before they meet, which allows higher learning rates."""
+    tie_embeddings: bool = False
+    """Whether the output projection is the token embedding itself (one variable)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance (or mean square) inside the normalisation."""
+    init_stddev: float = 0.02
+    """Standard deviation of the initial weights; residual projections get this / sqrt(2 * num_layers)."""
+    zero_init: bool = True
+    """Whether residual projections, and the output projection if it is not tied, start at zero instead."""
+
+    def __post_init__(self) -> None:
+        require_at_most(self, "model.", num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
+        require_at_most(self, "model.", norm_epsilon=1000, init_stddev=1000)
+        for name in ("num_layers", "num_heads", "model_dim", "context_length"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(
+            self.model_dim % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"must divide model.model_dim ({self.model_dim}): try {_nearest_divisor(self.model_dim, self.num_heads)}",
+        )
+        require(
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
+        )
+        self._check_position()
+        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
+        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
+        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
+        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
+
+    def _check_position(self) -> None:
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            "model.position",
+            self.position,
+            f"needs an even width per head (model_dim / num_heads = {self.head_dim}): try learned",
+        )
+        require(
+            self.position != "sinusoidal" or self.model_dim % 2 == 0,
+            "model.position",
+            self.position,
+            f"needs an even model.model_dim ({self.model_dim}): try {self.model_dim + 1}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        if self.activation == "swiglu":
+            return -(-8 * self.model_dim // (3 * 64)) * 64
+        return 4 * self.model_dim
+
+
+_TOKENIZERS = ("bpe", "gpt2", "sentencepiece")  # kinds that name something after a colon
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text, and how it becomes tokens."""
+
+    source: str = "python-stdlib"
+    """Training text: python-stdlib (the source code of Python's standard library), text:GLOB (UTF-8 files),
+    jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN], tfds:NAME[/CONFIG][:SPLIT][:FIELD], tokens:FOLDER (of tfdp.prepare), or
+    several with weights: 0.7 * tokens:A + 0.3 * tokens:B."""
+    validation_source: str | None = None
+    """Validation text, in the same notation; null: held out from source by validation_fraction, or by tfdp.prepare."""
+    validation_fraction: float = 0.02
+    """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
+    tokenizer: str = "auto"
+    """bytes (one token per UTF-8 byte), bpe:SIZE (trained on the text), bpe:FOLDER, gpt2:FOLDER,
+    sentencepiece:FILE; auto: that of tokens:FOLDER, else bytes."""
+    sequences: Literal["packed", "documents"] = "packed"
+    """packed: documents end to end; documents: each begins a sequence of its own, the rest of which stays empty."""
+    document_attention: bool = False
+    """Whether attention and positions start anew at each document of a packed sequence."""
+    partition: Literal["shuffled", "block", "row"] = "shuffled"
+    """Order: a seeded shuffle of each epoch; a contiguous block of the text for each row of the batch, and so for each
+    replica; or the text in order, dealt to the rows in turn."""
+    cache_dir: str | None = None
+    """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
+    left_out: tuple[int, ...] = ()
+    """Positions of the order of training (step * global_batch_size + row, from 0) that nothing is learned from."""
+
+    def __post_init__(self) -> None:
+        num_sources = len(source_syntax.parse(self.source))
+        require(
+            self.partition != "block" or num_sources == 1,
+            "data.partition",
+            self.partition,
+            f"must be shuffled or row with {num_sources} sources, which take turns in each row",
+        )
+        kind, _, address = self.tokenizer.partition(":")
+        require(self.cache_dir != "", "data.cache_dir", self.cache_dir, "must name a folder: try null")
+        kinds = (*_TOKENIZERS, "auto", "bytes")
+        require(
+            self.tokenizer in ("auto", "bytes") or bool(kind in _TOKENIZERS and address),
+            "data.tokenizer",
+            self.tokenizer,
+            "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
+            + options.did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
+        )
+        for position in self.left_out:
+            require(
+                0 <= position < 2**63, "data.left_out", position, "must hold positions from 0 to 2**63 - 1: try [448]"
+            )
+        require(
+            self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must lie between 0 and 1 unless data.validation_source is given: try 0.05",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its learning rate."""
+
+    name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "lion", "adafactor", "muon"] = "muon"
+    """Update rule; muon is Muon for the matrices of the blocks and AdamW for everything else."""
+    learning_rate: float = 0.009
+    """Peak learning rate; adamw wants about a third of muon's."""
+    adam_learning_rate: float | None = 0.02
+    """Peak learning rate of muon's AdamW part; null: learning_rate. Other rules do not look at it."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    """After warm-up: constant, linear or cosine decay to final_fraction, or wsd (constant, then linear decay)."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises linearly from 0."""
+    final_fraction: float = 0.0
+    """Learning rate of the last step as a fraction of the peak (linear, cosine, wsd)."""
+    schedule_steps: int | None = None
+    """Steps that the schedule spans, if not training.steps: name it where a run is made longer later."""
+    decay_fraction: float = 0.7
+    """Fraction of all steps over which wsd decays."""
+    weight_decay: float | None = None
+    """Decoupled weight decay, times the learning rate at each step; null: 0.1 (adamw, lion), 0.01 (muon) or 0."""
+    decay_embeddings: bool = False
+    """Whether weight decay reaches embedding tables; gains and biases never decay."""
+    beta_1: float = 0.9
+    """Decay rate of the first moment of adamw, adam, lion and muon's Adam part."""
+    beta_2: float = 0.95
+    """Decay rate of the second moment of adamw, adam, rmsprop, muon's Adam part, and of lion's momentum."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment ("epsilon hat" of Kingma and Ba), by rmsprop under the root."""
+    momentum: float = 0.9
+    """Momentum of the names momentum and muon."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient, applied after the reduction over replicas; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        require_at_most(
+            self, "optimizer.", learning_rate=1000, adam_learning_rate=1000, weight_decay=1000, epsilon=1000
+        )
+        require_at_most(self, "optimizer.", warmup_steps=MOST, schedule_steps=MOST)
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive: try 1e-3")
+        adam_rate = self.adam_learning_rate
+        require(adam_rate is None or adam_rate > 0, "optimizer.adam_learning_rate", adam_rate, "must be positive")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative: try 0")
+        for name in ("beta_1", "beta_2", "momentum"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"optimizer.{name}", value, "must lie in [0, 1): try 0.9")
+        require(
+            self.name != "lion" or self.beta_1 > 0,
+            "optimizer.beta_1",
+            self.beta_1,
+            "must be positive for lion: try 0.9",
+        )
+        for name in ("final_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"optimizer.{name}", value, "must lie in [0, 1]: try 0.1")
+        require(self.decay_rate >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative: try 0")
+        require(
+            self.schedule_steps is None or self.schedule_steps >= 1,
+            "optimizer.schedule_steps",
+            self.schedule_steps,
+            "must be at least 1",
+        )
+        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive: try 1e-8")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            "optimizer.clip_norm",
+            self.clip_norm,
+            "must be positive, or null for no clipping: try 1.0",
+        )
+
+    @property
+    def decay_rate(self) -> float:
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return {"adamw": 0.1, "lion": 0.1, "muon": 0.01}.get(self.name, 0.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how wide and how precisely to train."""
+
+    steps: int = 350
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 16
+    """Sequences per optimizer step, over all replicas and micro-batches."""
+    microbatch_size: int | None = None
+    """Sequences per forward pass on one replica; null: global_batch_size / num_replicas, or its parts that are computed
+    side by side."""
+    parallel_microbatches: int | None = None
+    """Micro-batches that a replica computes side by side, each on cores of its own; a power of two; null: on CPUs one
+    for each core, where that pays, else 1."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always. float16 scales
+    the loss, and repeats a step at half the scale where its gradient overflows."""
+    jit_compile: bool | Literal["auto"] = "auto"
+    """XLA for the step; auto: on, but on CPUs in bfloat16, and in float32 where matrices are large, only between the
+    matrix products, which oneDNN computes faster."""
+    loss_chunk_size: int | None = None
+    """Tokens that are projected to the vocabulary at once; null: all if their logits take at most 128 MiB, else as many
+    as take 64; 0: all."""
+    remat: bool = False
+    """Whether backward computes the activations of each block again instead of keeping them: less memory, more time."""
+    log_every: int = 20
+    """Steps between two lines of the console and of metrics.jsonl."""
+    evaluate_every: int = 150
+    """Steps between two passes over the whole validation split (and one at the end); 0: only at the end."""
+    evaluation_rows: int | None = None
+    """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, else at most 16."""
+    sample_tokens: int = 256
+    """Length in tokens of the text sampled after each evaluation; 0: none."""
+    profile_steps: str | None = None
+    """A:B writes a profile of the steps after A up to B, for TensorBoard's profile page; null: none."""
+    verify_every: int = 100
+    """Steps between two comparisons, bit by bit, of what all replicas hold; each save compares too; 0: never."""
+    on_spike: Literal["stop", "skip", "rollback"] = "stop"
+    """After a step that is not finite or whose loss leaps: stop, go on without its update, or go back and around it."""
+    spike_threshold: float | None = 10.0
+    """Robust standard deviations above the last losses that make a leap; null: none does."""
+    max_spikes: int = 20
+    """Spikes of the whole run after which skip and rollback stop too."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "steps",
+            "log_every",
+            "evaluate_every",
+            "sample_tokens",
+            "verify_every",
+            "max_spikes",
+            "loss_chunk_size",
+        )
+        rows = ("global_batch_size", "microbatch_size", "evaluation_rows")
+        require_at_most(self, "training.", **dict.fromkeys(counts, MOST), **dict.fromkeys(rows, MOST_TOKENS))
+        require_at_most(self, "training.", parallel_microbatches=MOST_DEVICES)
+        if self.spike_threshold is not None:
+            require(self.spike_threshold > 0, "training.spike_threshold", self.spike_threshold, "must be positive")
+        for name in ("steps", "global_batch_size", "log_every"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "must be at least 1")
+        require(
+            self.evaluation_rows is None or self.evaluation_rows >= 1,
+            "training.evaluation_rows",
+            self.evaluation_rows,
+            "must be at least 1",
+        )
+        require(
+            self.loss_chunk_size is None or self.loss_chunk_size >= 0,
+            "training.loss_chunk_size",
+            self.loss_chunk_size,
+            "must not be negative: try 0 for all tokens at once",
+        )
+        if self.profile_steps is not None:
+            right = (
+                re.fullmatch(r"[0-9]{1,10}:[0-9]{1,10}", self.profile_steps) is not None
+                and self.profiled[0] < self.profiled[1]
+            )
+            require(right, "training.profile_steps", self.profile_steps, "must be A:B with A < B: try 20:25")
+        for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
+        self._check_microbatches()
+
+    def _check_microbatches(self) -> None:
+        parallel = self.parallel_microbatches
+        require(
+            parallel is None or (parallel >= 1 and parallel & (parallel - 1) == 0),
+            "training.parallel_microbatches",
+            parallel,
+            "must be a power of two: try 2",
+        )
+        if self.microbatch_size is not None:
+            size = self.microbatch_size
+            require(size >= 1, "training.microbatch_size", size, "must be at least 1")
+            require(
+                self.global_batch_size % size == 0,
+                "training.global_batch_size",
+                self.global_batch_size,
+                f"must be a multiple of training.microbatch_size ({size}): "
+                f"try {-(-self.global_batch_size // size) * size}",
+            )
+
+    @property
+    def profiled(self) -> tuple[int, ...]:
+        """The steps between which a profile is taken; () for none."""
+        return tuple(map(int, self.profile_steps.split(":"))) if self.profile_steps is not None else ()
+
+    @property
+    def rows_of_evaluation(self) -> int:
+        return self.evaluation_rows or self.microbatch_size or min(self.global_batch_size, 16)
+
+
+@dataclass(frozen=True)
+class DistributionConfig:
+    """Replicas, and how they are kept in step."""
+
+    strategy: Literal["auto", "one_device", "mirrored", "multi_worker_mirrored"] = "auto"
+    """auto: multi_worker_mirrored where TF_CONFIG or SLURM name several workers, else mirrored."""
+    num_replicas: int | None = None
+    """Replicas of each worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
+    reduction: Literal["fast", "canonical"] = "fast"
+    """Order of the sums over micro-batches and replicas: TensorFlow's, or one tree, for the same bits in any layout."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients travel between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
+    transport: Literal["auto", "tcp", "tensorflow"] = "auto"
+    """How gradients get from worker to worker: tcp, plain connections between CPUs, one replica per worker; tensorflow,
+    its collectives over NCCL or gRPC; auto: tcp where it can be, unless bytes_per_pack is set."""
+    bytes_per_pack: int | None = None
+    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: over TCP all of them, else 16 MiB,
+    or 32 MiB between GPUs, or 0 between two replicas in one memory."""
+    peer_timeout_seconds: float = 60.0
+    """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
+    start_timeout_seconds: float = 600.0
+    """Seconds that a worker waits at its start for the others to come and agree (exit code 76)."""
+
+    def __post_init__(self) -> None:
+        limits = {"num_replicas": MOST_DEVICES, "bytes_per_pack": MOST, "peer_timeout_seconds": A_DAY}
+        require_at_most(self, "distribution.", **limits)
+        require(
+            self.num_replicas is None or self.num_replicas >= 1,
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be at least 1",
+        )
+        require(
+            self.strategy != "one_device" or self.num_replicas in (None, 1),
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be 1 with distribution.strategy one_device: try mirrored",
+        )
+        require(
+            self.wire_dtype == "float32" or self.reduction == "fast",
+            "distribution.wire_dtype",
+            self.wire_dtype,
+            "must be float32 with distribution.reduction canonical: rounded sums of replicas differ by layout",
+        )
+        require(
+            self.bytes_per_pack is None or self.bytes_per_pack >= 0,
+            "distribution.bytes_per_pack",
+            self.bytes_per_pack,
+            "must not be negative: try 16777216",
+        )
+        require(
+            self.peer_timeout_seconds >= 1,
+            "distribution.peer_timeout_seconds",
+            self.peer_timeout_seconds,
+            "must be at least 1: try 60",
+        )
+        require(
+            1 <= self.start_timeout_seconds <= 3600,
+            "distribution.start_timeout_seconds",
+            self.start_timeout_seconds,
+            "must lie in [1, 3600]: try 600; after an hour TensorFlow gives up",
+        )
+        self._check_transport()
+
+    def _check_transport(self) -> None:
+        require(
+            self.transport != "tcp" or self.num_replicas in (None, 1),
+            "distribution.num_replicas",
+            self.num_replicas,
+            "must be 1 with distribution.transport tcp: try distribution.transport auto",
+        )
+        require(
+            self.transport != "tcp" or self.bytes_per_pack is None,
+            "distribution.bytes_per_pack",
+            self.bytes_per_pack,
+            "must be null with distribution.transport tcp, which sends all in one piece",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    every_steps: int = 250
+    """Steps between two checkpoints (and one at the end); 0: only at the end."""
+    keep: int = 3
+    """Newest checkpoints kept; the one with the best validation loss is kept besides."""
+
+    def __post_init__(self) -> None:
+        require_at_most(self, "checkpoint.", every_steps=MOST, keep=MOST)
+        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "must not be negative: try 0")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is drawn from a model."""
+
+    num_tokens: int = 256
+    """Most tokens to generate; an end-of-text token ends the text earlier."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens; null: all."""
+    top_p: float | None = None
+    """Draw among the most likely tokens that together have this probability; null: all."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        require_at_most(self, num_tokens=MOST, top_k=MOST, seed=2**63 - 1, temperature=1000)
+        require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative: try 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "must not be negative: try 0.8")
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1: try 40")
+        require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "must lie in (0, 1]: try 0.95")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of a number below 2**32 that is nearest to the one that was wanted."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(sorted({*small, *(number // divisor for divisor in small)}), key=lambda divisor: abs(divisor - wanted))

@@ -1,0 +1,220 @@
+"""What a run reads: the sources of `data.source` as token shards, with their weights, under one tokenizer."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from tfdp.config import source_syntax
+from tfdp.config.sections import DataConfig
+from tfdp.data.manifest import FORMAT_VERSION, SPLITS
+from tfdp.data.preparation import prepare
+from tfdp.data.reading import Recipe, corpus_sha256
+from tfdp.data.shards import Split, TokenShards, open_shards, open_tokenizer_of
+from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, size_to_train
+from tfdp.system.exits import ConfigError
+
+TOKENS = "tokens:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a run."""
+
+    name: str  # as `data.source` names it
+    weight: Fraction  # share of the sequences
+    shards: TokenShards
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All sources of a run."""
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+
+    @property
+    def corpus_sha256(self) -> str:
+        """Of the text of all sources."""
+        return self._digest([source.shards.corpus_sha256 for source in self.sources])
+
+    @property
+    def split_sha256(self) -> str:
+        """Of the token ids of all sources and their weights."""
+        return self._digest([source.shards.split_sha256 for source in self.sources])
+
+    @property
+    def train(self) -> list[Split]:
+        return [source.shards.train for source in self.sources]
+
+    @property
+    def validation(self) -> list[Split]:
+        return [source.shards.validation for source in self.sources]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the text that is trained on, by weight."""
+        return sum(
+            float(source.weight) * source.shards.train.num_bytes / source.shards.train.num_tokens
+            for source in self.sources
+        )
+
+    def describe(self) -> list[str]:
+        """A line for each source, for people."""
+        if len(self.sources) == 1:
+            return [f"{self.sources[0].name}: {self.sources[0].shards.describe()}"]
+        return [
+            f"{float(source.weight):.1%} of the sequences from {source.name}: {source.shards.describe()}"
+            for source in self.sources
+        ]
+
+    def check_lengths(self, context_length: int) -> None:
+        """Raises `ConfigError` for a split without text, or too short to hold one whole sequence."""
+        for source in self.sources:
+            for name in SPLITS:
+                why = _why_short(source) if name == "validation" else ""
+                fix = _longer_by(source, context_length) if name == "validation" else ""
+                check_length(getattr(source.shards, name), name, context_length, source.name, why, fix)
+
+    def _digest(self, digests: list[str]) -> str:
+        if len(digests) == 1:
+            return digests[0]
+        weights = [str(source.weight) for source in self.sources]
+        return hashlib.sha256(json.dumps([digests, weights]).encode()).hexdigest()
+
+
+def check_length(split: Split, name: str, context_length: int, source: str = "", why: str = "", fix: str = "") -> None:
+    """Raises `ConfigError` for a split without text, or too short to hold one whole sequence.
+
+    Args:
+      split: to check.
+      name: of the split.
+      context_length: tokens of a sequence, less one.
+      source: that the split belongs to.
+      why, fix: for the message: what the split is that short for, and what makes it longer.
+    """
+    if split.num_documents == 0 or split.num_bytes == 0:
+        raise ConfigError(f"data.source ({source}): the {name} split must not be empty: it holds no text")
+    if split.num_tokens < context_length + 1:
+        most = split.num_tokens - 1
+        raise ConfigError(
+            f"model.context_length ({context_length}) must fit into the {name} split, which has {split.num_tokens} "
+            f"tokens{why}: try {f'{fix}, a context_length of {most},' if fix else most} or more text"
+        )
+
+
+def _why_short(source: Source) -> str:
+    """What the validation split of a source is, beside the rest of it."""
+    train, validation = source.shards.train, source.shards.validation
+    return (
+        f" ({validation.num_documents:,} of the {train.num_documents + validation.num_documents:,} documents of "
+        f"{source.name}; the largest for training has {train.largest_document:,} tokens)"
+    )
+
+
+def _longer_by(source: Source, context_length: int) -> str:
+    """What gives a source a longer validation split: a larger fraction, where it has the text, or text of its own."""
+    num_tokens = source.shards.train.num_tokens + source.shards.validation.num_tokens
+    prefix = "tfdp.prepare --" if source.name.startswith(TOKENS) else "data."
+    enough = [fraction for fraction in (0.05, 0.1, 0.2, 0.3, 0.5) if fraction * num_tokens >= 2 * (context_length + 1)]
+    return ", ".join([f"{prefix}validation_fraction {each}" for each in enough[:1]] + [f"{prefix}validation_source"])
+
+
+def cache_dir(config: DataConfig) -> Path:
+    """Where token shards are kept: data.cache_dir, else $XDG_CACHE_HOME/tfdp, else ~/.cache/tfdp.
+
+    Raises:
+      ConfigError: none of them is there.
+    """
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "tfdp"
+    try:
+        return Path.home() / ".cache" / "tfdp"
+    except RuntimeError:
+        raise ConfigError(
+            "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache"
+        ) from None
+
+
+def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
+    """Opens the sources of a run; what is text yet becomes token shards in `cache_dir` first.
+
+    There a folder's name is a digest of the text and of what is made of it, so a changed file or key makes other
+    shards, and shards are made once however many processes want them.
+
+    Raises:
+      ConfigError: a source is wrong or empty, or their tokenizers differ.
+    """
+    named = source_syntax.parse(config.source)
+    opened = {name: open_shards(*_folder_and_key(name), cache_dir) for name, _ in named if name.startswith(TOKENS)}
+    _check(config, [name for name, _ in named], opened)
+    recipe_tokenizer = _tokenizer_name(config, list(opened))
+    sources = [
+        Source(name, weight, opened.get(name) or _from_cache(config, name, recipe_tokenizer, cache_dir))
+        for name, weight in named
+    ]
+    first, *others = sources
+    for source in others:
+        if source.shards.tokenizer.fingerprint != first.shards.tokenizer.fingerprint:
+            raise ConfigError(
+                f"data.source: {source.name} must have the tokenizer of {first.name}: prepare it again with "
+                f"--tokenizer bpe:FOLDER, where FOLDER is the folder tokenizer/ of the other one"
+            )
+    return Corpus(sources, first.shards.tokenizer)
+
+
+def expected_vocab_size(config: DataConfig) -> int:
+    """The number of token ids of a run, from the tokenizer's files alone: no text is read.
+
+    Raises:
+      ConfigError: those files are missing or wrong.
+    """
+    tokens = [name for name, _ in source_syntax.parse(config.source) if name.startswith(TOKENS)]
+    if config.tokenizer == "auto" and tokens:
+        return open_tokenizer_of(*_folder_and_key(tokens[0])).vocab_size
+    size = size_to_train(config.tokenizer)
+    return size or make_tokenizer(_tokenizer_name(config, [])).vocab_size
+
+
+def _folder_and_key(name: str) -> tuple[Path, str]:
+    return Path(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}"
+
+
+def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards]) -> None:
+    if config.validation_source is not None and (opened or len(names) > 1):
+        raise ConfigError(
+            f"data.validation_source ({config.validation_source}) must be null where data.source names token shards or "
+            f"several sources, which bring their own: give --validation_source to tfdp.prepare"
+        )
+    if len(names) > 1 and len(opened) < len(names) and not opened and size_to_train(config.tokenizer):
+        raise ConfigError(
+            f"data.tokenizer ({config.tokenizer}) cannot be trained on several sources at once: train it on one with "
+            f"tfdp.prepare --output DIR, and name it bpe:DIR/tokenizer"
+        )
+    if config.tokenizer != "auto":
+        for name, shards in opened.items():
+            wanted = None if size_to_train(config.tokenizer) else make_tokenizer(config.tokenizer)
+            if wanted is None or wanted.fingerprint != shards.tokenizer.fingerprint:
+                raise ConfigError(
+                    f"data.tokenizer ({config.tokenizer}) must be auto or that of {name}, {shards.tokenizer.name}"
+                )
+
+
+def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
+    """The tokenizer for what is text yet: the one that is named, else that of the shards beside it, else bytes."""
+    if config.tokenizer != "auto":
+        return config.tokenizer
+    return f"bpe:{opened[0].removeprefix(TOKENS)}/tokenizer" if opened else "bytes"
+
+
+def _from_cache(config: DataConfig, source: str, tokenizer: str, cache_dir: Path) -> TokenShards:
+    recipe = Recipe(source, config.validation_source, config.validation_fraction, tokenizer, section="data.")
+    # the text itself, not where it lies
+    facts = {**recipe.facts(), "source": corpus_sha256(recipe), "validation_source": None}
+    name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.{FORMAT_VERSION}"
+    return prepare(recipe, cache_dir / name, "data.cache_dir", num_processes=os.cpu_count() or 1, facts=facts)

@@ -1,0 +1,1 @@
+"""Text to ids and back: bytes, byte-level BPE, SentencePiece."""

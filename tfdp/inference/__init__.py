@@ -1,0 +1,1 @@
+"""A model read back from its run, and text from it."""

@@ -1,0 +1,129 @@
+"""A trained GPT, read back from its run directory: what evaluate and generate start from."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tfdp.config.options import whole_number
+from tfdp.config.parsing import load_file, to_yaml
+from tfdp.config.run_config import differing_keys, flatten_yaml
+from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
+from tfdp.models.dimensions import largest_matrix
+from tfdp.recipe import Model, Recipe, config_class, find_trainer, import_recipe, require_parts
+from tfdp.system.exits import ConfigError
+from tfdp.system.messages import shown
+from tfdp.training.run_directory import RunDirectory
+from tfdp.training.weights import Tensors, restore
+
+if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
+    from tfdp.training.compilation import Compilation
+
+
+@dataclass(frozen=True)
+class TrainedGPT:
+    """One checkpoint of a run, and what it was trained with; TensorFlow is not needed before the model is made."""
+
+    recipe: Recipe
+    config: Any
+    tokenizer: Tokenizer
+    weights: Tensors
+    frozen: Tensors
+    step: int
+    corpus_sha256: str  # of the text that it was trained on
+
+    @classmethod
+    def open(cls, run_dir: str, which: str, purpose: str, functions: Sequence[str] = ("make_model",)) -> "TrainedGPT":
+        """Reads a checkpoint.
+
+        Args:
+          run_dir: the directory of a run.
+          which: "best" (lowest validation loss), "newest", or a step.
+          purpose: what for, such as "evaluated".
+          functions: that the recipe of the run must have for it.
+
+        Raises:
+          ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
+        """
+        run = RunDirectory.open(run_dir)
+        trainer = find_trainer(["--config", str(run.config_path)])
+        recipe = import_recipe(trainer)
+        require_parts(recipe, trainer, functions, purpose)
+        config = load_file(config_class(recipe, trainer), run.config_path)
+        saved = run.checkpoints().load(_choose_step(run, which))
+        refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
+        tokenizer = open_own_tokenizer(run, saved.state)
+        corpus_sha256 = saved.state["identity"]["corpus_sha256"]
+        return cls(recipe, config, tokenizer, saved.weights, saved.frozen, saved.step, corpus_sha256)
+
+    @property
+    def compilation(self) -> "Compilation":
+        """As in training: the same bits."""
+        import tensorflow as tf
+
+        from tfdp.training.compilation import Compilation
+
+        training, on_gpu = self.config.training, bool(tf.config.list_physical_devices("GPU"))
+        largest = largest_matrix(self.recipe.weight_shapes(self.config, self.tokenizer.vocab_size))
+        return Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
+
+    def make_model(self) -> Model:
+        """The model with its trained weights; call it inside the scope of the strategy that will use it."""
+        model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
+        restore(model.named_weights(), self.weights)
+        if self.frozen:
+            restore(model.named_frozen_weights(), self.frozen)
+        return model
+
+
+def refuse_other_keys(run: RunDirectory, config: Any, state: Mapping[str, Any]) -> None:
+    """Compares the configuration of a run with that of its newest checkpoint, and warns where it is another.
+
+    Raises:
+      ConfigError: it is that of another model or run.
+    """
+    own_yaml = to_yaml(config)
+    own = flatten_yaml(own_yaml)
+    identity = {
+        key: value for key, value in state.get("identity", {}).items() if key in own and key != "data.tokenizer"
+    }
+    changed = differing_keys(state.get("config", own_yaml), own_yaml)
+    changed |= {key: (value, own[key]) for key, value in identity.items() if value != own[key]}
+    listed = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+    if changed.keys() & identity.keys():
+        raise ConfigError(f"run_dir ({run.path}) holds a {run.config_path.name} that is not the run's: {listed}")
+    if changed:
+        line = f"warning: {run.config_path} is not that of the newest checkpoint: {listed}"
+        print(line, file=sys.stderr, flush=True)
+
+
+def open_own_tokenizer(run: RunDirectory, state: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a run directory. Raises `ConfigError` where it is not that of the checkpoint."""
+    has_own = run.tokenizer_path.exists()  # a run from before there were others than bytes has none
+    tokenizer = open_tokenizer(run.tokenizer_path) if has_own else make_tokenizer("bytes")
+    fingerprint = tokenizer.fingerprint
+    trained_with = state["identity"].get("data.tokenizer", fingerprint)
+    if fingerprint != trained_with:
+        raise ConfigError(
+            f"tokenizer ({run.tokenizer_path}) must be that of the run: its fingerprint was {trained_with}, and is "
+            f"{fingerprint} now"
+        )
+    return tokenizer
+
+
+def _choose_step(run: RunDirectory, which: str) -> int:
+    folder = run.checkpoints()
+    steps = folder.steps()
+    if not steps:
+        raise ConfigError(f"run_dir ({run.path}) must hold a checkpoint: there is none yet")
+    if which == "newest":
+        return steps[-1]
+    if which == "best":
+        for line in folder.states()[1]:
+            print(f"warning: {line}: it is not among those of which the best is chosen", file=sys.stderr, flush=True)
+        return folder.best_step() or steps[-1]
+    step = whole_number(which)
+    if step is None or step not in steps:
+        listed = ", ".join(map(str, steps))
+        raise ConfigError(f"checkpoint ({shown(which)}) must be best, newest, or one of the steps {shown(listed)}")
+    return step

@@ -1,0 +1,177 @@
+"""The GPT: Keras layers, from the token embedding to the logits.
+
+Pre-norm transformer blocks (Radford et al. 2019, GPT-2) with the options of its descendants: rotary
+positions (Su et al. 2021), RMSNorm (Zhang and Sennrich 2019), SwiGLU (Shazeer 2020), grouped-query
+attention (Ainslie et al. 2023). Nothing here knows of strategies, steps or files. Shapes: (batch, time, dim).
+"""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdp.config.sections import ModelConfig
+from tfdp.models.dropout import KeyedDropout
+from tfdp.models.layers import Block, Initializers, Norm, rematerialised, rotary_tables
+from tfdp.ops.kernels import Kernels
+from tfdp.ops.visibility import CAUSAL, AttentionKind, visibility
+
+Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, context_length, head_dim)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The whole
+# ---------------------------------------------------------------------------------------------------
+
+
+class GPT(keras.Model):
+    """A causal language model; build it inside `strategy.scope()`.
+
+    Args:
+      config: the shape.
+      vocab_size: number of token ids.
+      seed: of the initial weights.
+      precision: of the products: float32, bfloat16 or float16; weights are float32 always.
+      remat: whether backward computes each block's activations again instead of keeping them.
+      fuse: whether XLA compiles what lies between the matrix products, where it does not compile the whole.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        seed: int = 0,
+        precision: str = "float32",
+        remat: bool = False,
+        fuse: bool = False,
+    ) -> None:
+        policy = keras.DTypePolicy("float32" if precision == "float32" else f"mixed_{precision}")
+        super().__init__(name="gpt", dtype=policy)
+        self.config, self.vocab_size, self.remat = config, vocab_size, remat
+        initializers = Initializers(config, seed)
+        self._initializers = initializers
+        self.embedding_dropout = KeyedDropout(config.dropout, "embedding", name="embedding_dropout", dtype=policy)
+        kernels = Kernels(fuse)
+        self.blocks = [
+            Block(config, initializers, kernels, f"block_{index}", policy) for index in range(config.num_layers)
+        ]
+        self.output_norm = Norm(config, kernels, name="output_norm", dtype=policy)
+        self.build((None, config.context_length))
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        config, normal = self.config, self._initializers.normal
+        table = (self.vocab_size, config.model_dim)
+        self.token_embedding = self.add_weight(shape=table, initializer=normal("embedding"), name="token_embedding")
+        if config.position == "learned":
+            self.position_embedding = self.add_weight(
+                shape=(config.context_length, config.model_dim),
+                initializer=normal("position_embedding"),
+                name="position_embedding",
+            )
+        if not config.tie_embeddings:
+            initial = keras.initializers.Zeros() if config.zero_init else normal("output_embedding")
+            self.output_embedding = self.add_weight(shape=table, initializer=initial, name="output_embedding")
+        for block in self.blocks:
+            block.build((None, input_shape[1], config.model_dim))
+        self.output_norm.build((None, input_shape[1], config.model_dim))
+
+    def call(
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
+    ) -> tf.Tensor:
+        """Logits of the next token: int32 (batch, time) -> float32 (batch, time, vocab_size).
+
+        Args:
+          tokens: ids, time at most context_length.
+          dropout_keys: uint32 (batch,) from `dropout.sequence_keys` to train with dropout; None to drop nothing.
+          attention: who sees whom.
+        """
+        return self.logits(self.features(tokens, dropout_keys, attention))
+
+    def features(
+        self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
+    ) -> tf.Tensor:
+        """What the output projection sees: (batch, time, dim) in the compute dtype."""
+        positions, visible, is_causal = visibility(attention, tokens.shape[1])
+        x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
+        for block in self.blocks:
+            if self.remat:
+                x = rematerialised(block, x, positions, visible, dropout_keys, is_causal=is_causal)
+            else:
+                x = block(x, positions, visible, dropout_keys, is_causal=is_causal)
+        return self.output_norm(x)
+
+    def logits(self, features: tf.Tensor) -> tf.Tensor:
+        """Projects (batch, time, dim) to float32 logits (batch, time, vocab_size)."""
+        flat = tf.reshape(features, [-1, self.config.model_dim])
+        flat = tf.matmul(flat, tf.cast(self.output_table, flat.dtype), transpose_b=True)
+        shape = [tf.shape(features)[0], tf.shape(features)[1], self.vocab_size]
+        return tf.reshape(tf.cast(flat, tf.float32), shape)
+
+    @property
+    def output_table(self) -> keras.Variable:
+        """The output projection's rows, one per token id: (vocab_size, dim)."""
+        return self.token_embedding if self.config.tie_embeddings else self.output_embedding
+
+    def empty_cache(self, batch_size: int) -> Cache:
+        """A cache of keys and values with nothing in it, for `extend`."""
+        config = self.config
+        shape = (batch_size, config.kv_heads, config.context_length, config.head_dim)
+        return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
+
+    def extend(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+        """Logits of new tokens (batch, time) that follow the `start` cached ones, and the longer cache.
+
+        start + time must not exceed context_length.
+        """
+        x = self._embed(tokens, start + tf.range(tf.shape(tokens)[1]))
+        longer = []
+        for block, (keys, values) in zip(self.blocks, cache, strict=True):
+            x, keys, values = block.extend(x, keys, values, start)
+            longer.append((keys, values))
+        return self.logits(self.output_norm(x)), longer
+
+    def named_weights(self) -> dict[str, keras.Variable]:
+        """The trainable variables by name, such as "block_0/attention/query_key_value/kernel"."""
+        return {variable.path.removeprefix("gpt/"): variable for variable in self.trainable_variables}
+
+    def named_frozen_weights(self) -> dict[str, keras.Variable]:
+        """The weights that are not trained (`layer.trainable = False`), by name."""
+        return {variable.path.removeprefix("gpt/"): variable for variable in self.non_trainable_variables}
+
+    def describe(self) -> str:
+        """The shape, for people."""
+        config = self.config
+        return (
+            f"{self.num_params():,} parameters: {config.num_layers} layers, {config.num_heads} heads, "
+            f"{config.model_dim} wide, context {config.context_length}, vocabulary {self.vocab_size}"
+        )
+
+    def num_params(self) -> int:
+        """Number of trainable numbers; a tied embedding counts once."""
+        return sum(math.prod(variable.shape) for variable in self.trainable_variables)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward for one token of a full sequence.
+
+        6 per weight of a matrix product (the output projection included, embedding look-ups not) and
+        12 * layers * context_length * width for attention, causal masking not discounted: the convention of
+        PaLM's appendix B (Chowdhery et al. 2022), which MFU figures use. A frozen weight needs no gradient: 4.
+        """
+        config = self.config
+        trained, frozen = (
+            sum(math.prod(variable.shape) for variable in variables if variable.name == "kernel")
+            for variables in (self.trainable_variables, self.non_trainable_variables)
+        )
+        trained += self.vocab_size * config.model_dim
+        return 6 * trained + 4 * frozen + 12 * config.num_layers * config.context_length * config.model_dim
+
+    def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        x = tf.gather(tf.convert_to_tensor(self.token_embedding), tokens)
+        if self.config.position == "learned":
+            x = x + tf.gather(tf.convert_to_tensor(self.position_embedding), positions)
+        elif self.config.position == "sinusoidal":
+            cosines, sines = rotary_tables(self.config.context_length, self.config.model_dim)
+            table = np.concatenate([sines, cosines], axis=-1) * self.config.init_stddev
+            x = x + tf.cast(tf.gather(table, positions), x.dtype)
+        return tf.cast(x, self.compute_dtype)

@@ -1,0 +1,98 @@
+"""How the global batch is cut: replicas, micro-batches, and how many of them at the same time."""
+
+import os
+
+import tensorflow as tf
+
+from tfdp.config.options import whole_number
+from tfdp.config.sections import DistributionConfig, TrainingConfig
+from tfdp.ops.sums import owns_nodes, possible_owners
+from tfdp.system.exits import require
+from tfdp.system.machine import available_cores
+
+_FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
+_MANY_TOKENS = 1024  # of a micro-batch, whose products cost much against any gradient
+
+
+def microbatch_size(
+    strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast", parallel_microbatches: int = 1
+) -> int:
+    """Sequences of one forward pass on one replica.
+
+    Without `training.microbatch_size`, all of a replica's share, or its parts that are computed side by side.
+
+    Raises:
+      ConfigError: the global batch cannot be cut evenly among the replicas, or, where the reduction is canonical,
+        the replicas do not own whole subtrees.
+    """
+    replicas = int(strategy.num_replicas_in_sync)
+    unit = replicas * (training.microbatch_size or 1)
+    within = "num_replicas" if training.microbatch_size is None else "num_replicas * training.microbatch_size"
+    require(
+        training.global_batch_size % unit == 0,
+        "training.global_batch_size",
+        training.global_batch_size,
+        f"must be a multiple of {within} ({unit}): try {-(-training.global_batch_size // unit) * unit}",
+    )
+    size = training.microbatch_size or training.global_batch_size // (replicas * parallel_microbatches)
+    num_microbatches = training.global_batch_size // size
+    listed = ", ".join(map(str, possible_owners(num_microbatches)))
+    require(
+        reduction != "canonical" or owns_nodes(num_microbatches, replicas),
+        "distribution.reduction",
+        reduction,
+        f"needs replicas that own whole subtrees of the {num_microbatches} micro-batches, a power of two each, and "
+        f"there are {replicas}: try {listed} replicas, or another training.microbatch_size",
+    )
+    return size
+
+
+def parallel_microbatches(
+    config: DistributionConfig, training: TrainingConfig, num_workers: int, num_params: int, context_length: int
+) -> int:
+    """Micro-batches that a replica computes at the same time, from `training.parallel_microbatches`.
+
+    On a CPU, one operation after the other on one core wastes less than each operation on all cores. But every
+    micro-batch computes a gradient of its own, which is read and added: few tokens for many weights are not worth it.
+
+    Raises:
+      ConfigError: the micro-batches of a replica cannot be cut into groups of so many.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    num_local = config.num_replicas or max(1, len(gpus))
+    share = training.global_batch_size // (num_workers * num_local)
+    count = share // training.microbatch_size if training.microbatch_size else share
+    chosen = training.parallel_microbatches
+    if chosen is not None:
+        unit = "micro-batches" if training.microbatch_size else "sequences"
+        rule = f"must divide the {count} {unit} of a replica: try 1"
+        require(count % chosen == 0, "training.parallel_microbatches", chosen, rule)
+        return chosen
+    cores = 1 if gpus else max(1, _num_threads() // num_local)
+    width = 1 << cores.bit_length() - 1
+    while width > 1:
+        tokens = (training.microbatch_size or share // width) * context_length
+        pays = num_params <= _FEW_PARAMS or tokens >= _MANY_TOKENS
+        if count % width == 0 and pays:
+            return width
+        width //= 2
+    return 1
+
+
+def describe_batch(
+    strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, parallel_microbatches: int
+) -> str:
+    """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
+    replicas = int(strategy.num_replicas_in_sync)
+    count = training.global_batch_size // (replicas * size)
+    plural = "es" * (count > 1)
+    return (
+        f"{training.global_batch_size} sequences = {replicas} replica{'s' * (replicas > 1)} x {count} "
+        f"micro-batch{plural} x {size}{f', {parallel_microbatches} side by side,' if parallel_microbatches > 1 else ''}"
+    )
+
+
+def _num_threads() -> int:
+    """Threads that this process has for its operations: as many as the launcher or the user has set, or its cores."""
+    given = whole_number(os.environ.get("TF_NUM_INTRAOP_THREADS", ""))
+    return given or len(available_cores()) or os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""What a run tells: rows, TensorBoard, the console, where its time goes."""

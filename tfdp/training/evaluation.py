@@ -1,0 +1,164 @@
+"""A pass over whole validation sets: each token once, whatever the number of replicas."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdp.data import pipeline
+from tfdp.data.sequences import Sequences
+from tfdp.parallel import collectives
+from tfdp.tasks.task import LossFunction, Metric, Rows, Task
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Text that nothing is learned from."""
+
+    name: str
+    sequences: Sequences
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass found."""
+
+    metrics: Mapping[str, Metric]  # that the task names, over all sets
+    num_tokens: int
+    sets: Mapping[str, "Evaluation"]  # each by its name, where there are several
+
+    def recorded(self) -> dict[str, float]:
+        """The metrics that rows and summaries hold."""
+        return {name: metric.value for name, metric in self.metrics.items() if metric.is_recorded}
+
+
+class Evaluator:
+    """Evaluates validation sets, as often as it is called.
+
+    Args:
+      strategy: that the model was made under.
+      task: names the metrics.
+      loss_function: sums and counts over rows, by set, without dropout.
+      sets: what is read.
+      rows: sequences per forward pass on each replica.
+      jit_compile: whether XLA compiles the forward pass.
+      parallel_passes: forward passes that a replica computes at the same time.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        task: Task,
+        loss_function: LossFunction,
+        sets: Sequence[ValidationSet],
+        rows: int,
+        jit_compile: bool,
+        parallel_passes: int = 1,
+    ) -> None:
+        self._step = EvalStep(strategy, loss_function, jit_compile, len(sets), rows)
+        self._strategy, self._task, self._sets = strategy, task, sets
+        self._rows = rows * parallel_passes * int(strategy.num_replicas_in_sync)
+
+    def __call__(self) -> Evaluation:
+        sequences = [each.sequences for each in self._sets]
+        batches, num_batches = pipeline.validation_batches(self._strategy, sequences, self._rows)
+        sums, counts = self._step(iter(batches), num_batches)
+        sizes = [each.num_bytes for each in self._sets]
+        found = {
+            each.name: self._evaluation(*totals) for each, *totals in zip(self._sets, sums, counts, sizes, strict=True)
+        }
+        return self._evaluation(sums.sum(), counts.sum(), sum(sizes), found if len(found) > 1 else {})
+
+    def _evaluation(
+        self, loss: float, count: int, num_bytes: int, sets: Mapping[str, Evaluation] | None = None
+    ) -> Evaluation:
+        totals = {"loss": float(loss), "targets": int(count), "bytes": int(num_bytes)}
+        return Evaluation(self._task.metrics(totals), int(count), sets or {})
+
+
+class EvalStep:
+    """Sums losses and counts over the batches of a split, without touching anything.
+
+    Args:
+      strategy, loss_function: as those of the train step.
+      jit_compile: whether XLA compiles a forward pass.
+      num_sources: for which the loss function gives sums.
+      rows: sequences of one forward pass; a replica computes those of its rows side by side. None: all in one.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        loss_function: LossFunction,
+        jit_compile: bool,
+        num_sources: int = 1,
+        rows: int | None = None,
+    ) -> None:
+        self._strategy, self._loss_function, self._num_sources, self._rows = strategy, loss_function, num_sources, rows
+        self._replica = tf.function(self._replica_sums, jit_compile=jit_compile, autograph=False)
+        self._run = tf.function(self._run_batches, autograph=False)
+
+    def __call__(self, batches: Any, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sum of the losses in nats and the number of valid tokens of each source, over all replicas.
+
+        The sums of each forward pass are added in float64 one by one, in the order of the sequences: the bits do not
+        depend on the number of replicas, as long as each pass has the same number of rows.
+        """
+        loss_sums, counts = self._run(batches, tf.constant(num_batches)).numpy()
+        return loss_sums, counts.astype(np.int64)
+
+    def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tf.Tensor:
+        def add(index: tf.Tensor, totals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            per_replica = self._strategy.run(self._gathered, args=(next(batches),))
+            passes = tf.reshape(collectives.first_replica(self._strategy, per_replica), [-1, 2, self._num_sources])
+            for sums in tf.unstack(passes):
+                totals += tf.cast(sums, tf.float64)
+            return index + 1, totals
+
+        start = (tf.constant(0), tf.zeros([2, self._num_sources], tf.float64))
+        _, totals = tf.while_loop(lambda index, _: index < num_batches, add, start, parallel_iterations=1)
+        return totals
+
+    def _gathered(self, batch: Rows) -> tf.Tensor:
+        size = batch["tokens"].shape[0]
+        rows = pipeline.rows_of(batch, self._rows or size)
+        passes = [self._replica(rows(index)) for index in range(size // (self._rows or size))]
+        return collectives.replica_gather(tf.stack(passes))
+
+    def _replica_sums(self, batch: Rows) -> tf.Tensor:
+        sums = self._loss_function(batch, tf.constant(0, tf.int64))
+        return tf.stack([tf.reshape(each, [self._num_sources]) for each in sums])
+
+
+class RowLosses:
+    """The loss of each sequence of a global batch, as a train step would see it; updates nothing.
+
+    Args:
+      strategy, microbatch_size, jit_compile: those of the train step.
+      row_losses: sums and counts for each row of one micro-batch.
+    """
+
+    def __init__(
+        self, strategy: tf.distribute.Strategy, row_losses: LossFunction, microbatch_size: int, jit_compile: bool
+    ) -> None:
+        self._strategy, self._row_losses, self._microbatch_size = strategy, row_losses, microbatch_size
+        self._microbatch = tf.function(self._microbatch_rows, jit_compile=jit_compile, autograph=False)
+        self._run = tf.function(lambda batch, step: strategy.run(self._gathered, args=(batch, step)), autograph=False)
+
+    def __call__(self, batches: Any, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of losses in nats and numbers of valid tokens, (global_batch_size,) each, in the order of positions."""
+        per_replica = self._run(next(batches), tf.constant(step, tf.int64))
+        rows = np.asarray(collectives.first_replica(self._strategy, per_replica)).reshape(-1, 2)
+        return rows[:, 0], rows[:, 1].astype(np.int64)
+
+    def _gathered(self, batch: Rows, step: tf.Tensor) -> tf.Tensor:
+        rows, size = pipeline.rows_of(batch, self._microbatch_size), batch["tokens"].shape[0]
+        parts = [self._microbatch(rows(index), step) for index in range(size // self._microbatch_size)]
+        return collectives.replica_gather(tf.concat(parts, axis=0))
+
+    def _microbatch_rows(self, rows: Rows, step: tf.Tensor) -> tf.Tensor:
+        sums, counts = self._row_losses(rows, step)
+        return tf.stack([tf.cast(sums, tf.float32), counts], axis=1)

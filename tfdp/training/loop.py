@@ -1,0 +1,285 @@
+"""The training loop, top to bottom: resume, evaluate, sample, save, stop, step, log.
+
+It knows steps, times and files, and nothing of what is trained: a recipe hands it a `Run` of functions.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tfdp.config.run_config import changed_keys
+from tfdp.parallel.cluster import publish, read
+from tfdp.reporting.hardware import peak_memory
+from tfdp.reporting.timing import Throughput, Trace
+from tfdp.reporting.writer import MetricsWriter
+from tfdp.system.console import say
+from tfdp.system.exits import ConfigError, StopRequested
+from tfdp.system.messages import duration
+from tfdp.training.checkpoint import CheckpointFolder
+from tfdp.training.clock import PARTS
+from tfdp.training.ledger import Ledger
+from tfdp.training.progress import Progress, left_out, load_agreed, note_start, restore, sequences_seen
+from tfdp.training.recovery import judge, save_verified
+from tfdp.training.run import Run
+from tfdp.training.saver import AsyncSaver
+from tfdp.training.step import StepResults
+from tfdp.training.weights import refuse_differences
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Runs a run to its last step.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      ConfigError: the run directory holds the checkpoints of another run.
+      SaveFailed: a checkpoint could not be written; the step that was under way then is not applied.
+      StopRequested: a signal asked to stop; a checkpoint is saved.
+      TrainingError: a spike that training.on_spike does not go around, or replicas that no longer agree; the step
+        that found it was not applied.
+    """
+    num_steps = run.training.steps
+    folder = run.directory.checkpoints(run.checkpointing.keep)
+    progress = _resume(run, folder)
+    if progress.step > num_steps:
+        raise ConfigError(
+            f"training.steps ({num_steps}) must be at least the step that {run.directory.path} has reached "
+            f"({progress.step}): try {progress.step}, or name another run_dir"
+        )
+    finished = _find_finished(run, progress)
+    if finished is not None:
+        run.watch.finish_together()
+        return finished
+    _begin(run, progress)
+    writer = MetricsWriter(run.directory.path, progress.step, run.cluster.is_chief)
+    trace = Trace(run.training.profiled, run.directory.path / "tensorboard", run.cluster.is_chief)
+    writer.text("config", run.config_yaml, progress.step)
+    batches = run.batches_from(progress.step, left_out(run, progress))
+    run.stop.attach(run.train_step)
+    with AsyncSaver(folder) as saver:
+        stopped = False
+        if run.training.on_spike == "rollback" and progress.saved_step < 0:
+            save_verified(run, folder, saver, progress, background=True)  # to roll back to
+        while True:
+            last = progress.step >= num_steps
+            due = _due(progress.step, run.training.evaluate_every) and progress.evaluated_step != progress.step
+            progress.time.lap("host")
+            if last or (due and not stopped):
+                _evaluate(run, writer, progress)
+                progress.time.lap("evaluation")
+            if last or stopped or _should_save(run, progress):
+                save_verified(run, folder, saver, progress, background=not (last or stopped))
+                progress.time.lap("saving")
+            trace.follow(progress.step, ends=last or stopped)
+            if last or stopped:
+                break
+            run.directory.require_held()
+            saver.raise_failure()
+            results = _advance(run, batches, progress)
+            run.watch.step = progress.step
+            stopped = results.stopped
+            if _due(progress.step, run.training.log_every) or progress.step >= num_steps:
+                _log(run, writer, progress, results)
+            batches = judge(run, folder, saver, writer, progress, results) or batches
+        saver.wait()
+        run.watch.finish_together()
+    writer.close()
+    if progress.step < num_steps:
+        raise StopRequested(
+            f"after step {progress.step} of {num_steps}, checkpoint saved; go on with --run_dir {run.directory.path}"
+        )
+    return _summarise(run, progress)
+
+
+def _resume(run: Run, folder: CheckpointFolder) -> Progress:
+    """Restores the newest whole checkpoint of the run directory, if there is one; the chief says which."""
+    progress = Progress()
+    newest = load_agreed(run.cluster, folder, "resume")
+    if newest is None:
+        return progress
+    refuse_differences(newest.state["identity"], run.identity)
+    progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
+    progress.history = newest.state.get("history", [])
+    progress.earlier_yaml = newest.state.get("config")
+    if progress.earlier_yaml is None and run.directory.config_path.is_file():  # a checkpoint of before it held that
+        progress.earlier_yaml = run.directory.config_path.read_text(encoding="utf-8")
+    restore(run, progress, newest)
+    progress.resumed_step = progress.step
+    if run.cluster.is_chief:
+        say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
+    return progress
+
+
+def _find_finished(run: Run, progress: Progress) -> dict[str, Any] | None:
+    """The summary of a run that has ended, and whose record stays as it is; None if there is something left to do."""
+    if progress.resumed_step != run.training.steps:
+        return None
+    if not run.cluster.is_chief:
+        return run.directory.read_summary() if read("finished", 0) == "yes" else None
+    summary = run.directory.read_summary()
+    expected = {
+        "step": progress.step,
+        "train_loss": progress.train_loss,
+        f"best_validation_{run.task.best}": progress.best_value,
+        **run.weights.digests(),
+    }
+    is_finished = all(summary.get(key) == value for key, value in expected.items())
+    if run.cluster.num_workers > 1:
+        publish("finished", 0, "yes" if is_finished else "no")
+    if not is_finished:
+        return None
+    changed = "; ".join(changed_keys(progress.earlier_yaml or run.config_yaml, run.config_yaml))
+    say("finished   already: its record stays as it is" + (f"; without effect: {changed}" if changed else ""))
+    return summary
+
+
+def _begin(run: Run, progress: Progress) -> None:
+    """Notes who carries the run from here on, and opens the run directory."""
+    note_start(run, progress)
+    if run.cluster.is_chief:
+        for key, (old, new) in progress.history[-1]["changed"].items():
+            say(f"changed    {key}: {old} -> {new}")
+        run.directory.begin(run.config_yaml, run.furnish)
+
+
+def _advance(run: Run, batches: Iterator[Any], progress: Progress) -> StepResults:
+    """Runs the steps up to the next event, in one call."""
+    events = (run.training.log_every, run.training.evaluate_every, run.checkpointing.every_steps)
+    target = min([run.training.steps, *(progress.step - progress.step % n + n for n in events if n)])
+    target = min([target, *(step for step in run.training.profiled if step > progress.step)])
+    progress.time.lap("host")
+    results = run.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
+    parts = dict(zip(PARTS, results.seconds.tolist(), strict=True))
+    seconds = progress.time.lap("host" if progress.warm else "compile", within=parts)
+    progress.verified_step = run.train_step.last_comparison(progress.step, len(results.loss)) or progress.verified_step
+    progress.step += len(results.loss)
+    progress.source_losses += results.source_losses.sum(axis=0)
+    progress.source_tokens += results.source_tokens.sum(axis=0)
+    finite = results.loss[np.isfinite(results.loss)]
+    progress.train_loss = float(finite[-1]) if len(finite) else progress.train_loss
+    if progress.warm:
+        progress.since_log.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+        progress.total.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+    else:
+        progress.first.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+        progress.warm = True
+        if run.cluster.is_chief:
+            since_start = duration(time.monotonic() - run.started)
+            say(f"first step after {since_start}, of which {seconds:.1f} s to trace and compile")
+    return results
+
+
+def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResults) -> None:
+    if not len(results.loss):
+        return
+    speed = progress.since_log if progress.since_log.num_steps else progress.first
+    loss = float(results.loss[-1])
+    metrics = run.task.metrics({"loss": loss, "targets": 1, "bytes": run.bytes_per_token})
+    values = {
+        "step": progress.step,
+        "loss": loss,
+        "learning_rate": float(results.learning_rate[-1]),
+        "grad_norm": float(results.grad_norm[-1]),
+        "tokens_per_second": speed.tokens_per_second,
+        "step_seconds": speed.step_seconds,
+        "mfu": speed.tokens_per_second * run.flops_per_token / run.matrix_peak,
+        **{name: metric.value for name, metric in metrics.items() if metric.is_recorded and name != "loss"},
+        "num_tokens": int(results.num_tokens[-1]),
+        "sequences_seen": sequences_seen(run, progress),
+        "reduction_bytes": run.train_step.reduction_bytes,
+        "num_reductions": run.train_step.num_reductions,
+        **_of_scaling(run),
+        **{f"seconds/{part}": seconds for part, seconds in progress.time.seconds.items()},
+        **_of_sources(run, progress),
+    }
+    progress.time.restart()
+    eta = (run.training.steps - progress.step) * speed.step_seconds
+    derived = {name: metric.value for name, metric in metrics.items() if not metric.is_recorded}
+    writer.train(values, run.training.steps, eta, derived)
+    progress.since_log = Throughput()
+    progress.source_losses, progress.source_tokens = 0.0, 0
+
+
+def _of_scaling(run: Run) -> dict[str, float | int]:
+    """The scale of the loss and the overflows of the run so far, where it is scaled."""
+    if run.training.precision != "float16":
+        return {}
+    scale, _, num_overflows = run.train_step.scaling.tolist()
+    return {"loss_scale": scale, "num_overflows": int(num_overflows)}
+
+
+def _of_sources(run: Run, progress: Progress) -> dict[str, float | int]:
+    """Loss and tokens of each source since the last line, where there are several."""
+    if len(run.source_names) == 1:
+        return {}
+    losses, tokens = np.atleast_1d(progress.source_losses), np.atleast_1d(progress.source_tokens)
+    found: dict[str, float | int] = {}
+    for name, loss, count in zip(run.source_names, losses, tokens, strict=True):
+        found[f"loss/{name}"] = float(loss) / int(count) if count else math.nan
+        found[f"num_tokens/{name}"] = int(count)
+    return found
+
+
+def _evaluate(run: Run, writer: MetricsWriter, progress: Progress) -> None:
+    started = time.monotonic()
+    progress.evaluation = run.evaluate()
+    value, lowest = progress.evaluation.metrics[run.task.best].value, run.task.best_is_lowest
+    if progress.evaluated_step == progress.step:  # a run that ended between its last checkpoint and summary.json
+        return
+    progress.evaluated_step = progress.step
+    best = progress.best_value
+    progress.is_best = math.isfinite(value) and (best is None or (value < best if lowest else value > best))
+    progress.best_value = value if progress.is_best else best
+    values = {
+        "step": progress.step,
+        **{f"validation_{name}": number for name, number in progress.evaluation.recorded().items()},
+        "evaluation_seconds": time.monotonic() - started,
+    }
+    metrics = progress.evaluation.metrics
+    scalars = {name: metric.value for name, metric in metrics.items()}
+    for of_set, found in progress.evaluation.sets.items():
+        for name, number in found.recorded().items():
+            values[f"validation_{name}/{of_set}"] = scalars[f"{name}/{of_set}"] = number
+    writer.validation(values, run.training.steps, scalars, [metric.text for metric in metrics.values()])
+    if run.sample is not None:
+        writer.text("sample", run.sample() if run.cluster.is_chief else "", progress.step)
+
+
+def _should_save(run: Run, progress: Progress) -> bool:
+    """At every checkpoint.every_steps, and where an evaluation was the best so far."""
+    if progress.step == progress.saved_step:
+        return False
+    is_best = progress.evaluated_step == progress.step and progress.is_best
+    return is_best or _due(progress.step, run.checkpointing.every_steps)
+
+
+def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
+    assert progress.evaluation is not None, "the loop evaluates at its last step"
+    summary = {
+        "step": progress.step,
+        "train_loss": progress.train_loss,
+        **{f"validation_{name}": value for name, value in progress.evaluation.recorded().items()},
+        f"best_validation_{run.task.best}": progress.best_value,
+        "tokens_per_second": progress.total.tokens_per_second,
+        "wall_seconds": time.monotonic() - run.started,
+        "peak_memory_bytes": peak_memory(),
+        "num_replicas": run.layout["num_replicas"],
+        "num_workers": run.layout["num_workers"],
+        "sequences_seen": sequences_seen(run, progress),
+        **{f"seconds/{part}": seconds for part, seconds in progress.time.total.items()},
+        **run.facts,
+        **run.weights.digests(),
+        "history": progress.history,
+    }
+    if run.cluster.is_chief:
+        run.directory.write_summary(summary)
+    return summary
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every > 0 and step % every == 0 and step > 0

@@ -1,0 +1,152 @@
+"""Where a run stands, and how that goes into a checkpoint and comes out of one."""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from tfdp import __version__
+from tfdp.config.run_config import differing_keys
+from tfdp.parallel.cluster import Cluster, publish, read
+from tfdp.reporting.timing import Attribution, Throughput
+from tfdp.system.exits import CommandError, ConfigError
+from tfdp.training.checkpoint import FROZEN, Checkpoint, CheckpointFolder
+from tfdp.training.evaluation import Evaluation
+from tfdp.training.ledger import Ledger
+from tfdp.training.run import Run
+from tfdp.training.saver import AsyncSaver
+from tfdp.training.weights import restore as restore_weights
+from tfdp.training.weights import snapshot
+
+
+@dataclass
+class Progress:
+    """What changes while the loop runs."""
+
+    step: int = 0
+    resumed_step: int = 0
+    saved_step: int = -1
+    verified_step: int = 0  # up to here all replicas held the same weights
+    evaluated_step: int = -1
+    is_best: bool = False
+    best_value: float | None = None  # of the metric that the task compares checkpoints by
+    evaluation: Evaluation | None = None
+    train_loss: float | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    history: list[dict[str, Any]] = field(default_factory=list)  # the processes that carried the run: see note_start
+    earlier_yaml: str | None = None  # the configuration of the process before this one
+    frozen_sha256: str | None = None  # of the frozen weights, once they are saved
+    num_rollbacks: int = 0  # of this process
+    source_losses: np.ndarray | float = 0.0  # of each source since the last line, summed over its tokens
+    source_tokens: np.ndarray | int = 0
+    since_log: Throughput = field(default_factory=Throughput)
+    total: Throughput = field(default_factory=Throughput)
+    first: Throughput = field(default_factory=Throughput)  # the first call, with what it traces and compiles
+    time: Attribution = field(default_factory=Attribution)
+    warm: bool = False  # whether the first call, which traces and compiles, is over
+
+
+def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Checkpoint | None:
+    """The newest whole checkpoint, as the chief sees it, so that all workers go on from the same step.
+
+    Args:
+      cluster: the workers.
+      folder: that all of them can read.
+      occasion: a name that all workers use for this choice, and never again.
+
+    Raises:
+      ConfigError: there are checkpoints and none is whole.
+    """
+    if cluster.is_chief:
+        try:
+            newest, warnings = folder.load_newest()
+        except CommandError:
+            if cluster.num_workers > 1:
+                publish(occasion, 0, "refused")
+            raise
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if cluster.num_workers > 1:
+            publish(occasion, 0, "none" if newest is None else str(newest.step))
+        return newest
+    step = read(occasion, 0)
+    if step == "refused":
+        raise ConfigError(f"{cluster.name(0)} cannot resume from {folder.folder}: its own line says why")
+    return None if step == "none" else folder.load(int(step))
+
+
+def note_start(run: Run, progress: Progress) -> None:
+    """Begins an entry of the history: from which step on this process carries the run, and which keys changed there.
+
+    It goes into each checkpoint, so it tells of the steps that a checkpoint stands for, and of no others.
+    """
+    earlier = run.config_yaml if progress.earlier_yaml is None else progress.earlier_yaml
+    entry = {
+        "from_step": progress.step,
+        "changed": {key: list(values) for key, values in differing_keys(earlier, run.config_yaml).items()},
+        "version": __version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "layout": dict(run.layout),
+    }
+    progress.history.append(entry)
+
+
+def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
+    """Puts the run back to where a checkpoint was saved, on every replica."""
+    restore_weights(run.weights.trainable, saved.weights)
+    restore_weights(run.weights.optimizer, saved.optimizer)
+    state = saved.state
+    progress.frozen_sha256 = state.get(FROZEN)
+    if progress.frozen_sha256 is not None:
+        restore_weights(run.weights.frozen, saved.frozen)
+    run.train_step.load_state(state)
+    progress.step = progress.saved_step = progress.verified_step = saved.step
+    compared = f"validation_{run.task.best}"
+    progress.evaluated_step = -1 if state[compared] is None else saved.step
+    progress.best_value, progress.train_loss = state[f"best_{compared}"], state["train_loss"]
+    for entry in progress.history:  # of this process, after a rollback beyond the step it began with
+        entry["from_step"] = min(entry["from_step"], progress.step)
+
+
+def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> None:
+    """Copies the state to host memory and has it written; only the chief has anything to do."""
+    if progress.step == progress.saved_step or not run.cluster.is_chief:
+        progress.saved_step = progress.step
+        return
+    if run.weights.frozen and progress.frozen_sha256 is None:
+        progress.frozen_sha256 = saver.folder.save_frozen(snapshot(run.weights.frozen))
+    trainable, optimizer = run.weights.snapshot()
+    compared, value = f"validation_{run.task.best}", None
+    if progress.evaluation is not None and progress.evaluated_step == progress.step:
+        value = progress.evaluation.metrics[run.task.best].value
+    state = {
+        "step": progress.step,
+        "sequences_seen": sequences_seen(run, progress),
+        "identity": dict(run.identity),
+        "train_loss": progress.train_loss,
+        compared: value if value is not None and math.isfinite(value) else None,
+        f"best_{compared}": progress.best_value,
+        "best_by": [compared, 1 if run.task.best_is_lowest else -1],
+        **run.train_step.to_state(),
+        "ledger": progress.ledger.to_state(),
+        "layout": dict(run.layout),
+        "config": run.config_yaml,
+        "history": [dict(entry) for entry in progress.history],
+        **({} if progress.frozen_sha256 is None else {FROZEN: progress.frozen_sha256}),
+    }
+    saver.save(Checkpoint(trainable, optimizer, state), background)
+    progress.saved_step = progress.step
+
+
+def left_out(run: Run, progress: Progress) -> set[int]:
+    """Positions that nothing is learned from: by the configuration, and since by spikes."""
+    return {*run.left_out, *progress.ledger.left_out}
+
+
+def sequences_seen(run: Run, progress: Progress) -> int:
+    """Sequences of the global order that were trained on: those up to here, without those left out."""
+    positions = progress.step * run.training.global_batch_size
+    return positions - sum(position < positions for position in left_out(run, progress))

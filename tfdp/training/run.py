@@ -1,0 +1,47 @@
+"""What a recipe hands to the loop."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tfdp.config.sections import CheckpointConfig, TrainingConfig
+from tfdp.parallel.cluster import Cluster, Watch
+from tfdp.tasks.task import Task
+from tfdp.training.evaluation import Evaluation
+from tfdp.training.run_directory import RunDirectory
+from tfdp.training.step import TrainStep
+from tfdp.training.stopping import StopSignal
+from tfdp.training.weights import WeightSets
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its parts as functions, and who carries it. The loop knows no more of what is trained."""
+
+    directory: RunDirectory
+    training: TrainingConfig
+    checkpointing: CheckpointConfig
+    identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
+    weights: WeightSets
+    train_step: TrainStep
+    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
+    left_out: Collection[int]  # positions that the configuration leaves out
+    task: Task  # what is learned, and what is reported of it
+    row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see evaluation.RowLosses
+    evaluate: Callable[[], Evaluation]
+    sample: Callable[[], str] | None
+    cluster: Cluster
+    watch: Watch
+    stop: StopSignal
+    furnish: Callable[[], None]  # puts into the run directory what reads the model back, besides its checkpoints
+    source_names: Sequence[str]  # of the text, in the order of the step's sums
+    bytes_per_token: float  # of the training text
+    flops_per_token: int
+    matrix_peak: float  # FLOP/s of all devices together
+    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size, ...
+    facts: Mapping[str, Any]  # goes into summary.json as it is
+    config_yaml: str
+    started: float = field(default_factory=time.monotonic)  # when the command began to work
