@@ -114,8 +114,11 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.timeout(1500)
-def test_forty_kills_change_nothing(tmp_path: Path, corpus_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    num_steps, num_kills = 4000, 40
+@pytest.mark.parametrize("num_kills", [10, pytest.param(40, marks=pytest.mark.full)])
+def test_kills_change_nothing(
+    tmp_path: Path, corpus_dir: Path, capfd: pytest.CaptureFixture[str], num_kills: int
+) -> None:
+    num_steps = 100 * num_kills
     changes = {"training__steps": num_steps, "checkpoint__every_steps": SAVE_EVERY, "model__dropout": 0.1}
     changes |= {"training__log_every": SAVE_EVERY}
     untouched = tmp_path / "untouched"
@@ -148,12 +151,15 @@ def test_forty_kills_change_nothing(tmp_path: Path, corpus_dir: Path, capfd: pyt
 
 
 @pytest.mark.timeout(900)
-def test_twenty_stops_change_nothing(tmp_path: Path, corpus_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    num_steps, generator = 6000, random.Random(2)
+@pytest.mark.parametrize("num_stops", [6, pytest.param(20, marks=pytest.mark.full)])
+def test_stops_change_nothing(
+    tmp_path: Path, corpus_dir: Path, capfd: pytest.CaptureFixture[str], num_stops: int
+) -> None:
+    num_steps, generator = 300 * num_stops, random.Random(2)
     changes = {"training__steps": num_steps, "checkpoint__every_steps": 0, "training__log_every": 50}
     arguments = tiny_arguments(corpus_dir, tmp_path / "stopped", **changes)
     slowest = 0.0
-    for _ in range(20):
+    for _ in range(num_stops):
         with start(tmp_path, [arguments] * 2, command(tmp_path, "stopped", 0.005)) as job:
             wait_for_steps(job, tmp_path / "stopped.ledger")
             time.sleep(generator.uniform(0, 1.5))
@@ -165,7 +171,7 @@ def test_twenty_stops_change_nothing(tmp_path: Path, corpus_dir: Path, capfd: py
             assert ends[0] == ends[1]
             assert ends[0].startswith("stopped: after step ")
     with capfd.disabled():
-        print(f"\n20 stops, the slowest {slowest:.1f} s from the signal to the last exit")
+        print(f"\n{num_stops} stops, the slowest {slowest:.1f} s from the signal to the last exit")
     assert slowest < 10
     with start(tmp_path, [arguments] * 2, command(tmp_path, "stopped")) as job:
         assert job.wait(300) == [0, 0]
