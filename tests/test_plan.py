@@ -51,6 +51,17 @@ def test_a_gpu_that_is_not_here_is_reckoned_from_its_data_sheet(tmp_path: Path) 
     assert few["step_seconds"] < more["step_seconds"]
 
 
+def test_micro_batches_at_the_same_time_hold_their_activations_at_the_same_time(tmp_path: Path) -> None:
+    found = {}
+    for parallel, size in ((1, 2), (2, 2), (1, 4)):
+        output = tmp_path / f"{parallel}x{size}.json"
+        cut = [f"--training.parallel_microbatches={parallel}", f"--training.microbatch_size={size}"]
+        arguments = ["--device=H100", f"--output={output}", *TINY, "--training.global_batch_size=8", *cut]
+        assert run("tfdp.plan", *arguments).returncode == 0
+        found[parallel, size] = json.loads(output.read_text())["activation_bytes"]
+    assert found[2, 2] == found[1, 4] > found[1, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -178,7 +178,8 @@ def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, ma
     from tfdp.parallel import batch_layout, distribution
 
     training, step, names = config.training, parts.train_step, [source.name for source in corpus.sources]
-    cut = batch_layout.describe_batch(strategy, training, parts.microbatch_size, parts.parallel_microbatches)
+    num_replicas = int(strategy.num_replicas_in_sync)
+    cut = batch_layout.describe_batch(num_replicas, training, parts.microbatch_size, parts.parallel_microbatches)
     lines = [
         f"model      {parts.model.describe()}",
         *(f"data       {line}" for line in corpus.describe()),
@@ -205,13 +206,16 @@ def _layout(cluster: "Cluster", strategy: Any, parts: Parts) -> dict[str, int]:
 
 def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
     """Micro-batches that each replica computes at the same time."""
-    from tfdp.models import dimensions
-    from tfdp.parallel import batch_layout
+    from tfdp.models.dimensions import num_params
+    from tfdp.parallel import batch_layout, distribution
 
-    num_params = dimensions.num_params(recipe.weight_shapes(config, corpus.tokenizer.vocab_size))
-    context_length = config.model.context_length
     return batch_layout.parallel_microbatches(
-        config.distribution, config.training, num_workers, num_params, context_length
+        config.distribution,
+        config.training,
+        num_workers,
+        num_params(recipe.weight_shapes(config, corpus.tokenizer.vocab_size)),
+        config.model.context_length,
+        distribution.num_gpus(),
     )
 
 
@@ -232,7 +236,9 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts
 
     training, vocab_size = config.training, corpus.tokenizer.vocab_size
     parallel = parallel_microbatches(recipe, config, corpus, collectives.num_workers(strategy))
-    microbatch_size = batch_layout.microbatch_size(strategy, training, config.distribution.reduction, parallel)
+    microbatch_size = batch_layout.microbatch_size(
+        int(strategy.num_replicas_in_sync), training, config.distribution.reduction, parallel
+    )
     largest = largest_matrix(recipe.weight_shapes(config, vocab_size))
     on_gpu = collectives.on_gpu(strategy)
     compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)

@@ -21,6 +21,7 @@ from tfdp.config.run_config import with_run_config
 from tfdp.config.sections import MOST, MOST_DEVICES, DataConfig
 from tfdp.data import sources
 from tfdp.models import dimensions
+from tfdp.parallel import batch_layout
 from tfdp.recipe import config_class, find_trainer, import_recipe
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.machine import GPUS, available_gpus, find_gpu, total_memory
@@ -103,7 +104,12 @@ def make_plan(config: Config, run: Any) -> Plan:
         f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
     )
     num_params, num_state = dimensions.num_params(shapes), estimates.num_state_numbers(run.optimizer, shapes)
-    num_rows = min(run.training.microbatch_size or batch, batch // num_replicas)
+    num_gpus = num_local if config.device else len(available_gpus())
+    parallel = batch_layout.parallel_microbatches(
+        run.distribution, run.training, config.num_workers, num_params, run.model.context_length, num_gpus
+    )
+    size = batch_layout.microbatch_size(num_replicas, run.training, run.distribution.reduction, parallel)
+    num_rows = parallel * size  # of a replica at the same time
     activations = estimates.activation_bytes(run.model, run.training, vocab_size, num_rows)
     reduced = estimates.reduction_bytes(run.distribution, shapes, num_replicas)
     network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)

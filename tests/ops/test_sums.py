@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdp.ops.sums import fixed_sum, owns_nodes, possible_owners, running_sum, sum_in_tree, tree_sum
+from tfdp.ops.sums import fixed_sum, running_sum, sum_in_tree, tree_sum
+from tfdp.parallel.batch_layout import owns_nodes, possible_owners
 
 COUNTS = [*range(1, 18), 32]
 

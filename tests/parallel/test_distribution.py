@@ -35,22 +35,21 @@ def test_one_device_is_a_strategy_too() -> None:
 
 
 def test_the_global_batch_is_cut_evenly_or_refused() -> None:
-    strategy = distribution.make_strategy(DistributionConfig(num_replicas=4))
-    assert batch_layout.microbatch_size(strategy, TrainingConfig(global_batch_size=24)) == 6
+    assert batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=24)) == 6
     training = TrainingConfig(global_batch_size=24, microbatch_size=2)
-    assert batch_layout.microbatch_size(strategy, training) == 2
-    assert batch_layout.describe_batch(strategy, training, 2, 1) == "24 sequences = 4 replicas x 3 micro-batches x 2"
-    assert batch_layout.microbatch_size(strategy, TrainingConfig(global_batch_size=24), parallel_microbatches=2) == 3
-    assert batch_layout.describe_batch(strategy, TrainingConfig(global_batch_size=24), 3, 2) == (
+    assert batch_layout.microbatch_size(4, training) == 2
+    assert batch_layout.describe_batch(4, training, 2, 1) == "24 sequences = 4 replicas x 3 micro-batches x 2"
+    assert batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=24), parallel_microbatches=2) == 3
+    assert batch_layout.describe_batch(4, TrainingConfig(global_batch_size=24), 3, 2) == (
         "24 sequences = 4 replicas x 2 micro-batches x 3, 2 side by side,"
     )
     with pytest.raises(ConfigError) as caught:
-        batch_layout.microbatch_size(strategy, TrainingConfig(global_batch_size=30))
+        batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=30))
     assert str(caught.value) == "training.global_batch_size (30) must be a multiple of num_replicas (4): try 32"
     with pytest.raises(
         ConfigError, match=r"\(24\) must be a multiple of num_replicas \* training.microbatch_size \(32\)"
     ):
-        batch_layout.microbatch_size(strategy, TrainingConfig(global_batch_size=24, microbatch_size=8))
+        batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=24, microbatch_size=8))
 
 
 @pytest.mark.parametrize(
@@ -76,9 +75,9 @@ def test_micro_batches_are_computed_parallel_where_it_pays(
     context_length: int,
     expected: int,
 ) -> None:
-    monkeypatch.setattr(distribution, "available_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(batch_layout, "available_cores", lambda: list(range(cores)))
     config, sizes = DistributionConfig(num_replicas=num_local), TrainingConfig(**training)  # type: ignore[arg-type]
-    assert batch_layout.parallel_microbatches(config, sizes, 1, num_params, context_length) == expected
+    assert batch_layout.parallel_microbatches(config, sizes, 1, num_params, context_length, 0) == expected
 
 
 def test_the_threads_that_a_launcher_has_given_are_shared_too() -> None:
@@ -87,11 +86,11 @@ import tensorflow as tf
 from tfdp.parallel import batch_layout
 from tfdp.parallel import distribution
 from tfdp.config.sections import DistributionConfig, TrainingConfig
-parallel = batch_layout.parallel_microbatches(DistributionConfig(), TrainingConfig(global_batch_size=8), 1, 1000, 64)
+parallel = batch_layout.parallel_microbatches(DistributionConfig(), TrainingConfig(global_batch_size=8), 1, 1000, 64, 0)
 distribution.make_strategy(DistributionConfig(), parallel_microbatches=parallel)
 print(parallel, tf.config.threading.get_intra_op_parallelism_threads())
 two = DistributionConfig(num_replicas=2)
-print(batch_layout.parallel_microbatches(two, TrainingConfig(global_batch_size=8), 1, 9, 64))
+print(batch_layout.parallel_microbatches(two, TrainingConfig(global_batch_size=8), 1, 9, 64, 0))
 """
     environment = {**os.environ, "TF_NUM_INTRAOP_THREADS": "4", "CUDA_VISIBLE_DEVICES": "-1"}
     command = [sys.executable, "-c", program]
@@ -105,7 +104,7 @@ def test_micro_batches_that_cannot_be_grouped_are_refused() -> None:
         ConfigError,
         match=r"^training.parallel_microbatches \(2\) must divide the 3 micro-batches of a replica: try 1$",
     ):
-        batch_layout.parallel_microbatches(DistributionConfig(), training, 1, 1000, 16)
+        batch_layout.parallel_microbatches(DistributionConfig(), training, 1, 1000, 16, 0)
 
 
 def test_without_a_cluster_there_is_one_worker() -> None:

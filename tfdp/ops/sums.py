@@ -117,17 +117,6 @@ def _add_pairs(*nodes: tf.Tensor) -> tf.Tensor:
     return nodes[0]
 
 
-def owns_nodes(num_terms: int, num_owners: int) -> bool:
-    """Whether owners of equal shares of consecutive terms each hold one node of the tree."""
-    share, rest = divmod(num_terms, num_owners)
-    return rest == 0 and (num_owners == 1 or share & (share - 1) == 0)
-
-
-def possible_owners(num_terms: int) -> list[int]:
-    """The numbers of owners among which the tree over `num_terms` terms can be shared out."""
-    return [owners for owners in range(1, num_terms + 1) if owns_nodes(num_terms, owners)]
-
-
 def fixed_sum(values: tf.Tensor, width: int = 256) -> tf.Tensor:
     """The sum of a tensor in an order that depends on its size alone, not on the number of threads.
 

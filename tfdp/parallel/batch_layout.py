@@ -1,12 +1,12 @@
-"""How the global batch is cut: replicas, micro-batches, and how many of them at the same time."""
+"""How the global batch is cut: replicas, micro-batches, and how many of them at the same time.
+
+Numbers alone: it needs neither TensorFlow nor devices, so that a plan can cut as a run does.
+"""
 
 import os
 
-import tensorflow as tf
-
 from tfdp.config.options import whole_number
 from tfdp.config.sections import DistributionConfig, TrainingConfig
-from tfdp.ops.sums import owns_nodes, possible_owners
 from tfdp.system.exits import require
 from tfdp.system.machine import available_cores
 
@@ -15,7 +15,7 @@ _MANY_TOKENS = 1024  # of a micro-batch, whose products cost much against any gr
 
 
 def microbatch_size(
-    strategy: tf.distribute.Strategy, training: TrainingConfig, reduction: str = "fast", parallel_microbatches: int = 1
+    num_replicas: int, training: TrainingConfig, reduction: str = "fast", parallel_microbatches: int = 1
 ) -> int:
     """Sequences of one forward pass on one replica.
 
@@ -25,8 +25,7 @@ def microbatch_size(
       ConfigError: the global batch cannot be cut evenly among the replicas, or, where the reduction is canonical,
         the replicas do not own whole subtrees.
     """
-    replicas = int(strategy.num_replicas_in_sync)
-    unit = replicas * (training.microbatch_size or 1)
+    unit = num_replicas * (training.microbatch_size or 1)
     within = "num_replicas" if training.microbatch_size is None else "num_replicas * training.microbatch_size"
     require(
         training.global_batch_size % unit == 0,
@@ -34,21 +33,26 @@ def microbatch_size(
         training.global_batch_size,
         f"must be a multiple of {within} ({unit}): try {-(-training.global_batch_size // unit) * unit}",
     )
-    size = training.microbatch_size or training.global_batch_size // (replicas * parallel_microbatches)
+    size = training.microbatch_size or training.global_batch_size // (num_replicas * parallel_microbatches)
     num_microbatches = training.global_batch_size // size
     listed = ", ".join(map(str, possible_owners(num_microbatches)))
     require(
-        reduction != "canonical" or owns_nodes(num_microbatches, replicas),
+        reduction != "canonical" or owns_nodes(num_microbatches, num_replicas),
         "distribution.reduction",
         reduction,
         f"needs replicas that own whole subtrees of the {num_microbatches} micro-batches, a power of two each, and "
-        f"there are {replicas}: try {listed} replicas, or another training.microbatch_size",
+        f"there are {num_replicas}: try {listed} replicas, or another training.microbatch_size",
     )
     return size
 
 
 def parallel_microbatches(
-    config: DistributionConfig, training: TrainingConfig, num_workers: int, num_params: int, context_length: int
+    config: DistributionConfig,
+    training: TrainingConfig,
+    num_workers: int,
+    num_params: int,
+    context_length: int,
+    num_gpus: int,
 ) -> int:
     """Micro-batches that a replica computes at the same time, from `training.parallel_microbatches`.
 
@@ -58,8 +62,7 @@ def parallel_microbatches(
     Raises:
       ConfigError: the micro-batches of a replica cannot be cut into groups of so many.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    num_local = config.num_replicas or max(1, len(gpus))
+    num_local = config.num_replicas or max(1, num_gpus)
     share = training.global_batch_size // (num_workers * num_local)
     count = share // training.microbatch_size if training.microbatch_size else share
     chosen = training.parallel_microbatches
@@ -68,7 +71,7 @@ def parallel_microbatches(
         rule = f"must divide the {count} {unit} of a replica: try 1"
         require(count % chosen == 0, "training.parallel_microbatches", chosen, rule)
         return chosen
-    cores = 1 if gpus else max(1, _num_threads() // num_local)
+    cores = 1 if num_gpus else max(1, num_threads() // num_local)
     width = 1 << cores.bit_length() - 1
     while width > 1:
         tokens = (training.microbatch_size or share // width) * context_length
@@ -79,20 +82,28 @@ def parallel_microbatches(
     return 1
 
 
-def describe_batch(
-    strategy: tf.distribute.Strategy, training: TrainingConfig, size: int, parallel_microbatches: int
-) -> str:
+def describe_batch(num_replicas: int, training: TrainingConfig, size: int, parallel_microbatches: int) -> str:
     """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
-    replicas = int(strategy.num_replicas_in_sync)
-    count = training.global_batch_size // (replicas * size)
+    count = training.global_batch_size // (num_replicas * size)
     plural = "es" * (count > 1)
     return (
-        f"{training.global_batch_size} sequences = {replicas} replica{'s' * (replicas > 1)} x {count} "
+        f"{training.global_batch_size} sequences = {num_replicas} replica{'s' * (num_replicas > 1)} x {count} "
         f"micro-batch{plural} x {size}{f', {parallel_microbatches} side by side,' if parallel_microbatches > 1 else ''}"
     )
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
     """Threads that this process has for its operations: as many as the launcher or the user has set, or its cores."""
     given = whole_number(os.environ.get("TF_NUM_INTRAOP_THREADS", ""))
     return given or len(available_cores()) or os.cpu_count() or 1
+
+
+def owns_nodes(num_terms: int, num_owners: int) -> bool:
+    """Whether owners of equal shares of consecutive terms each hold one node of the tree."""
+    share, rest = divmod(num_terms, num_owners)
+    return rest == 0 and (num_owners == 1 or share & (share - 1) == 0)
+
+
+def possible_owners(num_terms: int) -> list[int]:
+    """The numbers of owners among which the tree over `num_terms` terms can be shared out."""
+    return [owners for owners in range(1, num_terms + 1) if owns_nodes(num_terms, owners)]

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfdp.config.sections import DistributionConfig
 from tfdp.ops.sums import sum_in_tree
-from tfdp.parallel.batch_layout import _num_threads
+from tfdp.parallel.batch_layout import num_threads
 from tfdp.parallel.cluster import Cluster, require_free_port
 from tfdp.parallel.collectives import Workers, num_local_replicas, num_workers, on_gpu, transport_of
 from tfdp.parallel.native import joining_in_background
@@ -150,6 +150,11 @@ def describe(strategy: tf.distribute.Strategy) -> str:
     return f"{replicas} replica{'s' * (replicas > 1)} on {kind}, {workers} worker{'s' * (workers > 1)}{way}"
 
 
+def num_gpus() -> int:
+    """GPUs of this process."""
+    return len(tf.config.list_physical_devices("GPU"))
+
+
 def gpu_names(strategy: tf.distribute.Strategy) -> list[str]:
     """The model name of each replica's GPU, over all workers; empty on CPUs."""
     if not on_gpu(strategy):
@@ -190,6 +195,6 @@ def _share_cores(num_parts: int, canonical: bool) -> None:
     if not canonical and num_parts == 1:
         return
     with contextlib.suppress(RuntimeError):  # fixed since TensorFlow started in this process
-        tf.config.threading.set_intra_op_parallelism_threads(1 if canonical else max(1, _num_threads() // num_parts))
+        tf.config.threading.set_intra_op_parallelism_threads(1 if canonical else max(1, num_threads() // num_parts))
         if num_parts > 1:
             tf.config.threading.set_inter_op_parallelism_threads(max(2, num_parts))
