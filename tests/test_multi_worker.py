@@ -213,7 +213,7 @@ import os, sys, time
 from tfdp.system.startup import load_tensorflow
 load_tensorflow()
 from tfdp.parallel import distribution
-from tfdp.parallel.cluster import Watch, require_agreement
+from tfdp.parallel.cluster import FailureDetector, require_agreement
 from tfdp.parallel.cluster_spec import find_cluster
 from tfdp.config.sections import DistributionConfig
 from tfdp.system.exits import end, run_command
@@ -221,7 +221,7 @@ from tfdp.system.exits import end, run_command
 def main():
     config = DistributionConfig(start_timeout_seconds=15)
     cluster = find_cluster(config)
-    with Watch(cluster, 60.0, config.start_timeout_seconds).watching() as watch:
+    with FailureDetector(cluster, 60.0, config.start_timeout_seconds).watching() as watch:
         distribution.make_strategy(config, cluster, 1, watch.wait_for_start)
         if cluster.index == 1:
             time.sleep(1000)  # its server answers all the while

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
     from tfdp.data.pipeline import Order
     from tfdp.data.sources import Corpus
     from tfdp.optim.optimizer import Optimizer
-    from tfdp.parallel.cluster import Cluster, Watch
+    from tfdp.parallel.cluster import Cluster, FailureDetector
     from tfdp.tasks.task import Task
     from tfdp.training.compilation import Compilation
     from tfdp.training.evaluation import Evaluator, RowLosses
@@ -32,7 +32,7 @@ class Process:
 
     directory: "RunDirectory"
     cluster: "Cluster"
-    watch: "Watch"
+    watch: "FailureDetector"
     stop: "StopSignal"
     started: float
 
@@ -87,7 +87,7 @@ def _train(
 ) -> dict[str, Any]:
     """Opens the text, starts the replicas and comes to terms with the other workers."""
     from tfdp.data import sources
-    from tfdp.parallel.cluster import Watch, require_agreement
+    from tfdp.parallel.cluster import FailureDetector, require_agreement
     from tfdp.system.startup import load_tensorflow
 
     corpus = sources.open_corpus(config.data, sources.cache_dir(config.data))
@@ -97,7 +97,7 @@ def _train(
     from tfdp.parallel import distribution
 
     layout = config.distribution
-    with Watch(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
+    with FailureDetector(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
         parallel = parallel_microbatches(recipe, config, corpus, cluster.num_workers)
         strategy = distribution.make_strategy(layout, cluster, parallel, watch.wait_for_start)
         require_agreement(cluster, shared_facts(recipe, config, corpus, strategy), watch.wait_for_start)
@@ -109,7 +109,6 @@ def _train(
 def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Process) -> dict[str, Any]:
     """Tells what the parts of the run are, and runs the loop."""
     from tfdp.data.tokenizers.tokenizer import save_tokenizer
-    from tfdp.inference.sampling import Sampler
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
     from tfdp.system import console
@@ -117,14 +116,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
     from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
-    sampler = Sampler(parts.model, corpus.tokenizer)
-    sampling = SamplingConfig(num_tokens=max(1, training.sample_tokens))
     samples: list[str] = []  # the newest, which is shown at the end: drawing it again would hold the end up
-
-    def sample() -> str:
-        samples[:] = [sampler.text("", sampling)]
-        return samples[0]
-
     matrix_peak = hardware.matrix_peak(
         training.precision,
         distribution.gpu_names(strategy),
@@ -148,11 +140,11 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             task=parts.task,
             row_losses=parts.row_losses,
             evaluate=parts.evaluator,
-            sample=sample if training.sample_tokens else None,
+            sample=_sampling_into(samples, parts, corpus, training.sample_tokens),
             cluster=cluster,
             watch=process.watch,
             stop=process.stop,
-            furnish=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
+            save_assets=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
             flops_per_token=parts.model.flops_per_token(),
@@ -171,6 +163,21 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
         say(f"\n--- a sample ---\n{text}\n---\n")
     say(directory.next_steps())
     return summary
+
+
+def _sampling_into(samples: list[str], parts: Parts, corpus: "Corpus", num_tokens: int) -> Callable[[], str] | None:
+    """Draws a text and makes it the one in `samples`; None where no tokens are asked for."""
+    from tfdp.inference.sampling import Sampler
+
+    if num_tokens == 0:
+        return None
+    sampler, sampling = Sampler(parts.model, corpus.tokenizer), SamplingConfig(num_tokens=num_tokens)
+
+    def sample() -> str:
+        samples[:] = [sampler.text("", sampling)]
+        return samples[0]
+
+    return sample
 
 
 def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, matrix_peak: float) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tfdp.parallel import cluster as clusters
-from tfdp.parallel.cluster import Cluster, Watch, broken_link, probe, require_agreement, require_free_port
+from tfdp.parallel.cluster import Cluster, FailureDetector, broken_link, probe, require_agreement, require_free_port
 from tfdp.system.exits import PeerLost, TrainingError
 
 
@@ -69,7 +69,7 @@ def test_whom_the_start_waits_for_is_told_and_has_an_end(
         for server in servers:
             held.enter_context(server)
         cluster = Cluster(("127.0.0.1:1", *addresses, "no-such-host.invalid:1"), 0)
-        watch = held.enter_context(Watch(cluster, 60.0, start_timeout_seconds=4.0).watching())
+        watch = held.enter_context(FailureDetector(cluster, 60.0, start_timeout_seconds=4.0).watching())
         with pytest.raises(PeerLost) as lost:
             while True:
                 watch.wait_for_start()
@@ -84,7 +84,7 @@ def test_whom_the_start_waits_for_is_told_and_has_an_end(
 
 
 def test_many_absent_workers_are_counted() -> None:
-    watch = Watch(Cluster(tuple(f"a:{port}" for port in range(1, 1001)), 0), 60.0, start_timeout_seconds=1.0)
+    watch = FailureDetector(Cluster(tuple(f"a:{port}" for port in range(1, 1001)), 0), 60.0, start_timeout_seconds=1.0)
     said = watch._absent()
     assert said.startswith("worker 1 (a:2) does not answer, worker 2 (a:3) does not answer, ")
     assert said.endswith(", worker 5 (a:6) does not answer, and 994 more")
@@ -104,7 +104,7 @@ def test_a_port_that_is_taken_is_told_before_anything_waits() -> None:
 def test_a_connection_that_breaks_between_the_living_is_named() -> None:
     server, address = listen(SETTINGS)
     cluster = Cluster(("127.0.0.1:1", address), 0)
-    with server, pytest.raises(PeerLost) as lost, Watch(cluster, 60.0).watching() as watch:
+    with server, pytest.raises(PeerLost) as lost, FailureDetector(cluster, 60.0).watching() as watch:
         watch.step = 7
         reason = broken_link(cluster.name(1), OSError(104, "Connection reset by peer"))
         raise tf.errors.UnknownError(None, None, f"ConnectionError: {reason} Traceback (most recent call last): ...")

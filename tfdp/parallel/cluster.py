@@ -176,7 +176,7 @@ def probe(address: str, timeout_seconds: float) -> str:
     return "alive" if len(answer) == _FRAME_HEADER_SIZE and answer[_FRAME_TYPE] == _SETTINGS else "foreign"
 
 
-class Watch:
+class FailureDetector:
     """Watches the peers of a worker from a thread, and ends this process when one of them is lost.
 
     Args:
@@ -198,7 +198,7 @@ class Watch:
         self.step = 0  # the last step done, for the message
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator["Watch"]:
+    def watching(self) -> Iterator["FailureDetector"]:
         """Watches while the block runs, and turns errors of collectives whose cause is a lost peer into PeerLost."""
         if self._cluster.num_workers == 1:
             yield self

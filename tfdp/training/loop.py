@@ -22,7 +22,7 @@ from tfdp.training.checkpoint import CheckpointFolder
 from tfdp.training.clock import PARTS
 from tfdp.training.ledger import Ledger
 from tfdp.training.progress import Progress, left_out, load_agreed, note_start, restore, sequences_seen
-from tfdp.training.recovery import judge, save_verified
+from tfdp.training.recovery import handle_anomalies, save_verified
 from tfdp.training.run import Run
 from tfdp.training.saver import AsyncSaver
 from tfdp.training.step import StepResults
@@ -45,11 +45,6 @@ def fit(run: Run) -> dict[str, Any]:
     num_steps = run.training.steps
     folder = run.directory.checkpoints(run.checkpointing.keep)
     progress = _resume(run, folder)
-    if progress.step > num_steps:
-        raise ConfigError(
-            f"training.steps ({num_steps}) must be at least the step that {run.directory.path} has reached "
-            f"({progress.step}): try {progress.step}, or name another run_dir"
-        )
     finished = _find_finished(run, progress)
     if finished is not None:
         run.watch.finish_together()
@@ -84,7 +79,7 @@ def fit(run: Run) -> dict[str, Any]:
             stopped = results.stopped
             if _due(progress.step, run.training.log_every) or progress.step >= num_steps:
                 _log(run, writer, progress, results)
-            batches = judge(run, folder, saver, writer, progress, results) or batches
+            batches = handle_anomalies(run, folder, saver, writer, progress, results) or batches
         saver.wait()
         run.watch.finish_together()
     writer.close()
@@ -108,6 +103,11 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
     if progress.earlier_yaml is None and run.directory.config_path.is_file():  # a checkpoint of before it held that
         progress.earlier_yaml = run.directory.config_path.read_text(encoding="utf-8")
     restore(run, progress, newest)
+    if progress.step > run.training.steps:
+        raise ConfigError(
+            f"training.steps ({run.training.steps}) must be at least the step that {run.directory.path} has reached "
+            f"({progress.step}): try {progress.step}, or name another run_dir"
+        )
     progress.resumed_step = progress.step
     if run.cluster.is_chief:
         say(f"resumed at step {newest.step} from {folder.path(newest.step)}")
@@ -143,7 +143,7 @@ def _begin(run: Run, progress: Progress) -> None:
     if run.cluster.is_chief:
         for key, (old, new) in progress.history[-1]["changed"].items():
             say(f"changed    {key}: {old} -> {new}")
-        run.directory.begin(run.config_yaml, run.furnish)
+        run.directory.begin(run.config_yaml, run.save_assets)
 
 
 def _advance(run: Run, batches: Iterator[Any], progress: Progress) -> StepResults:

@@ -21,7 +21,7 @@ from tfdp.training.saver import AsyncSaver
 from tfdp.training.step import StepResults
 
 
-def judge(
+def handle_anomalies(
     run: Run,
     folder: CheckpointFolder,
     saver: AsyncSaver,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfdp.config.sections import CheckpointConfig, TrainingConfig
-from tfdp.parallel.cluster import Cluster, Watch
+from tfdp.parallel.cluster import Cluster, FailureDetector
 from tfdp.tasks.task import Task
 from tfdp.training.evaluation import Evaluation
 from tfdp.training.run_directory import RunDirectory
@@ -34,9 +34,9 @@ class Run:
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
     cluster: Cluster
-    watch: Watch
+    watch: FailureDetector
     stop: StopSignal
-    furnish: Callable[[], None]  # puts into the run directory what reads the model back, besides its checkpoints
+    save_assets: Callable[[], None]  # puts into the run directory what reads the model back, besides its checkpoints
     source_names: Sequence[str]  # of the text, in the order of the step's sums
     bytes_per_token: float  # of the training text
     flops_per_token: int
