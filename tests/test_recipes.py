@@ -100,6 +100,20 @@ def test_the_model_of_a_recipe_is_the_one_that_is_replayed_and_sampled(folder: P
 
 
 @pytest.mark.timeout(TIMEOUT)
+def test_a_run_of_a_recipe_is_resumed(folder: Path, corpus_dir: Path) -> None:
+    source = ("--data.source", f"text:{corpus_dir}/*.txt")
+    at = ARGUMENTS.index("--training.steps") + 1
+    first = ["--trainer", "mine.shifted", *source, *ARGUMENTS[:at], "2", *ARGUMENTS[at + 1 :]]
+    for arguments in (first, ["--training.steps", "4"]):
+        result = tfdp(folder, "train", "--run_dir", "halves", *arguments)
+        assert result.returncode == 0, result.stderr
+    halves, whole = (json.loads((folder / name / "summary.json").read_text()) for name in ("halves", "run"))
+    assert [entry["from_step"] for entry in halves["history"]] == [0, 2]
+    for key in ("weights_sha256", "state_sha256", "validation_loss"):
+        assert halves[key] == whole[key], key
+
+
+@pytest.mark.timeout(TIMEOUT)
 def test_a_recipe_that_makes_no_model_is_refused_and_not_taken_for_another(folder: Path) -> None:
     config = folder / "run" / "config.yaml"
     text = config.read_text()
