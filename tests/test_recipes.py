@@ -45,6 +45,7 @@ def train(config):
 """
 ARGUMENTS = ["--model.num_layers", "1", "--model.model_dim", "16", "--model.num_heads", "2"]
 ARGUMENTS += ["--model.context_length", "16", "--training.steps", "4", "--training.sample_tokens", "0"]
+ARGUMENTS += ["--optimizer.schedule", "constant", "--optimizer.warmup_steps", "0"]  # so that half a run is a run
 ARGUMENTS += ["--training.jit_compile", "false", "--training.log_every", "1", "--data.validation_fraction", "0.2"]
 
 
