@@ -66,7 +66,7 @@ def test_a_state_that_the_run_does_not_have_is_refused_before_tensorflow_loads(
 
 @pytest.mark.parametrize("command", ["evaluate", "replay"])
 def test_another_text_is_refused_before_tensorflow_loads(run: Path, command: str) -> None:
-    changed = run / "text" / "exits.py"
+    changed = run / "text" / "train.py"
     text = changed.read_text(encoding="utf-8")
     changed.write_text("changed = True\n", encoding="utf-8")
     try:

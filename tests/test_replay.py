@@ -213,7 +213,7 @@ def test_mistakes_of_users_are_told_in_one_line(
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "recipe.py").write_text("from trainers.causal_lm import Config, train\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert_refused(r"trainer \(my\.recipe\) must be a recipe with a build function to be replayed")
+    assert_refused(r"trainer \(my\.recipe\) must be a recipe with a make_model function to be replayed")
 
 
 def test_a_run_that_told_nothing_yet_is_replayed_from_its_seed(
