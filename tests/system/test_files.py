@@ -22,8 +22,8 @@ def refuse(holder):
     sys.exit(f"held by {holder}")
 with locking(Path(sys.argv[1]), refuse):
     child = os.fork() if sys.argv[2:] else None
-    if child != 0:
-        print("holding" if child is None else child, flush=True)  # a child outlives its parent
+    if not child:  # a child that outlives its parent speaks once it has let go
+        print("holding" if child is None else os.getpid(), flush=True)
     time.sleep(60)
 """
 
