@@ -46,7 +46,7 @@ def _subtree(shares: list[int], first: int) -> Fork | Leaf:
 def count_left(fork: Fork, position: int) -> int:
     """How many of the positions before this one go left: floor(position * left_share / total + 1/2).
 
-    Written so that whole numbers of 64 bits hold every term; `data.py` computes the same in TensorFlow.
+    Written so that whole numbers of 64 bits hold every term; `pipeline.py` computes the same in TensorFlow.
     """
     periods, rest = position // fork.total, position % fork.total
     return periods * fork.left_share + (rest * fork.left_share + fork.total // 2) // fork.total

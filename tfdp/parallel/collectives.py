@@ -55,12 +55,14 @@ def on_gpu(strategy: tf.distribute.Strategy) -> bool:
     return any("GPU" in device for device in strategy.extended.worker_devices)
 
 
-def sum_step(packs: list[tf.Tensor], told: tf.Tensor, reduction: str = "fast") -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Sums a step's gradients and what is told of it over all replicas: its one reduction. Call it in replica context.
+def sum_step(
+    packs: list[tf.Tensor], statistics: tf.Tensor, reduction: str = "fast"
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Sums a step's gradients and statistics over all replicas: its one reduction. Call it in replica context.
 
     Args:
       packs: flat gradients, of one type.
-      told: a float32 vector.
+      statistics: a float32 vector.
       reduction: fast or canonical.
 
     Returns:
@@ -69,16 +71,16 @@ def sum_step(packs: list[tf.Tensor], told: tf.Tensor, reduction: str = "fast") -
     strategy = tf.distribute.get_replica_context().strategy
     exchange = exchange_of(strategy)
     if exchange is None:
-        *packs, told = replica_sum([*packs, told], reduction)
-        return packs, told
+        *packs, statistics = replica_sum([*packs, statistics], reduction)
+        return packs, statistics
     dtype, sizes = packs[0].dtype, [int(pack.shape[0]) for pack in packs]
     workers, bounds = num_workers(strategy), exchange.bounds(sum(sizes))
     own = bounds[worker_index(strategy) + 1] - bounds[worker_index(strategy)]
-    told_by_all, terms = tf.numpy_function(exchange.scatter, [told, *packs], [tf.float32, dtype])
-    told_by_all = tf.ensure_shape(told_by_all, [workers, *told.shape])
+    all_statistics, terms = tf.numpy_function(exchange.scatter, [statistics, *packs], [tf.float32, dtype])
+    all_statistics = tf.ensure_shape(all_statistics, [workers, *statistics.shape])
     part = _sum_rows(tf.ensure_shape(terms, [workers, own]))
     sums = tf.numpy_function(lambda part: exchange.gather(part, sizes), [part], [dtype] * len(sizes))
-    return [tf.ensure_shape(each, [size]) for each, size in zip(sums, sizes, strict=True)], _sum_rows(told_by_all)
+    return [tf.ensure_shape(each, [size]) for each, size in zip(sums, sizes, strict=True)], _sum_rows(all_statistics)
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -133,7 +135,7 @@ def default_bytes_per_pack(strategy: tf.distribute.Strategy) -> int:
 
 
 def num_reductions(strategy: tf.distribute.Strategy, num_packs: int) -> int:
-    """Reductions that `sum_step` makes of so many packs and what is told of the step."""
+    """Reductions that `sum_step` makes of so many packs and the statistics of a step."""
     return 1 if exchange_of(strategy) is not None else num_packs + 1
 
 

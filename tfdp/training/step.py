@@ -46,7 +46,7 @@ class StepRules:
       verify_every: steps between two comparisons of what all replicas hold; 0: never.
       spike_threshold: robust standard deviations above which a loss is a spike; None: none is.
       skip_spikes: whether to go on after a spike, without its update, instead of ending the call.
-      wire_dtype: float32 or bfloat16, in which gradients travel; what is told of a step always travels in float32.
+      wire_dtype: float32 or bfloat16, in which gradients travel; statistics always travel in float32.
       bytes_per_pack: of a reduction; None: what suits the devices.
       scales_loss: whether gradients are those of a scaled loss, as float16 needs; see `loss_scale`.
     """
@@ -189,7 +189,7 @@ class TrainStep:
         It ends early before an update that is refused, and after the step in which a stop request arrived.
 
         Args:
-          batches: an iterator of `data.train_batches`, standing at `first_step`.
+          batches: an iterator of `pipeline.train_batches`, standing at `first_step`.
           first_step: number of optimizer steps done before.
           num_steps: how many to run.
         """
