@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DistributionConfig
+from tfdp.recipe import PARTS
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.startup import load_tensorflow
 
@@ -35,9 +36,7 @@ def main() -> None:
     from tfdp.data import sources
     from tfdp.inference.trained import TrainedGPT
 
-    trained = TrainedGPT.open(
-        config.run_dir, config.checkpoint, "evaluated", ["make_model", "make_task", "make_sequences", "weight_shapes"]
-    )
+    trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", PARTS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
     corpus = sources.open_corpus(run_config.data, sources.cache_dir(run_config.data))

@@ -33,7 +33,9 @@ class TrainedGPT:
     corpus_sha256: str  # of the text that it was trained on
 
     @classmethod
-    def open(cls, run_dir: str, which: str, purpose: str, functions: Sequence[str] = ("make_model",)) -> "TrainedGPT":
+    def open(
+        cls, run_dir: str, which: str, purpose: str, functions: Sequence[str] = ("make_model", "weight_shapes")
+    ) -> "TrainedGPT":
         """Reads a checkpoint.
 
         Args:
