@@ -109,19 +109,20 @@ def input_wait(shards: Path, num_rounds: int = 15, num_steps: int = 20) -> None:
     load_tensorflow()
     import tensorflow as tf
 
+    from tfdp import assembly
     from tfdp.config.sections import DataConfig, DistributionConfig, ModelConfig, TrainingConfig
     from tfdp.data import pipeline
     from tfdp.data.sources import open_corpus
     from tfdp.parallel.distribution import make_strategy
-    from trainers.causal_lm import Config, build
+    from trainers import causal_lm
 
     strategy = make_strategy(DistributionConfig())
-    config = Config(
+    config = causal_lm.Config(
         model=ModelConfig(**MODEL),
         data=DataConfig(source=f"tokens:{shards}"),
         training=TrainingConfig(steps=10_000, global_batch_size=BATCH, spike_threshold=None),
     )
-    parts = build(config, open_corpus(config.data, Path("unused")), strategy)
+    parts = assembly.build(causal_lm, config, open_corpus(config.data, Path("unused")), strategy)
     batches = parts.batches_from(0, ())
     batch = next(iter(pipeline.train_batches(strategy, parts.order, 0)))
     same = iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(batch).repeat()))

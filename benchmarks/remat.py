@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from tfdp.benchmarking.running import Running
-from tfdp.config.parsing import import_trainer, to_yaml
+from tfdp.config.parsing import to_yaml
 from tfdp.config.sections import DataConfig, ModelConfig, OptimizerConfig
+from tfdp.recipe import import_recipe
 
 
 def main() -> None:
     num_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    base = import_trainer("causal_lm").Config(
+    base = import_recipe("causal_lm").Config(
         model=ModelConfig(num_layers=12, model_dim=256, num_heads=8, context_length=256),
         data=DataConfig(),
         optimizer=OptimizerConfig(name="adamw"),

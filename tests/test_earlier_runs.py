@@ -54,4 +54,4 @@ def test_an_earlier_run_goes_on(run_dir: Path, capfd: pytest.CaptureFixture[str]
     assert [entry["from_step"] for entry in summary["history"]] == [0, 4]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
-    assert summary["validation_loss"] == pytest.approx(again["validation_loss"], rel=0.01)
+    assert summary["validation_loss"] < again["validation_loss"], "it learns on"

@@ -43,6 +43,17 @@ class Config:
 def train(config):
     print("steps", config.steps)
 """
+LACKING = "run_dir, data, optimizer, distribution, checkpoint"
+NO_SECTIONS = """
+from dataclasses import dataclass
+from trainers.causal_lm import make_model, make_sequences, make_task, weight_shapes
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    model: int = 0
+    training: int = 0
+"""
 ARGUMENTS = ["--model.num_layers", "1", "--model.model_dim", "16", "--model.num_heads", "2"]
 ARGUMENTS += ["--model.context_length", "16", "--training.steps", "4", "--training.sample_tokens", "0"]
 ARGUMENTS += ["--optimizer.schedule", "constant", "--optimizer.warmup_steps", "0"]  # so that half a run is a run
@@ -121,6 +132,7 @@ def test_a_recipe_that_makes_no_model_is_refused_and_not_taken_for_another(folde
     config.write_text(text.replace("mine.shifted", "mine.unnamed"))
     try:
         for command, function, purpose in (
+            ("train", "make_model", "trained"),
             ("evaluate", "make_model", "evaluated"),
             ("generate", "make_model", "read back"),
             ("replay", "make_model", "replayed"),
@@ -155,6 +167,12 @@ def test_trainer_is_a_key_of_the_command_whatever_the_recipe(tmp_path: Path) -> 
         ("mine.bad", "\nx = y\n", 1, r"cannot be imported: NameError: name 'y' is not defined ({}, line 2)"),
         ("mine.bad", "import mi\n", 1, r"cannot be imported: ModuleNotFoundError: No module named 'mi' ({}, line 1)"),
         ("mine.bad", "Config = train = 1\n", 2, r"must have a dataclass as its Config"),
+        (
+            "mine.bad",
+            NO_SECTIONS,
+            2,
+            rf"must be a recipe whose Config has {LACKING}",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_imported_is_one_line(

@@ -1,14 +1,15 @@
 """A recipe, a configuration and a text put together: what is trained, and what reads it back."""
 
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfdp.config.parsing import flatten, to_yaml
 from tfdp.config.sections import SamplingConfig
-from tfdp.recipe import Model, Recipe
+from tfdp.recipe import PARTS, Model, Recipe, require_parts
 from tfdp.system.code import code_sha256
 from tfdp.system.exits import require
 
@@ -66,6 +67,7 @@ def train(recipe: Recipe, config: Any) -> dict[str, Any]:
       config: its `Config`.
     """
     started = time.monotonic()
+    require_parts(recipe, config.trainer, PARTS, "trained")
     from tfdp.parallel.cluster_spec import find_cluster
     from tfdp.training.run_directory import RunDirectory
     from tfdp.training.stopping import StopSignal
@@ -249,7 +251,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts
     largest = largest_matrix(recipe.weight_shapes(config, vocab_size))
     on_gpu = collectives.on_gpu(strategy)
     compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
-    task = recipe.make_task(config, corpus)
+    task = _checked(recipe.make_task(config, corpus), config.trainer)
     with strategy.scope():
         model = recipe.make_model(config, vocab_size, compilation.parts)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
@@ -265,12 +267,14 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts
     def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
         return iter(pipeline.train_batches(strategy, order, step, left_out))
 
+    weights = WeightSets(model.named_weights(), model.named_frozen_weights(), optimizer.named_state())
+    cut, num_sources, frozen = (microbatch_size, parallel), len(corpus.sources), list(weights.frozen.values())
     return Parts(
         model,
         task,
         optimizer,
-        WeightSets(model.named_weights(), model.named_frozen_weights(), optimizer.named_state()),
-        _make_step(config, strategy, losses, optimizer, compilation, (microbatch_size, parallel), len(corpus.sources)),
+        weights,
+        _make_step(config, strategy, losses, optimizer, compilation, cut, num_sources, frozen),
         RowLosses(strategy, losses, microbatch_size, compilation.whole),
         make_evaluator(recipe, config, corpus, strategy, model, compilation, training.rows_of_evaluation, parallel),
         order,
@@ -281,6 +285,14 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts
     )
 
 
+def _checked(task: "Task", trainer: str) -> "Task":
+    """The task. Raises `ConfigError` where the metric that it compares checkpoints by is none of its own."""
+    names = list(task.metrics({"loss": 1.0, "targets": 1, "bytes": 1}))
+    rule = f"must have a task whose best ({task.best}) is one of its metrics: {', '.join(names) or 'there are none'}"
+    require(task.best in names, "trainer", trainer, rule)
+    return task
+
+
 def _make_step(
     config: Any,
     strategy: Any,
@@ -289,6 +301,7 @@ def _make_step(
     compilation: "Compilation",
     microbatches: tuple[int, int],
     num_sources: int,
+    frozen: Sequence[Any],
 ) -> "TrainStep":
     """The train step; `microbatches` is their size, and how many of them a replica computes at the same time."""
     from tfdp.optim.schedule import make_schedule
@@ -317,6 +330,7 @@ def _make_step(
         compilation,
         num_sources,
         parallel,
+        frozen,
     )
 
 
@@ -353,9 +367,15 @@ def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -
     return {
         **keys,
         "split_sha256": corpus.split_sha256,
-        "code_sha256": code_sha256(*([Path(recipe.__file__).parent] if recipe.__file__ else [])),
+        "code_sha256": code_sha256(*_folders_of(recipe)),
         **distribution.shared_facts(strategy),
     }
+
+
+def _folders_of(recipe: Recipe) -> list[Path]:
+    """Where the code of a recipe lies: its own folder, and that of the recipes that it may take its parts from."""
+    files = (getattr(module, "__file__", None) for module in (recipe, sys.modules.get("trainers")))
+    return sorted({Path(file).parent for file in files if file})
 
 
 def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Config:
     run_dir: str = "runs/latest"
     """Directory of the run."""
     checkpoint: str = "best"
-    """Which checkpoint: best (lowest validation loss), newest, or a step."""
+    """Which checkpoint: best (by validation loss, or the metric of its task), newest, or a step."""
     rows: int | None = None
     """Sequences per forward pass on each replica; null: as in training, and on as many replicas and cores the loss is
     the same to the bit."""

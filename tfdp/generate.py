@@ -16,7 +16,7 @@ class Config(SamplingConfig):
     run_dir: str = "runs/latest"
     """Directory of the run."""
     checkpoint: str = "best"
-    """Which checkpoint: best (lowest validation loss), newest, or a step."""
+    """Which checkpoint: best (by validation loss, or the metric of its task), newest, or a step."""
     prompt: str = ""
     """Text to continue; empty: the beginning of a document."""
 

@@ -22,7 +22,7 @@ from tfdp.config.sections import MOST, MOST_DEVICES, DataConfig
 from tfdp.data import sources
 from tfdp.models import dimensions
 from tfdp.parallel import batch_layout
-from tfdp.recipe import config_class, find_trainer, import_recipe
+from tfdp.recipe import PARTS, Recipe, config_class, find_trainer, import_recipe, require_parts
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.machine import GPUS, available_gpus, find_gpu, total_memory
 from tfdp.system.messages import duration
@@ -85,7 +85,7 @@ class Plan:
     total_seconds: float  # of all steps, without evaluations
 
 
-def make_plan(config: Config, run: Any) -> Plan:
+def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     """Plans the run of a recipe's configuration.
 
     Raises:
@@ -93,7 +93,7 @@ def make_plan(config: Config, run: Any) -> Plan:
       TrainingError: a measured model failed.
     """
     vocab_size = sources.expected_vocab_size(run.data)
-    shapes = dimensions.weight_shapes(run.model, vocab_size)
+    shapes = recipe.weight_shapes(run, vocab_size)
     num_local = run.distribution.num_replicas or len(available_gpus()) or 1
     num_replicas = num_local * config.num_workers
     batch = run.training.global_batch_size
@@ -109,8 +109,7 @@ def make_plan(config: Config, run: Any) -> Plan:
         run.distribution, run.training, config.num_workers, num_params, run.model.context_length, num_gpus
     )
     size = batch_layout.microbatch_size(num_replicas, run.training, run.distribution.reduction, parallel)
-    num_rows = parallel * size  # of a replica at the same time
-    activations = estimates.activation_bytes(run.model, run.training, vocab_size, num_rows)
+    activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)
     reduced = estimates.reduction_bytes(run.distribution, shapes, num_replicas)
     network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)
     if config.device is None:
@@ -123,7 +122,7 @@ def make_plan(config: Config, run: Any) -> Plan:
         flops = estimates.flops_per_token(run.model, vocab_size) * batch * run.model.context_length
         reachable = ASSUMED_MFU * gpu.matrix_peak(run.training.precision) * num_replicas
         step_seconds, first_step, memory = flops / reachable + network, None, round(gpu.memory_bytes)
-        num_gradients = 1 if num_rows * num_replicas == batch else 2  # their sum, and that of one micro-batch
+        num_gradients = parallel + (parallel * size * num_replicas < batch)  # and their sum, where there are more
         peak = 4 * (num_params * (1 + num_gradients) + num_state) + activations + LIBRARY_BYTES
     return Plan(
         num_params=num_params,
@@ -199,7 +198,7 @@ def report(plan: Plan, config: Config, num_steps: int) -> str:
         f"replicas     {plan.num_replicas} on {plan.num_workers} worker{'s' * (plan.num_workers > 1)}",
         f"weights      {_megabytes(plan.weight_bytes)}, their gradients as much, optimizer state "
         f"{_megabytes(plan.optimizer_bytes)}",
-        f"activations  {_megabytes(plan.activation_bytes)} of one micro-batch",
+        f"activations  {_megabytes(plan.activation_bytes)} of the micro-batches that are computed at the same time",
         f"peak memory  {peak}",
         f"reduction    {_megabytes(plan.reduction_bytes)} a step"
         + (f", {plan.network_seconds:.3f} s between workers" if plan.num_workers > 1 else ""),
@@ -245,10 +244,12 @@ def main() -> None:
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
     trainer = find_trainer(rest)
-    run = load(config_class(import_recipe(trainer), trainer), rest, "python -m tfdp.plan", description)
+    recipe = import_recipe(trainer)
+    require_parts(recipe, trainer, PARTS, "planned")
+    run = load(config_class(recipe, trainer), rest, "python -m tfdp.plan", description)
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
-    plan = make_plan(config, run)
+    plan = make_plan(config, run, recipe)
     print(report(plan, config, run.training.steps))
     if config.output is not None:
         Path(config.output).write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")

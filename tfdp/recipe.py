@@ -4,7 +4,7 @@ A recipe says what is trained on what; the step, the loop, the layouts and the f
 (`tfdp/assembly.py`). Every command that trains, or reads a run back, asks the recipe that the run names, and nothing
 else of it than this:
 
-    Config                                  the keys: a dataclass with the sections that it needs
+    Config                                  the keys: a dataclass with run_dir, seed and the sections `SECTIONS`
     make_model(config, vocab_size, fuse)    the model with its initial weights, a `Model`
     make_task(config, corpus)               what is learned, a `tasks.task.Task`
     make_sequences(config, split)           the rows that the tokens of a split are cut into
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tfdp.data.sources import Corpus
     from tfdp.tasks.task import Task
 
+SECTIONS = ("model", "data", "optimizer", "training", "distribution", "checkpoint")  # of model, context_length at least
 PARTS = ("make_model", "make_task", "make_sequences", "weight_shapes")
 
 
@@ -139,6 +140,10 @@ def import_recipe(name: str) -> Recipe:
         name,
         f"must be a recipe, but it does not define {', '.join(missing)}; or a program with a train(config) of its own",
     )
+    if not missing:
+        fields = {field.name for field in dataclasses.fields(module.Config)}
+        lacking = [key for key in ("run_dir", "seed", *SECTIONS) if key not in fields]
+        require(not lacking, "trainer", name, f"must be a recipe whose Config has {', '.join(lacking)}")
     return cast(Recipe, module)
 
 

@@ -76,10 +76,12 @@ def make_step(num_replicas: int) -> tuple[TrainStep, Optimizer, object]:
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
     config = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")
     with strategy.scope():
-        model = GPT(ModelConfig(num_layers=2, num_heads=2, model_dim=16, context_length=8), 32)
+        model = GPT(ModelConfig(num_layers=3, num_heads=2, model_dim=16, context_length=8), 32)
+        model.blocks[2].trainable = False
         optimizer = Optimizer(config, model.trainable_variables)
     rules = StepRules(clip_norm=1.0, verify_every=EVERY)
-    step = TrainStep(strategy, next_token_loss(model), optimizer, make_schedule(config, 1000), 6, 2, rules, False)
+    frozen, schedule = list(model.named_frozen_weights().values()), make_schedule(config, 1000)
+    step = TrainStep(strategy, next_token_loss(model), optimizer, schedule, 6, 2, rules, False, frozen=frozen)
     tokens = np.random.default_rng(0).integers(0, 32, (6, 9)).astype(np.int32)
     batch = {"tokens": tf.constant(tokens), "position": tf.range(6, dtype=tf.int64)}
     dataset = tf.data.Dataset.from_tensors(batch).repeat().unbatch().batch(6, True)
@@ -106,14 +108,13 @@ def test_a_flipped_bit_is_found_within_the_interval_by_name(replica: int, bit: i
     assert results.spike is None
 
 
-@pytest.mark.parametrize("which", ["weight", "state"])
-def test_verify_looks_at_once_at_weights_and_state(which: str) -> None:
+def test_verify_looks_at_once_at_weights_state_and_frozen_weights() -> None:
     step, optimizer, batches = make_step(3)
     step(batches, 0, 2)
-    assert step.verify() is None
-    variable = optimizer.weights[1] if which == "weight" else optimizer.state[4]
-    corrupt(variable, 2, 0, 0)
-    assert step.verify() == Disagreement(variable.path, (2,), True)
+    assert step.verify(2) is None
+    for variable in (step._synchronizer.shared[-1], optimizer.state[4], optimizer.weights[1]):  # each before the last
+        corrupt(variable, 2, 0, 0)
+        assert step.verify(2) == Disagreement(variable.path, (2,), True)
 
 
 def test_a_corruption_after_the_last_comparison_is_found_before_the_last_save(

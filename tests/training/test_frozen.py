@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from tfdp.inference.trained import TrainedGPT
 from tfdp.system.exits import ConfigError
+from tfdp.training.checkpoint import CheckpointFolder, SaveFailed
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -33,8 +34,10 @@ def make(tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest
     for name, seed in (("recipe", 0), ("other", 1)):  # the other one would begin with other weights
         (tmp_path / "of_frozen" / f"{name}.py").write_text(RECIPE.format(seed))
 
-    def made(name: str, steps: int, recipe: str = "recipe") -> Config:
-        config = tiny_config(name, model={"num_layers": 2}, training={"steps": steps}, checkpoint={"every_steps": 2})
+    def made(name: str, steps: int, recipe: str = "recipe", remat: bool = False) -> Config:
+        config = tiny_config(
+            name, model={"num_layers": 2}, training={"steps": steps, "remat": remat}, checkpoint={"every_steps": 2}
+        )
         return replace(config, trainer=f"of_frozen.{recipe}")
 
     return made
@@ -44,9 +47,10 @@ def files_of(config: Config) -> list[Path]:
     return sorted(Path(str(config.run_dir), "checkpoints").glob("*.safetensors"))
 
 
-def test_frozen_weights_are_saved_once_and_come_back(make: Callable[..., Config]) -> None:
-    whole = causal_lm.train(make("whole", 8))
-    begun = make("halves", 4)
+@pytest.mark.parametrize("remat", [False, True])
+def test_frozen_weights_are_saved_once_and_come_back(make: Callable[..., Config], remat: bool) -> None:
+    whole = causal_lm.train(make("whole", 8, remat=remat))
+    begun = make("halves", 4, remat=remat)
     causal_lm.train(begun)
     (frozen,) = files_of(begun)
     saved = safetensors.numpy.load_file(frozen)
@@ -56,7 +60,7 @@ def test_frozen_weights_are_saved_once_and_come_back(make: Callable[..., Config]
         assert trained.keys() and not trained.keys() & saved.keys()
 
     # whoever goes on has the frozen weights of the run, not those that its model begins with
-    halves = causal_lm.train(make("halves", 8, "other"))
+    halves = causal_lm.train(make("halves", 8, "other", remat))
     assert files_of(begun) == [frozen]
     for key in ("weights_sha256", "state_sha256", "validation_loss", "num_params"):
         assert halves[key] == whole[key], key
@@ -79,6 +83,22 @@ def test_damaged_frozen_weights_are_refused(make: Callable[..., Config], damage:
         causal_lm.train(make("run", 8))
     with pytest.raises(ConfigError, match=rf"^checkpoint .*{frozen.name}"):
         TrainedGPT.open(str(config.run_dir), "newest", "read back")
+
+
+def test_what_cannot_be_given_back_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    kinds = {name: np.zeros(3, name) for name in ("bool", "uint32", "int8", "float16", "float64")}
+    path = folder.folder / f"frozen_{folder.save_frozen(kinds)[:16]}.safetensors"
+    assert {name: tensor.dtype.name for name, tensor in safetensors.numpy.load_file(path).items()} == {
+        name: name for name in kinds
+    }
+    with pytest.raises(SaveFailed, match=r"^a/b cannot be saved: its type is complex64, not one of numbers or truth"):
+        folder.save_frozen({"a/b": np.zeros(3, np.complex64)})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        SaveFailed, match=r"^the frozen weights cannot be saved in .*; it needs 12 bytes, .* are free; "
+    ):
+        CheckpointFolder(tmp_path / "file").save_frozen({"a": np.zeros(3, np.float32)})
 
 
 def test_a_run_without_frozen_weights_saves_none(tiny_config: Callable[..., Config]) -> None:

@@ -1,6 +1,5 @@
-"""The configuration of a run: one frozen dataclass per section, read from YAML and flags.
+"""A configuration, read from YAML and flags into the dataclasses of `sections.py`.
 
-Defaults live here and nowhere else; they are the job that `python -m tfdp.train` runs with no argument.
 Precedence: defaults < the YAML of `--config` < flags, whatever their order on the command line.
 
 This module knows the standard library and jsonargparse only: every mistake that can be found without
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tfdp.config import options
-from tfdp.config.run_config import _flatten_mapping
+from tfdp.config.run_config import flatten_mapping
 from tfdp.system.exits import require
 
 ConfigType = TypeVar("ConfigType")
@@ -94,7 +93,7 @@ def known_keys(config_class: type) -> dict[str, Any]:
 
 def flatten(config: object) -> dict[str, Any]:
     """The values of a configuration by dotted key."""
-    return _flatten_mapping(dataclasses.asdict(config))  # type: ignore[call-overload]
+    return flatten_mapping(dataclasses.asdict(config))  # type: ignore[call-overload]
 
 
 def _make_parser(config_class: type, prog: str, description: str) -> Any:

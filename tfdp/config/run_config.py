@@ -73,7 +73,7 @@ def flatten_yaml(text: str) -> dict[str, Any]:
     import yaml
 
     content = yaml.safe_load(text)
-    return _flatten_mapping(content) if isinstance(content, dict) else {}
+    return flatten_mapping(content) if isinstance(content, dict) else {}
 
 
 def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:
@@ -88,10 +88,8 @@ def changed_keys(old_yaml: str, new_yaml: str) -> list[str]:
     return [f"{key}: {old} -> {new}" for key, (old, new) in differing_keys(old_yaml, new_yaml).items()]
 
 
-def _flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_mapping(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(
-            _flatten_mapping(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
+        flat.update(flatten_mapping(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat

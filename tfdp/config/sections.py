@@ -447,7 +447,7 @@ class CheckpointConfig:
     every_steps: int = 250
     """Steps between two checkpoints (and one at the end); 0: only at the end."""
     keep: int = 3
-    """Newest checkpoints kept; the one with the best validation loss is kept besides."""
+    """Newest checkpoints kept; the best one, by validation loss or the metric of its task, is kept besides."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "checkpoint.", every_steps=MOST, keep=MOST)

@@ -179,7 +179,7 @@ def open_shards(
     """Memory-maps a folder of shards, once its files are verified.
 
     Args:
-      folder: that `tfdp.preparation` made.
+      folder: that `tfdp.prepare` made.
       key: that it comes from, to blame.
       cache_dir: where to remember that it was verified, if it cannot be written.
       say: is called where verifying it takes a while.

@@ -40,7 +40,7 @@ class TrainedGPT:
 
         Args:
           run_dir: the directory of a run.
-          which: "best" (lowest validation loss), "newest", or a step.
+          which: "best" (by validation loss, or the metric of its task), "newest", or a step.
           purpose: what for, such as "evaluated".
           functions: that the recipe of the run must have for it.
 

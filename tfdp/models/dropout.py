@@ -13,7 +13,7 @@ import zlib
 import keras
 import tensorflow as tf
 
-from tfdp.ops.hashing import _word, mix
+from tfdp.ops.hashing import mix, uint32
 
 
 class KeyedDropout(keras.layers.Layer):
@@ -39,7 +39,7 @@ class KeyedDropout(keras.layers.Layer):
 
     def mask(self, keys: tf.Tensor, time: tf.Tensor, dim: tf.Tensor) -> tf.Tensor:
         """Which elements are kept: bool, shape (batch, time, dim)."""
-        row = mix(keys ^ _word(self.layer_key))[:, tf.newaxis, tf.newaxis]
+        row = mix(keys ^ uint32(self.layer_key))[:, tf.newaxis, tf.newaxis]
         elements = mix(tf.cast(tf.reshape(tf.range(time * dim), [1, time, dim]), tf.uint32))
-        threshold = _word(int(self.rate * 2**32))
+        threshold = uint32(int(self.rate * 2**32))
         return mix(elements ^ row) >= threshold

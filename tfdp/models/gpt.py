@@ -83,7 +83,7 @@ class GPT(keras.Model):
 
         Args:
           tokens: ids, time at most context_length.
-          dropout_keys: uint32 (batch,) from `dropout.sequence_keys` to train with dropout; None to drop nothing.
+          dropout_keys: uint32 (batch,) from `ops.hashing.sequence_keys` to train with dropout; None to drop nothing.
           attention: who sees whom.
         """
         return self.logits(self.features(tokens, dropout_keys, attention))

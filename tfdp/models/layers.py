@@ -104,7 +104,7 @@ def prepare(x: tf.Tensor, epsilon: float | None, cosines: tf.Tensor | None, sine
 
 
 class Attention(keras.layers.Layer):
-    """Causal self-attention with one fused projection to queries, keys and values."""
+    """Self-attention with one fused projection to queries, keys and values."""
 
     def __init__(
         self,
@@ -277,10 +277,11 @@ def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | Non
 
     `tf.recompute_grad` would take the gradient of all variables that it meets through the strategy.
     """
-    variables = block.trainable_variables
+    variables = [*block.trainable_variables, *block.non_trainable_variables]
+    frozen = [tf.convert_to_tensor(variable.value) for variable in block.non_trainable_variables]
 
     def run_with(x: tf.Tensor, values: Sequence[tf.Tensor]) -> tf.Tensor:
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+        with keras.StatelessScope(state_mapping=list(zip(variables, [*values, *frozen], strict=True))):
             return block(x, *arguments, **options)
 
     @tf.custom_gradient
@@ -298,4 +299,4 @@ def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | Non
 
         return run_with(x, values), gradient
 
-    return keep_input(x, *[tf.convert_to_tensor(variable.value) for variable in variables])
+    return keep_input(x, *[tf.convert_to_tensor(variable.value) for variable in block.trainable_variables])

@@ -1,4 +1,4 @@
-"""Losses as (sum, count) over valid tokens: sums add up over any split of the rows, means do not."""
+"""The loss of each token, from the projection to the vocabulary on."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from tfdp.ops.chunking import loss_chunk_size
-
-Sums = tuple[tf.Tensor, tf.Tensor]  # sums of token losses in nats, numbers of valid tokens
 
 _ROOM = 64  # a power of two, by which sums in float16 may be larger than float16 can hold
 

@@ -16,11 +16,11 @@ def sequence_keys(seed: int, step: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
 
 def mix(x: tf.Tensor) -> tf.Tensor:
     """A bijection of uint32 in which every input bit flips every output bit with probability near 1/2."""
-    x = x ^ tf.bitwise.right_shift(x, _word(16))
-    x = x * _word(0x7FEB352D)
-    x = x ^ tf.bitwise.right_shift(x, _word(15))
-    x = x * _word(0x846CA68B)
-    return x ^ tf.bitwise.right_shift(x, _word(16))
+    x = x ^ tf.bitwise.right_shift(x, uint32(16))
+    x = x * uint32(0x7FEB352D)
+    x = x ^ tf.bitwise.right_shift(x, uint32(15))
+    x = x * uint32(0x846CA68B)
+    return x ^ tf.bitwise.right_shift(x, uint32(16))
 
 
 def _halves(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -28,5 +28,5 @@ def _halves(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return low, tf.cast(tf.bitwise.right_shift(x, tf.constant(32, tf.int64)), tf.uint32)
 
 
-def _word(value: int) -> tf.Tensor:
+def uint32(value: int) -> tf.Tensor:
     return tf.constant(value, tf.uint32)

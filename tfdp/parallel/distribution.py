@@ -1,7 +1,6 @@
-"""Where a run computes: the strategy, its replicas and workers, and what they sum.
+"""Where a run computes: the strategy, with its replicas and workers.
 
-The only module whose behaviour hangs on environment variables. A single device is a strategy too, so that nothing
-above this module has a second path for "without distribution".
+A single device is a strategy too, so that nothing above this module has a second path for "without distribution".
 """
 
 import contextlib

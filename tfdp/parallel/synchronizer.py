@@ -60,7 +60,7 @@ class AllReduce:
     Args:
       strategy: that the weights were made under.
       weights: trainable, in the order of their gradients.
-      state: of the optimizer.
+      state: whatever else all replicas hold alike: of the optimizer, and the frozen weights.
       reduction: fast or canonical, the order of the sums.
       wire_dtype: float32 or bfloat16, in which gradients travel; statistics always travel in float32.
       bytes_per_pack: of a reduction; None: what suits the devices.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from tfdp.reporting.writer import _reason
+from tfdp.reporting.writer import reason
 from tfdp.system.console import say
 
 
@@ -82,4 +82,4 @@ class Trace:
                 tf.profiler.experimental.start(str(self._folder))
                 self._running = True
         except tf.errors.OpError as error:
-            print(f"warning: the profile cannot be written: {_reason(error)}", file=sys.stderr, flush=True)
+            print(f"warning: the profile cannot be written: {reason(error)}", file=sys.stderr, flush=True)

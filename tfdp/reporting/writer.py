@@ -1,4 +1,4 @@
-"""What a run tells: one writer behind the console line, metrics.jsonl and TensorBoard; and what it measures.
+"""What a run tells: one writer behind the console line, metrics.jsonl and TensorBoard.
 
 step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 tok/s | mfu 41% | eta 38s
 """
@@ -137,11 +137,11 @@ class Boards:
             yield
         except tf.errors.OpError as error:
             self._writers = {}  # a file is torn now, and TensorBoard reads none of it from there on
-            line = f"warning: TensorBoard's files are not written from here on: {_reason(error)}"
+            line = f"warning: TensorBoard's files are not written from here on: {reason(error)}"
             print(line, file=sys.stderr, flush=True)
 
 
-def _reason(error: tf.errors.OpError) -> str:
+def reason(error: tf.errors.OpError) -> str:
     """The one part of TensorFlow's message that is for people."""
     text = str(error).splitlines()[0]
     return text.partition("}} ")[2].partition(" [Op:")[0] or text

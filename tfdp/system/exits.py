@@ -14,9 +14,6 @@ from tfdp.system import console
 from tfdp.system.messages import one_line, shown
 from tfdp.system.startup import choose_keras
 
-pass
-
-
 FINISHED, FAILED, USER_ERROR, STOPPED, PEER_LOST = 0, 1, 2, 75, 76
 
 

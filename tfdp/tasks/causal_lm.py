@@ -32,7 +32,8 @@ class CausalLM:
         return Batch(inputs, targets, ByDocument(tokens[:, :-1] == self.document_start))
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, Metric]:
-        loss, bits = totals["loss"] / totals["targets"], totals["loss"] / math.log(2) / totals["bytes"]
+        loss = totals["loss"] / totals["targets"] if totals["targets"] else math.nan
+        bits = totals["loss"] / math.log(2) / totals["bytes"]
         return {
             "loss": Metric(loss, f"loss {loss:.4f}"),
             "perplexity": Metric(perplexity(loss), f"perplexity {perplexity(loss):.2f}", is_recorded=False),

@@ -54,9 +54,15 @@ class Task(Protocol):
         """The metrics of some rows by name, in the order in which they are told.
 
         Args:
-          totals: over the rows. "loss": of all targets, in nats; "targets": their number; "bytes": of their text.
+          totals: over the rows. "loss": of all targets, in nats; "targets": their number, which may be 0; "bytes": of
+            the text of the rows, whether it is a target or not.
         """
         ...
+
+
+def named_metrics(task: Task, totals: Mapping[str, float]) -> dict[str, Metric]:
+    """The metrics of a task, each a float of Python, as JSON and comparisons want them."""
+    return {name: metric._replace(value=float(metric.value)) for name, metric in task.metrics(totals).items()}
 
 
 class LanguageModel(Protocol):

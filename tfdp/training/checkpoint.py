@@ -14,6 +14,7 @@ at any byte leaves the previous checkpoint as it was. All random numbers of a ru
 position), so no generator has a state to save.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -74,7 +76,7 @@ class CheckpointFolder:
 
     Args:
       folder: made when the first one is saved.
-      keep: newest ones kept; the best one by validation loss is kept besides.
+      keep: newest ones kept; the best one, by the metric of its task, is kept besides.
     """
 
     def __init__(self, folder: Path, keep: int = 1_000_000) -> None:
@@ -104,7 +106,9 @@ class CheckpointFolder:
             final = self._write(checkpoint, paced)
         except OSError as error:
             shutil.rmtree(self._scratch(checkpoint.step), ignore_errors=True)  # it may be what fills the disk
-            raise SaveFailed(self._why_not_saved(checkpoint, error)) from error
+            tensors = (*checkpoint.weights.values(), *checkpoint.optimizer.values())
+            what = f"the checkpoint of step {checkpoint.step}"
+            raise SaveFailed(self._why_not_saved(what, tensors, error)) from error
         try:
             self._prune()
         except OSError as error:
@@ -124,10 +128,9 @@ class CheckpointFolder:
             os.rename(scratch, self._frozen_path(digest))
             sync_folder(self.folder)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise SaveFailed(
-                f"the frozen weights cannot be saved in {self.folder}: {error.strerror or error}"
-            ) from error
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise SaveFailed(self._why_not_saved("the frozen weights", tensors.values(), error)) from error
         return digest
 
     def _frozen_path(self, digest: str) -> Path:
@@ -160,13 +163,12 @@ class CheckpointFolder:
         sync_folder(self.folder)
         return final
 
-    def _why_not_saved(self, checkpoint: Checkpoint, error: OSError) -> str:
-        tensors = (*checkpoint.weights.values(), *checkpoint.optimizer.values())
+    def _why_not_saved(self, what: str, tensors: Iterable[np.ndarray], error: OSError) -> str:
         steps = self.steps()
         last = f"the newest checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
         return (
-            f"the checkpoint of step {checkpoint.step} cannot be saved in {self.folder}: {error.strerror or error}; it "
-            f"needs {sum(tensor.nbytes for tensor in tensors):,} bytes, {_free_bytes(self.folder)} are free; {last}"
+            f"{what} cannot be saved in {self.folder}: {error.strerror or error}; it needs "
+            f"{sum(tensor.nbytes for tensor in tensors):,} bytes, {_free_bytes(self.folder)} are free; {last}"
         )
 
     def state(self, step: int) -> dict[str, Any]:
@@ -243,13 +245,11 @@ class CheckpointFolder:
         return f"{message}; moved to {aside.name}, falling back to the checkpoint before it"
 
     def best_step(self) -> int | None:
-        """The step of the whole checkpoint that was evaluated best, by the metric that its run names."""
-        known = {}
-        for step, state in self.states()[0].items():
-            metric, sign = state.get("best_by", _BEST_BY)
-            value = state.get(metric)
-            if isinstance(value, float):
-                known[step] = sign * value
+        """The step of the whole checkpoint that was evaluated best, by the metric that the newest one names."""
+        states = self.states()[0]
+        metric, sign = states[max(states)].get("best_by", _BEST_BY) if states else _BEST_BY
+        values = {step: state.get(metric) for step, state in states.items()}
+        known = {step: sign * value for step, value in values.items() if isinstance(value, float)}
         return min(known, key=lambda step: known[step]) if known else None
 
     def _prune(self) -> None:
@@ -288,11 +288,10 @@ def _safetensors_parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
     Writing the format here, not by its library, needs no second copy of the state in memory, and neither hashing
     nor writing holds the interpreter up while the training steps run.
     """
-    kinds = {"float32": "F32", "float64": "F64", "float16": "F16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
     header, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes
-        header[name] = {"dtype": kinds[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _kind_of(name, tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -300,6 +299,15 @@ def _safetensors_parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
     yield encoded
     for tensor in tensors.values():
         yield bytes_of(tensor)
+
+
+def _kind_of(name: str, tensor: np.ndarray) -> str:
+    """What safetensors calls the type of a tensor. Raises `SaveFailed` for one that it cannot give back."""
+    if tensor.dtype.name == "bool":
+        return "BOOL"
+    if tensor.dtype.kind not in "fiu":
+        raise SaveFailed(f"{name} cannot be saved: its type is {tensor.dtype.name}, not one of numbers or truth values")
+    return f"{tensor.dtype.kind.upper()}{8 * tensor.dtype.itemsize}"
 
 
 def _write_synced(path: Path, parts: Iterable[bytes | memoryview], paced: bool = False) -> str:

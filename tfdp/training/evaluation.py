@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfdp.data import pipeline
 from tfdp.data.sequences import Sequences
 from tfdp.parallel import collectives
-from tfdp.tasks.task import LossFunction, Metric, Rows, Task
+from tfdp.tasks.task import LossFunction, Metric, Rows, Task, named_metrics
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Evaluator:
         self, loss: float, count: int, num_bytes: int, sets: Mapping[str, Evaluation] | None = None
     ) -> Evaluation:
         totals = {"loss": float(loss), "targets": int(count), "bytes": int(num_bytes)}
-        return Evaluation(self._task.metrics(totals), int(count), sets or {})
+        return Evaluation(named_metrics(self._task, totals), int(count), sets or {})
 
 
 class EvalStep:

@@ -1,6 +1,6 @@
 """The training loop, top to bottom: resume, evaluate, sample, save, stop, step, log.
 
-It knows steps, times and files, and nothing of what is trained: a recipe hands it a `Run` of functions.
+It knows steps, times and files, and nothing of what is trained: `assembly.py` hands it a `Run` of functions.
 """
 
 import math
@@ -18,6 +18,7 @@ from tfdp.reporting.writer import MetricsWriter
 from tfdp.system.console import say
 from tfdp.system.exits import ConfigError, StopRequested
 from tfdp.system.messages import duration
+from tfdp.tasks.task import named_metrics
 from tfdp.training.checkpoint import CheckpointFolder
 from tfdp.training.clock import PARTS
 from tfdp.training.ledger import Ledger
@@ -178,7 +179,7 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
         return
     speed = progress.since_log if progress.since_log.num_steps else progress.first
     loss = float(results.loss[-1])
-    metrics = run.task.metrics({"loss": loss, "targets": 1, "bytes": run.bytes_per_token})
+    metrics = named_metrics(run.task, {"loss": loss, "targets": 1, "bytes": run.bytes_per_token})
     values = {
         "step": progress.step,
         "loss": loss,

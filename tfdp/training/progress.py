@@ -104,9 +104,9 @@ def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
         restore_weights(run.weights.frozen, saved.frozen)
     run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
-    compared = f"validation_{run.task.best}"
-    progress.evaluated_step = -1 if state[compared] is None else saved.step
-    progress.best_value, progress.train_loss = state[f"best_{compared}"], state["train_loss"]
+    compared = f"validation_{run.task.best}"  # another one than before, perhaps: then none is the best yet
+    progress.evaluated_step = -1 if state.get(compared) is None else saved.step
+    progress.best_value, progress.train_loss = state.get(f"best_{compared}"), state["train_loss"]
     for entry in progress.history:  # of this process, after a rollback beyond the step it began with
         entry["from_step"] = min(entry["from_step"], progress.step)
 

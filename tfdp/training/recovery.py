@@ -53,7 +53,7 @@ def save_verified(run: Run, folder: CheckpointFolder, saver: AsyncSaver, progres
     """Saves a checkpoint of what all replicas hold; raises `TrainingError` where that is not the same."""
     if progress.step == progress.saved_step:
         return
-    found = run.train_step.verify()
+    found = run.train_step.verify(progress.step)
     if found is not None:
         _end(run, saver, _disagreement_message(run, folder, progress, found, progress.step))
     progress.verified_step = progress.step

@@ -1,4 +1,4 @@
-"""What a recipe hands to the loop."""
+"""What the loop is given of a run."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

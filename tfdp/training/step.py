@@ -9,7 +9,7 @@ Keras and `tf.distribute` would do otherwise: a mean per replica, a clip per rep
 optimizer. Nothing here knows of files, models or metrics; a task enters as a function from rows to sums.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -113,6 +113,7 @@ class TrainStep:
       compilation: what XLA compiles; or whether it compiles micro-batch and update.
       num_sources: for which the loss function gives sums.
       parallel_microbatches: micro-batches that a replica computes at the same time, each on cores of its own.
+      frozen: weights that no step changes, compared as the others are.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by.
@@ -133,6 +134,7 @@ class TrainStep:
         compilation: Compilation | bool,
         num_sources: int = 1,
         parallel_microbatches: int = 1,
+        frozen: Sequence[Any] = (),
     ) -> None:
         self._strategy, self._optimizer = strategy, optimizer
         self._loss_function, self._rules = loss_function, rules
@@ -140,7 +142,12 @@ class TrainStep:
         self._num_sources = num_sources
         self._verifies = rules.verify_every > 0 and num_replicas > 1
         self._synchronizer: Synchronizer = AllReduce(
-            strategy, optimizer.weights, optimizer.state, rules.reduction, rules.wire_dtype, rules.bytes_per_pack
+            strategy,
+            optimizer.weights,
+            [*optimizer.state, *frozen],
+            rules.reduction,
+            rules.wire_dtype,
+            rules.bytes_per_pack,
         )
         self._digests_shape = (num_replicas, len(self._synchronizer.shared), 2) if self._verifies else (0,)
         self._sums = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
@@ -225,9 +232,12 @@ class TrainStep:
             seconds=np.asarray(end.seconds),
         )
 
-    def verify(self) -> Disagreement | None:
-        """Compares what the replicas hold now, in a small reduction of its own that all workers have to enter."""
-        if not self._verifies:
+    def verify(self, step: int) -> Disagreement | None:
+        """Compares what the replicas hold before a step, in a small reduction of its own that all workers must enter.
+
+        None too where they need not hold the same then.
+        """
+        if not self._verifies or not self._synchronizer.agree_before(step):
             return None
         digests = collectives.first_replica(self._strategy, self._gather_digests())
         return None if bool(consistency.agree(digests)) else self._disagreement(digests)
