@@ -157,6 +157,24 @@ def test_two_at_once_make_one(tmp_path: Path) -> None:
 # --- What a folder holds ---------------------------------------------------------------------------
 
 
+def test_another_that_is_just_beginning_is_not_foreign(tmp_path: Path) -> None:
+    """It has the lock, and writes recipe.json; or it died there."""
+    source = write_jsonl(tmp_path / "a.jsonl", 20_000)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / ".lock").write_text("")
+    (folder / ".recipe.json.4711.tmp").write_text('{"sou')
+    assert shard_folder.foreign_entries(folder) == []
+    prepare(recipe(source), folder)
+    assert not list(folder.glob(".recipe*"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".notes.json.4711.tmp").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"must hold only what a preparation writes, but has \.notes\.json\.4711\.tmp"
+    ):
+        prepare(recipe(source), tmp_path / "other")
+
+
 def test_the_manifest_tells_what_was_read_and_left_out(tmp_path: Path) -> None:
     lines = [
         "same text",

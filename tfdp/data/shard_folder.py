@@ -22,6 +22,7 @@ from tfdp.data.verification import VERIFIED_FILE
 RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
 
 _SCRATCH = r"\.{}\.\d+\.tmp"  # of `files.replacing`
+_RECIPE_SCRATCH = _SCRATCH.format(re.escape(RECIPE_FILE))
 _PART = r"\d{7}\.(tokens|index|json)"
 _OF_TOKENIZER = "|".join(map(re.escape, (KIND_FILE, VOCABULARY_FILE, MERGES_FILE, MODEL_FILE)))
 _SHARDS = rf"({'|'.join(SPLITS)})(-\d{{5,}}\.bin|\.documents\.npy|\.documents\.jsonl)"
@@ -39,11 +40,12 @@ _FOLDERS = {
 def foreign_entries(folder: Path) -> list[str]:
     """What lies in a folder and was not written by a preparation there, by path below the folder; sorted.
 
-    A name alone proves nothing: without a sign that shards are or were being made there, everything is foreign.
+    A name alone proves nothing: without a sign that shards are or were being made there, everything is foreign, but for
+    the lock and the sign itself on its way: another process may just be beginning, or have died there.
     """
     found = sorted(_entries(folder))
     if not _is_marked(folder):
-        return [name for name, _ in found if name != LOCK_FILE]
+        return [name for name, _ in found if name != LOCK_FILE and not re.fullmatch(_RECIPE_SCRATCH, name)]
     return [name for name, is_own in found if not is_own]
 
 
@@ -64,6 +66,9 @@ def remove_tokenizer(folder: Path) -> None:
 def remove_scaffold(folder: Path) -> None:
     """Removes the parts, then the mark of a folder in the making."""
     _remove_folder(folder / PARTS_FOLDER)
+    for path in list(folder.iterdir()):
+        if re.fullmatch(_RECIPE_SCRATCH, path.name):  # of a process that died
+            path.unlink(missing_ok=True)
     (folder / RECIPE_FILE).unlink(missing_ok=True)
 
 
