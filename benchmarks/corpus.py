@@ -116,13 +116,15 @@ def input_wait(shards: Path, num_rounds: int = 15, num_steps: int = 20) -> None:
     from tfdp.parallel.distribution import make_strategy
     from trainers import causal_lm
 
-    strategy = make_strategy(DistributionConfig())
     config = causal_lm.Config(
         model=ModelConfig(**MODEL),
         data=DataConfig(source=f"tokens:{shards}"),
         training=TrainingConfig(steps=10_000, global_batch_size=BATCH, spike_threshold=None),
     )
-    parts = assembly.build(causal_lm, config, open_corpus(config.data, Path("unused")), strategy)
+    corpus = open_corpus(config.data, Path("unused"))
+    parallel = assembly.parallel_microbatches(causal_lm, config, corpus, num_workers=1)
+    strategy = make_strategy(DistributionConfig(), parallel_microbatches=parallel)
+    parts = assembly.build(causal_lm, config, corpus, strategy, parallel)
     batches = parts.batches_from(0, ())
     batch = next(iter(pipeline.train_batches(strategy, parts.order, 0)))
     same = iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(batch).repeat()))

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from tfdp.system.exits import require
 if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
     from tfdp.data.pipeline import Order
     from tfdp.data.sources import Corpus
+    from tfdp.data.tokenizers.tokenizer import Tokenizer
     from tfdp.optim.optimizer import Optimizer
     from tfdp.parallel.cluster import Cluster, FailureDetector
     from tfdp.tasks.task import Task
     from tfdp.training.compilation import Compilation
     from tfdp.training.evaluation import Evaluator, RowLosses
     from tfdp.training.run_directory import RunDirectory
-    from tfdp.training.step import TrainStep
+    from tfdp.training.step import StepRules, TrainStep
     from tfdp.training.stopping import StopSignal
     from tfdp.training.weights import WeightSets
 
@@ -60,11 +61,7 @@ def train(recipe: Recipe, config: Any) -> dict[str, Any]:
     """Trains, or goes on; returns what summary.json holds.
 
     The cluster, the run directory and the text are looked at before TensorFlow is loaded: what is wrong there is told
-    in a fraction of a second.
-
-    Args:
-      recipe: what is trained.
-      config: its `Config`.
+    in a fraction of a second. `config` is the recipe's `Config`.
     """
     started = time.monotonic()
     require_parts(recipe, config.trainer, PARTS, "trained")
@@ -105,7 +102,7 @@ def _train(
         require_agreement(cluster, shared_facts(recipe, config, corpus, strategy), watch.wait_for_start)
         distribution.connect_workers(strategy, layout, cluster)
         process = Process(directory, cluster, watch, stop, started)
-        return _fit(config, corpus, strategy, build(recipe, config, corpus, strategy), process)
+        return _fit(config, corpus, strategy, build(recipe, config, corpus, strategy, parallel), process)
 
 
 def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Process) -> dict[str, Any]:
@@ -118,7 +115,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
     from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
-    samples: list[str] = []  # the newest, which is shown at the end: drawing it again would hold the end up
+    sampling = _Sampling(parts.model, corpus.tokenizer, training.sample_tokens) if training.sample_tokens else None
     matrix_peak = hardware.matrix_peak(
         training.precision,
         distribution.gpu_names(strategy),
@@ -142,7 +139,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             task=parts.task,
             row_losses=parts.row_losses,
             evaluate=parts.evaluator,
-            sample=_sampling_into(samples, parts, corpus, training.sample_tokens),
+            sample=sampling,
             cluster=cluster,
             watch=process.watch,
             stop=process.stop,
@@ -161,25 +158,29 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             started=process.started,
         )
     )
-    for text in samples:
-        say(f"\n--- a sample ---\n{text}\n---\n")
+    if sampling is not None and sampling.newest is not None:
+        say(f"\n--- a sample ---\n{sampling.newest}\n---\n")
     say(directory.next_steps())
     return summary
 
 
-def _sampling_into(samples: list[str], parts: Parts, corpus: "Corpus", num_tokens: int) -> Callable[[], str] | None:
-    """Draws a text and makes it the one in `samples`; None where no tokens are asked for."""
-    from tfdp.inference.sampling import Sampler
+class _Sampling:
+    """Draws texts from the model, `num_tokens` long, and keeps the newest: to draw it again would hold up the end.
 
-    if num_tokens == 0:
-        return None
-    sampler, sampling = Sampler(parts.model, corpus.tokenizer), SamplingConfig(num_tokens=num_tokens)
+    Attributes:
+      newest: None before the first one.
+    """
 
-    def sample() -> str:
-        samples[:] = [sampler.text("", sampling)]
-        return samples[0]
+    newest: str | None = None
 
-    return sample
+    def __init__(self, model: Model, tokenizer: "Tokenizer", num_tokens: int) -> None:
+        from tfdp.inference.sampling import Sampler
+
+        self._sampler, self._config = Sampler(model, tokenizer), SamplingConfig(num_tokens=num_tokens)
+
+    def __call__(self) -> str:
+        self.newest = self._sampler.text("", self._config)
+        return self.newest
 
 
 def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, matrix_peak: float) -> list[str]:
@@ -228,58 +229,62 @@ def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_wor
     )
 
 
-def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> Parts:
+def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel_microbatches: int) -> Parts:
     """Makes the model with its initial weights, its step, its evaluation and its batches; runs nothing.
+
+    Args:
+      parallel_microbatches: for which the strategy was made.
 
     Raises:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
-    from tfdp.data import pipeline
-    from tfdp.models.dimensions import largest_matrix
     from tfdp.optim.optimizer import Optimizer
-    from tfdp.parallel import batch_layout, collectives
-    from tfdp.tasks.task import row_losses
-    from tfdp.training.compilation import Compilation
+    from tfdp.optim.schedule import make_schedule
+    from tfdp.parallel import batch_layout
+    from tfdp.tasks.task import row_losses, source_losses
     from tfdp.training.evaluation import RowLosses
+    from tfdp.training.step import TrainStep
     from tfdp.training.weights import WeightSets
 
-    training, vocab_size = config.training, corpus.tokenizer.vocab_size
-    parallel = parallel_microbatches(recipe, config, corpus, collectives.num_workers(strategy))
-    microbatch_size = batch_layout.microbatch_size(
+    training, parallel = config.training, parallel_microbatches
+    vocab_size, num_sources = corpus.tokenizer.vocab_size, len(corpus.sources)
+    size = batch_layout.microbatch_size(
         int(strategy.num_replicas_in_sync), training, config.distribution.reduction, parallel
     )
-    largest = largest_matrix(recipe.weight_shapes(config, vocab_size))
-    on_gpu = collectives.on_gpu(strategy)
-    compilation = Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
+    compilation = _compilation(recipe, config, vocab_size, strategy)
     task = _checked(recipe.make_task(config, corpus), config.trainer)
     with strategy.scope():
         model = recipe.make_model(config, vocab_size, compilation.parts)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
-    losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.parts)
-    order = pipeline.Order(
-        [recipe.make_sequences(config, split) for split in corpus.train],
-        [source.weight for source in corpus.sources],
-        config.data.partition,
-        config.seed,
-        training.global_batch_size,
-    )
-
-    def batches_from(step: int, left_out: Collection[int]) -> Iterator[Any]:
-        return iter(pipeline.train_batches(strategy, order, step, left_out))
-
     weights = WeightSets(model.named_weights(), model.named_frozen_weights(), optimizer.named_state())
-    cut, num_sources, frozen = (microbatch_size, parallel), len(corpus.sources), list(weights.frozen.values())
+    losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.parts)
+    train_step = TrainStep(
+        strategy,
+        source_losses(losses, num_sources),
+        optimizer,
+        make_schedule(config.optimizer, training.steps),
+        training.global_batch_size,
+        size,
+        _rules(config),
+        compilation,
+        num_sources,
+        parallel,
+        list(weights.frozen.values()),
+    )
+    rows = training.rows_of_evaluation
+    evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel)
+    order, batches_from = _batches(recipe, config, corpus, strategy)
     return Parts(
         model,
         task,
         optimizer,
         weights,
-        _make_step(config, strategy, losses, optimizer, compilation, cut, num_sources, frozen),
-        RowLosses(strategy, losses, microbatch_size, compilation.whole),
-        make_evaluator(recipe, config, corpus, strategy, model, compilation, training.rows_of_evaluation, parallel),
+        train_step,
+        RowLosses(strategy, losses, size, compilation.whole),
+        evaluator,
         order,
         batches_from,
-        microbatch_size,
+        size,
         parallel,
         compilation,
     )
@@ -293,45 +298,44 @@ def _checked(task: "Task", trainer: str) -> "Task":
     return task
 
 
-def _make_step(
-    config: Any,
-    strategy: Any,
-    losses: Any,
-    optimizer: "Optimizer",
-    compilation: "Compilation",
-    microbatches: tuple[int, int],
-    num_sources: int,
-    frozen: Sequence[Any],
-) -> "TrainStep":
-    """The train step; `microbatches` is their size, and how many of them a replica computes at the same time."""
-    from tfdp.optim.schedule import make_schedule
-    from tfdp.tasks.task import source_losses
-    from tfdp.training.step import StepRules, TrainStep
+def _compilation(recipe: Recipe, config: Any, vocab_size: int, strategy: Any) -> "Compilation":
+    from tfdp.models.dimensions import largest_matrix
+    from tfdp.parallel import collectives
+    from tfdp.training.compilation import Compilation
 
-    training, size, parallel = config.training, *microbatches
-    rules = StepRules(
+    largest, on_gpu = largest_matrix(recipe.weight_shapes(config, vocab_size)), collectives.on_gpu(strategy)
+    return Compilation.choose(config.training.jit_compile, config.training.precision, on_gpu, largest)
+
+
+def _rules(config: Any) -> "StepRules":
+    from tfdp.training.step import StepRules
+
+    return StepRules(
         clip_norm=config.optimizer.clip_norm,
         reduction=config.distribution.reduction,
-        verify_every=training.verify_every,
-        spike_threshold=training.spike_threshold,
-        skip_spikes=training.on_spike == "skip",
+        verify_every=config.training.verify_every,
+        spike_threshold=config.training.spike_threshold,
+        skip_spikes=config.training.on_spike == "skip",
         wire_dtype=config.distribution.wire_dtype,
         bytes_per_pack=config.distribution.bytes_per_pack,
-        scales_loss=training.precision == "float16",
+        scales_loss=config.training.precision == "float16",
     )
-    return TrainStep(
-        strategy,
-        source_losses(losses, num_sources),
-        optimizer,
-        make_schedule(config.optimizer, training.steps),
-        training.global_batch_size,
-        size,
-        rules,
-        compilation,
-        num_sources,
-        parallel,
-        frozen,
+
+
+def _batches(
+    recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any
+) -> tuple["Order", Callable[[int, Collection[int]], Iterator[Any]]]:
+    """The order of the rows, and the batches from a step on without the positions that are left out."""
+    from tfdp.data import pipeline
+
+    order = pipeline.Order(
+        [recipe.make_sequences(config, split) for split in corpus.train],
+        [source.weight for source in corpus.sources],
+        config.data.partition,
+        config.seed,
+        config.training.global_batch_size,
     )
+    return order, lambda step, left_out: iter(pipeline.train_batches(strategy, order, step, left_out))
 
 
 def make_evaluator(

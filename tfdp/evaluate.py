@@ -39,14 +39,7 @@ def main() -> None:
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", PARTS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
-    corpus = sources.open_corpus(run_config.data, sources.cache_dir(run_config.data))
-    require(
-        corpus.corpus_sha256 == trained.corpus_sha256,
-        "data.source",
-        run_config.data.source,
-        f"must be the text that the run was trained on: its sha256 was {trained.corpus_sha256[:12]}..., "
-        f"and is {corpus.corpus_sha256[:12]}... now",
-    )
+    corpus = sources.open_same_corpus(run_config.data, trained.corpus_sha256)
     load_tensorflow()
     from tfdp.parallel import distribution
 

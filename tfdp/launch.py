@@ -24,7 +24,7 @@ from typing import IO
 from tfdp.config.parsing import load
 from tfdp.config.run_config import with_run_config
 from tfdp.parallel.restarts import History, job_code, whereabouts
-from tfdp.recipe import config_class, find_trainer, import_recipe
+from tfdp.recipe import load_recipe
 from tfdp.system import exits
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.machine import Share, free_ports, preparation, share_machine
@@ -117,8 +117,7 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
       SystemExit: the arguments hold `--help` or `--print_config`.
     """
     layered = with_run_config(arguments)
-    trainer = find_trainer(layered)
-    config = load(config_class(import_recipe(trainer), trainer), layered, "python -m tfdp.train", "")
+    _, config = load_recipe(layered, "python -m tfdp.train", "")
     run_dir = getattr(config, "run_dir", None)
     if run_dir:
         return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed now, for all restarts

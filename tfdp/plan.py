@@ -22,7 +22,7 @@ from tfdp.config.sections import MOST, MOST_DEVICES, DataConfig
 from tfdp.data import sources
 from tfdp.models import dimensions
 from tfdp.parallel import batch_layout
-from tfdp.recipe import PARTS, Recipe, config_class, find_trainer, import_recipe, require_parts
+from tfdp.recipe import PARTS, Recipe, load_recipe, require_parts
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.machine import GPUS, available_gpus, find_gpu, total_memory
 from tfdp.system.messages import duration
@@ -94,7 +94,8 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     """
     vocab_size = sources.expected_vocab_size(run.data)
     shapes = recipe.weight_shapes(run, vocab_size)
-    num_local = run.distribution.num_replicas or len(available_gpus()) or 1
+    num_here = len(available_gpus())
+    num_local = run.distribution.num_replicas or num_here or 1
     num_replicas = num_local * config.num_workers
     batch = run.training.global_batch_size
     require(
@@ -104,7 +105,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
     )
     num_params, num_state = dimensions.num_params(shapes), estimates.num_state_numbers(run.optimizer, shapes)
-    num_gpus = num_local if config.device else len(available_gpus())
+    num_gpus = num_local if config.device else num_here
     parallel = batch_layout.parallel_microbatches(
         run.distribution, run.training, config.num_workers, num_params, run.model.context_length, num_gpus
     )
@@ -114,7 +115,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)
     if config.device is None:
         found = _measure(run, vocab_size, config)
-        memory, first_step = None if available_gpus() else total_memory(), found.first_step_seconds
+        memory, first_step = None if num_here else total_memory(), found.first_step_seconds
         step_seconds, peak = found.step_seconds + network, found.peak_memory_bytes
     else:
         gpu = find_gpu(config.device)
@@ -243,10 +244,8 @@ def main() -> None:
     )
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
-    trainer = find_trainer(rest)
-    recipe = import_recipe(trainer)
-    require_parts(recipe, trainer, PARTS, "planned")
-    run = load(config_class(recipe, trainer), rest, "python -m tfdp.plan", description)
+    recipe, run = load_recipe(rest, "python -m tfdp.plan", description)
+    require_parts(recipe, run.trainer, PARTS, "planned")
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
     plan = make_plan(config, run, recipe)

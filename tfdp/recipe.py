@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from tfdp.config import parsing
 from tfdp.config.options import values_of
 from tfdp.config.strict_yaml import read as read_yaml
 from tfdp.system.exits import CommandError, ConfigError, require
@@ -103,6 +104,25 @@ class Model(Protocol):
     def describe(self) -> str:
         """The shape, for people."""
         ...
+
+
+def load_recipe(argv: Sequence[str], prog: str, description: str) -> tuple[Recipe, Any]:
+    """The recipe that the arguments of a command name, and its configuration; see `parsing.load`."""
+    trainer = find_trainer(argv)
+    recipe = import_recipe(trainer)
+    return recipe, parsing.load(config_class(recipe, trainer), argv, prog, description)
+
+
+def recipe_of_file(path: Path, wanted: Sequence[str], purpose: str) -> tuple[Recipe, Any]:
+    """The recipe that a YAML file names, and its configuration.
+
+    Raises:
+      ConfigError: the recipe lacks one of the wanted functions, to be, say, "evaluated".
+    """
+    trainer = find_trainer(["--config", str(path)])
+    recipe = import_recipe(trainer)
+    require_parts(recipe, trainer, wanted, purpose)
+    return recipe, parsing.load_file(config_class(recipe, trainer), path)
 
 
 def find_trainer(argv: Sequence[str], default: str = "causal_lm") -> str:

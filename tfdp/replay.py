@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfdp.config.parsing import load, load_file
+from tfdp.config.parsing import load
 from tfdp.config.sections import MOST, MOST_DEVICES
-from tfdp.recipe import PARTS, Recipe, config_class, find_trainer, import_recipe, require_parts
+from tfdp.recipe import PARTS, Recipe, recipe_of_file
 from tfdp.system.exits import TrainingError, require, require_at_most, run_command
 from tfdp.system.startup import load_tensorflow
 from tfdp.training.checkpoint import Checkpoint
-from tfdp.training.weights import restore
 
 if TYPE_CHECKING:
     from tfdp.data.sources import Corpus
@@ -93,10 +92,7 @@ class PastRun:
         from tfdp.training.run_directory import RunDirectory
 
         run = RunDirectory.open(run_dir)
-        trainer = find_trainer(["--config", str(run.config_path)])
-        recipe = import_recipe(trainer)
-        require_parts(recipe, trainer, PARTS, "replayed")
-        config = load_file(config_class(recipe, trainer), run.config_path)
+        recipe, config = recipe_of_file(run.config_path, PARTS, "replayed")
         rows, damaged = read_rows(run.metrics_path)
         for line in damaged:
             print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -125,18 +121,9 @@ class PastRun:
         """The text of the run. Raises `ConfigError` where it is another one now."""
         from tfdp.data import sources
 
-        data = self.config.data
-        corpus = sources.open_corpus(data, sources.cache_dir(data))
-        for state in list(self.states.values())[-1:]:
-            trained_on = state["identity"]["corpus_sha256"]
-            require(
-                corpus.corpus_sha256 == trained_on,
-                "data.source",
-                data.source,
-                f"must be the text that the run was trained on: its sha256 was {trained_on[:12]}..., "
-                f"and is {corpus.corpus_sha256[:12]}... now",
-            )
-        return corpus
+        if not self.states:  # nothing tells which it was
+            return sources.open_corpus(self.config.data, sources.cache_dir(self.config.data))
+        return sources.open_same_corpus(self.config.data, list(self.states.values())[-1]["identity"]["corpus_sha256"])
 
     def layout_of(self, step: int) -> Mapping[str, int] | None:
         """Who carried a step: the process that saved the first checkpoint since; without one, that of the newest."""
@@ -210,7 +197,7 @@ class Replayer:
         self._tokenizer = corpus.tokenizer
         parallel = assembly.parallel_microbatches(run.recipe, self.config, corpus, num_workers=1)
         self.strategy = distribution.make_strategy(self.config.distribution, parallel_microbatches=parallel)
-        self._parts = assembly.build(run.recipe, self.config, corpus, self.strategy)
+        self._parts = assembly.build(run.recipe, self.config, corpus, self.strategy, parallel)
         self._weights = self._parts.weights
         trainable, optimizer = self._weights.snapshot()
         self._initial = Checkpoint(trainable, optimizer, {"step": 0})
@@ -239,10 +226,7 @@ class Replayer:
         return Replay(done + 1, float(results.loss[0]), float(results.grad_norm[0]), skipped, worst)
 
     def _restore(self, saved: "Checkpoint") -> int:
-        restore(self._weights.trainable, saved.weights)
-        restore(self._weights.optimizer, saved.optimizer)
-        if saved.frozen:
-            restore(self._weights.frozen, saved.frozen)
+        self._weights.restore(saved.weights, saved.optimizer, saved.frozen)
         self._parts.train_step.load_state(saved.state)
         return saved.step
 
@@ -292,9 +276,9 @@ def config_of_layout(run: PastRun, step: int, num_replicas: int | None) -> Any:
 
 def _that_fit(num_replicas: int) -> int:
     """As many replicas, or the most that divide them and have a GPU each where there are GPUs."""
-    import tensorflow as tf
+    from tfdp.parallel import distribution
 
-    num_gpus = len(tf.config.list_physical_devices("GPU")) or num_replicas
+    num_gpus = distribution.num_gpus() or num_replicas
     return max(count for count in range(1, num_gpus + 1) if num_replicas % count == 0)
 
 

@@ -7,23 +7,22 @@ by the recipe that the key `trainer` names (`tfdp/recipe.py`).
 import sys
 
 from tfdp import assembly
-from tfdp.config.parsing import load
 from tfdp.config.run_config import with_run_config
-from tfdp.recipe import config_class, find_trainer, import_recipe
+from tfdp.recipe import load_recipe
 from tfdp.system.exits import end, run_command
 
 
 def main() -> None:
     arguments = with_run_config(sys.argv[1:])
-    trainer = find_trainer(arguments)
-    recipe = import_recipe(trainer)
     description = (
         "Train a GPT with data parallelism. With no argument: a byte-level GPT on the source code of Python's "
         "standard library, about a minute and a half on two CPU cores."
     )
-    config = load(config_class(recipe, trainer), arguments, "python -m tfdp.train", description)
-    own = getattr(recipe, "train", None)  # of a program, or of a recipe that does more than the library
-    own(config) if own is not None else assembly.train(recipe, config)
+    recipe, config = load_recipe(arguments, "python -m tfdp.train", description)
+    if hasattr(recipe, "train"):  # a program, or a recipe that does more than the library
+        recipe.train(config)
+    else:
+        assembly.train(recipe, config)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def train(
     parallel = assembly.parallel_microbatches(recipe, config, corpus, cluster.num_workers)
     strategy = distribution.make_strategy(config.distribution, cluster, parallel)
     distribution.connect_workers(strategy, config.distribution, cluster)
-    parts = assembly.build(recipe, config, corpus, strategy)
+    parts = assembly.build(recipe, config, corpus, strategy, parallel)
     if collectives.on_gpu(strategy):
         pace.device_memory = hardware.peak_gpu_memory
     held = prepare(parts)

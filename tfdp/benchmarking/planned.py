@@ -9,8 +9,7 @@ import numpy as np
 
 from tfdp.benchmarking import own
 from tfdp.benchmarking.pace import Pace
-from tfdp.config.parsing import load_file
-from tfdp.recipe import config_class, find_trainer, import_recipe
+from tfdp.recipe import PARTS, recipe_of_file
 from tfdp.system.exits import run_command
 from tfdp.system.startup import load_tensorflow
 
@@ -19,8 +18,7 @@ def main() -> None:
     path, vocab_size = Path(sys.argv[1]), int(sys.argv[2])
     pace = Pace()
     load_tensorflow()
-    trainer = find_trainer([f"--config={path}"])
-    config = load_file(config_class(import_recipe(trainer), trainer), path)
+    _, config = recipe_of_file(path, PARTS, "planned")
     rows = 2 * max(config.training.global_batch_size, config.training.rows_of_evaluation)
     ids = np.random.default_rng(0).integers(0, vocab_size, rows * config.model.context_length + 1, np.int32)
     own.train(config, ids, vocab_size, pace, prepare=_hold_what_a_run_holds)

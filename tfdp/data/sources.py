@@ -15,7 +15,7 @@ from tfdp.data.preparation import prepare
 from tfdp.data.reading import Recipe, corpus_sha256
 from tfdp.data.shards import Split, TokenShards, open_shards, open_tokenizer_of
 from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, size_to_train
-from tfdp.system.exits import ConfigError
+from tfdp.system.exits import ConfigError, require
 
 TOKENS = "tokens:"
 
@@ -166,6 +166,19 @@ def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
                 f"--tokenizer bpe:FOLDER, where FOLDER is the folder tokenizer/ of the other one"
             )
     return Corpus(sources, first.shards.tokenizer)
+
+
+def open_same_corpus(config: DataConfig, corpus_sha256: str) -> Corpus:
+    """The text that a run was trained on. Raises `ConfigError` where its sources hold another one now."""
+    corpus = open_corpus(config, cache_dir(config))
+    require(
+        corpus.corpus_sha256 == corpus_sha256,
+        "data.source",
+        config.source,
+        f"must be the text that the run was trained on: its sha256 was {corpus_sha256[:12]}..., "
+        f"and is {corpus.corpus_sha256[:12]}... now",
+    )
+    return corpus
 
 
 def expected_vocab_size(config: DataConfig) -> int:

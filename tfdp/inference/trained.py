@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tfdp.config.options import whole_number
-from tfdp.config.parsing import load_file, to_yaml
+from tfdp.config.parsing import to_yaml
 from tfdp.config.run_config import differing_keys, flatten_yaml
 from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 from tfdp.models.dimensions import largest_matrix
-from tfdp.recipe import Model, Recipe, config_class, find_trainer, import_recipe, require_parts
+from tfdp.recipe import Model, Recipe, recipe_of_file
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 from tfdp.training.run_directory import RunDirectory
@@ -48,10 +48,7 @@ class TrainedGPT:
           ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
         run = RunDirectory.open(run_dir)
-        trainer = find_trainer(["--config", str(run.config_path)])
-        recipe = import_recipe(trainer)
-        require_parts(recipe, trainer, functions, purpose)
-        config = load_file(config_class(recipe, trainer), run.config_path)
+        recipe, config = recipe_of_file(run.config_path, functions, purpose)
         saved = run.checkpoints().load(_choose_step(run, which))
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
         tokenizer = open_own_tokenizer(run, saved.state)
@@ -61,11 +58,10 @@ class TrainedGPT:
     @property
     def compilation(self) -> "Compilation":
         """As in training: the same bits."""
-        import tensorflow as tf
-
+        from tfdp.parallel import distribution
         from tfdp.training.compilation import Compilation
 
-        training, on_gpu = self.config.training, bool(tf.config.list_physical_devices("GPU"))
+        training, on_gpu = self.config.training, distribution.num_gpus() > 0
         largest = largest_matrix(self.recipe.weight_shapes(self.config, self.tokenizer.vocab_size))
         return Compilation.choose(training.jit_compile, training.precision, on_gpu, largest)
 

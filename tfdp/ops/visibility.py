@@ -48,9 +48,9 @@ class Visibility(NamedTuple):
 
 def visibility(kind: AttentionKind, time: int) -> Visibility:
     """Who sees whom in rows of `time` tokens."""
-    past = tf.constant(np.tril(np.ones((time, time), dtype=bool)))
     if isinstance(kind, ByDocument):
         return Visibility(*within_documents(kind.starts), is_causal=True)
+    past = _past(time)
     if isinstance(kind, Prefix):
         in_prefix = tf.range(time) < kind.lengths[:, tf.newaxis]
         visible = past | in_prefix[:, tf.newaxis, :] & in_prefix[:, :, tf.newaxis]
@@ -69,10 +69,15 @@ def within_documents(starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
       whether a token (rows) sees another (columns), bool (rows, 1, time, time).
     """
     time = starts.shape[1]
-    past = tf.constant(np.tril(np.ones((time, time), dtype=bool)))
+    past = _past(time)
     index = tf.range(time)
     begins = tf.where(starts, index, 0)[:, tf.newaxis, :]
     positions = index - tf.reduce_max(tf.where(past, begins, 0), axis=2)
     document = tf.reduce_sum(tf.cast(past & starts[:, tf.newaxis, :], tf.int32), axis=2)
     visible = past & (document[:, :, tf.newaxis] == document[:, tf.newaxis, :])
     return positions, visible[:, tf.newaxis]
+
+
+def _past(time: int) -> tf.Tensor:
+    """Each token, and those before it: bool (time, time)."""
+    return tf.constant(np.tril(np.ones((time, time), dtype=bool)))

@@ -28,8 +28,9 @@ def load_tensorflow(without_ynn: bool = True) -> None:
     TensorFlow 2.21 writes the notes of its start from C++, before any log level is read, so for the time of
     the import stderr is a file. Later notes obey TF_CPP_MIN_LOG_LEVEL, which a user's own setting overrides.
     """
-    _settle_environment(without_ynn)
-    if "tensorflow" not in sys.modules or "keras" not in sys.modules:
+    if "tensorflow" in sys.modules and "keras" in sys.modules:
+        _settle_environment(without_ynn)  # XLA reads its flags when it first compiles
+    else:
         with importing(without_ynn):
             importlib.import_module("tensorflow")
             importlib.import_module("keras")

@@ -18,7 +18,6 @@ from tfdp.training.evaluation import Evaluation
 from tfdp.training.ledger import Ledger
 from tfdp.training.run import Run
 from tfdp.training.saver import AsyncSaver
-from tfdp.training.weights import restore as restore_weights
 from tfdp.training.weights import snapshot
 
 
@@ -96,12 +95,9 @@ def note_start(run: Run, progress: Progress) -> None:
 
 def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
     """Puts the run back to where a checkpoint was saved, on every replica."""
-    restore_weights(run.weights.trainable, saved.weights)
-    restore_weights(run.weights.optimizer, saved.optimizer)
+    run.weights.restore(saved.weights, saved.optimizer, saved.frozen)
     state = saved.state
     progress.frozen_sha256 = state.get(FROZEN)
-    if progress.frozen_sha256 is not None:
-        restore_weights(run.weights.frozen, saved.frozen)
     run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
     compared = f"validation_{run.task.best}"  # another one than before, perhaps: then none is the best yet

@@ -33,6 +33,13 @@ class WeightSets:
         """Host copies of what a step changes: the trainable weights, and the optimizer's state."""
         return snapshot(self.trainable), snapshot(self.optimizer)
 
+    def restore(self, trainable: Tensors, optimizer: Tensors, frozen: Tensors) -> None:
+        """Assigns what a checkpoint holds; one without frozen weights leaves them as they are."""
+        restore(self.trainable, trainable)
+        restore(self.optimizer, optimizer)
+        if frozen:
+            restore(self.frozen, frozen)
+
     def digests(self) -> dict[str, str]:
         """`weights_sha256` and `state_sha256`; see `digests_of`."""
         return digests_of(*self.snapshot())
