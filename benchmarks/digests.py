@@ -62,7 +62,8 @@ RUNS: dict[str, tuple[int, Sequence[Mapping[str, object]]]] = {
     "2 replicas, verified": (1, [{**TWO_REPLICAS, "training.verify_every": 3}]),
     "2 workers": (2, [{}]),
     "mixture": (1, [{"data.source": "0.75 * text:text/*.txt + 0.25 * text:other/*.txt"}]),
-    "documents": (1, [{"data.document_attention": True}]),
+    "documents": (1, [{"data.source": "text:short/*.txt", "data.document_attention": True}]),
+    "a document a row": (1, [{"data.source": "text:short/*.txt", "data.sequences": "documents"}]),
     "rematerialisation": (1, [{"training.remat": True}]),
     "GPT-2's layers": (
         1,
@@ -83,12 +84,12 @@ RUNS: dict[str, tuple[int, Sequence[Mapping[str, object]]]] = {
 
 
 def write_text(folder: Path) -> None:
-    """Eight documents of a few words, and four others."""
+    """Eight documents, four others, and eighty that are shorter than a row."""
     generator = random.Random(0)
-    for name, count in (("text", 8), ("other", 4)):
+    for name, count, num_words in (("text", 8, 600), ("other", 4, 600), ("short", 80, 6)):
         (folder / name).mkdir()
         for index in range(count):
-            text = " ".join(generator.choices(WORDS, k=600))
+            text = " ".join(generator.choices(WORDS, k=num_words))
             (folder / name / f"{index}.txt").write_text(text, encoding="utf-8")
 
 

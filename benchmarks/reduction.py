@@ -26,6 +26,7 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
     from tfdp.optim.optimizer import Optimizer
     from tfdp.optim.schedule import make_schedule
     from tfdp.parallel import distribution
+    from tfdp.parallel.batch_layout import BatchLayout
     from tfdp.tasks.causal_lm import next_token_loss
     from tfdp.training.compilation import Compilation
     from tfdp.training.step import StepRules, TrainStep
@@ -40,8 +41,7 @@ def make_step(num_replicas: int, microbatch_size: int, reduction: str) -> tuple[
         next_token_loss(model),
         optimizer,
         make_schedule(config, 1_000_000),
-        rows,
-        microbatch_size,
+        BatchLayout(rows, microbatch_size),
         StepRules(config.clip_norm, reduction=reduction, verify_every=training.verify_every),
         Compilation.choose(training.jit_compile, training.precision, False, largest=0),
     )

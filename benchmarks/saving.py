@@ -23,6 +23,7 @@ def main() -> None:
     from tfdp.optim.optimizer import Optimizer
     from tfdp.optim.schedule import make_schedule
     from tfdp.parallel import distribution
+    from tfdp.parallel.batch_layout import BatchLayout
     from tfdp.tasks.causal_lm import next_token_loss
     from tfdp.training.checkpoint import Checkpoint, CheckpointFolder
     from tfdp.training.saver import AsyncSaver
@@ -40,8 +41,7 @@ def main() -> None:
         next_token_loss(model),
         optimizer,
         make_schedule(config, 1000),
-        rows,
-        rows,
+        BatchLayout(rows, rows),
         StepRules(1.0),
         compilation=True,
     )

@@ -21,6 +21,7 @@ def make_step(strategy: Any, verify_every: int) -> Any:
     from tfdp.models.gpt import GPT
     from tfdp.optim.optimizer import Optimizer
     from tfdp.optim.schedule import make_schedule
+    from tfdp.parallel.batch_layout import BatchLayout
     from tfdp.tasks.causal_lm import next_token_loss
     from tfdp.training.compilation import Compilation
     from tfdp.training.step import StepRules, TrainStep
@@ -34,8 +35,7 @@ def make_step(strategy: Any, verify_every: int) -> Any:
         next_token_loss(model),
         optimizer,
         make_schedule(config, 1_000_000),
-        training.global_batch_size,
-        training.global_batch_size // int(strategy.num_replicas_in_sync),
+        BatchLayout(training.global_batch_size, training.global_batch_size // int(strategy.num_replicas_in_sync)),
         StepRules(config.clip_norm, verify_every=verify_every),  # no judge of spikes: one batch for ever ends in noise
         Compilation.choose(training.jit_compile, training.precision, False, largest=0),
     )

@@ -17,6 +17,8 @@ from tfdp.models.gpt import GPT
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import make_schedule
 from tfdp.parallel import distribution
+from tfdp.parallel.batch_layout import BatchLayout
+from tfdp.parallel.synchronizer import AllReduce
 from tfdp.system.exits import ConfigError
 from tfdp.tasks.causal_lm import next_token_loss
 from tfdp.training.step import StepRules, TrainStep
@@ -156,8 +158,8 @@ def test_a_run_that_moves_between_workers_keeps_its_bits(tmp_path: Path, corpus_
     assert [row["loss"] for row in rows_of(tmp_path / "moved")] == [row["loss"] for row in rows_of(still)]
 
 
-# Layouts of 4 micro-batches, by everything that may change from one to another: (replicas, side by side, rules).
-WAYS: dict[str, tuple[int, int, dict[str, object]]] = {
+# Layouts of 4 micro-batches, by everything that may change from one to another: (replicas, side by side, and the rest).
+WAYS: dict[str, tuple[int, int, dict[str, int]]] = {
     "1 replica": (1, 1, {}),
     "2 replicas, one pack": (2, 2, {"bytes_per_pack": 1 << 24}),
     "4 replicas, small packs": (4, 1, {"bytes_per_pack": 1024}),
@@ -165,7 +167,14 @@ WAYS: dict[str, tuple[int, int, dict[str, object]]] = {
 }
 
 
-def step_programs(num_replicas: int, side_by_side: int, optimizer: str, compiled: bool, **rules: object) -> Counter:
+def step_programs(
+    num_replicas: int,
+    side_by_side: int,
+    optimizer: str,
+    compiled: bool,
+    bytes_per_pack: int | None = None,
+    verify_every: int = 0,
+) -> Counter:
     """The programs of a step as every compiler first sees them, and how often each is there over all replicas."""
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas, reduction="canonical"))
     config = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
@@ -173,8 +182,9 @@ def step_programs(num_replicas: int, side_by_side: int, optimizer: str, compiled
         model = GPT(ModelConfig(num_layers=1, num_heads=2, model_dim=16, context_length=8), 32)
         update = Optimizer(config, model.trainable_variables)
     schedule = make_schedule(config, 10)
-    ways = StepRules(**{"clip_norm": 1.0, "reduction": "canonical", **rules})  # type: ignore[arg-type]
-    step = TrainStep(strategy, next_token_loss(model), update, schedule, 4, 1, ways, compiled, 1, side_by_side)
+    sums = AllReduce(strategy, update.weights, update.state, "canonical", bytes_per_pack=bytes_per_pack)
+    rules, cut = StepRules(1.0, "canonical", verify_every), BatchLayout(4, 1, side_by_side)
+    step = TrainStep(strategy, next_token_loss(model), update, schedule, cut, rules, compiled, synchronizer=sums)
     rows = {"tokens": np.zeros((4, 9), np.int32), "position": np.arange(4), "source": np.zeros(4, np.int32)}
     dataset = tf.data.Dataset.from_tensor_slices(rows).repeat().batch(4, drop_remainder=True)
     batches = iter(strategy.experimental_distribute_dataset(dataset))

@@ -14,6 +14,8 @@ from tfdp.models.gpt import GPT
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import make_schedule
 from tfdp.parallel import distribution
+from tfdp.parallel.batch_layout import BatchLayout
+from tfdp.parallel.synchronizer import AllReduce
 from tfdp.tasks.causal_lm import next_token_loss
 from tfdp.training.step import StepRules, TrainStep
 from trainers import causal_lm
@@ -68,7 +70,7 @@ def test_every_layout_gives_the_same_losses(
         np.testing.assert_allclose(validation[name], validation["1 replica"], rtol=1e-5, err_msg=name)
 
 
-def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None = 1.0, **rules: object) -> TrainStep:
+def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None = 1.0, **reduction: object) -> TrainStep:
     strategy = distribution.make_strategy(DistributionConfig(num_replicas=num_replicas))
     config = OptimizerConfig(name="sgd", learning_rate=1.0, warmup_steps=0, schedule="constant")
     with strategy.scope():
@@ -76,7 +78,9 @@ def make_step(num_replicas: int, microbatch_size: int, clip_norm: float | None =
         optimizer = Optimizer(config, model.trainable_variables)
     loss = next_token_loss(model)
     schedule = make_schedule(config, 10)
-    step = TrainStep(strategy, loss, optimizer, schedule, 8, microbatch_size, StepRules(clip_norm, **rules), False)  # type: ignore[arg-type]
+    sums = AllReduce(strategy, optimizer.weights, optimizer.state, **reduction)  # type: ignore[arg-type]
+    cut, rules = BatchLayout(8, microbatch_size), StepRules(clip_norm)
+    step = TrainStep(strategy, loss, optimizer, schedule, cut, rules, False, synchronizer=sums)
     step.strategy, step.model = strategy, model  # type: ignore[attr-defined]
     return step
 

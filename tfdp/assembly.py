@@ -18,7 +18,9 @@ if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
     from tfdp.data.sources import Corpus
     from tfdp.data.tokenizers.tokenizer import Tokenizer
     from tfdp.optim.optimizer import Optimizer
+    from tfdp.parallel.batch_layout import BatchLayout
     from tfdp.parallel.cluster import Cluster, FailureDetector
+    from tfdp.parallel.synchronizer import Synchronizer
     from tfdp.tasks.task import Task
     from tfdp.training.compilation import Compilation
     from tfdp.training.evaluation import Evaluator, RowLosses
@@ -52,8 +54,7 @@ class Parts:
     evaluator: "Evaluator"
     order: "Order"
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, positions left out) -> batches from it on
-    microbatch_size: int  # sequences of one forward pass on one replica
-    parallel_microbatches: int  # micro-batches that a replica computes at the same time
+    layout: "BatchLayout"
     compilation: "Compilation"
 
 
@@ -120,7 +121,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
         training.precision,
         distribution.gpu_names(strategy),
         cluster.num_workers,
-        collectives.num_local_replicas(strategy) * parts.parallel_microbatches,
+        collectives.num_local_replicas(strategy) * parts.layout.parallel_microbatches,
     )
     say = console.say if cluster.is_chief else (lambda _line: None)
     for line in _introduction(config, corpus, strategy, parts, matrix_peak):
@@ -148,7 +149,12 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             bytes_per_token=corpus.bytes_per_token,
             flops_per_token=parts.model.flops_per_token(),
             matrix_peak=matrix_peak,
-            layout=_layout(cluster, strategy, parts),
+            layout={
+                "num_workers": cluster.num_workers,
+                "num_replicas": int(strategy.num_replicas_in_sync),
+                "microbatch_size": parts.layout.microbatch_size,
+                "parallel_microbatches": parts.layout.parallel_microbatches,
+            },
             facts={
                 "num_params": parts.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
@@ -189,7 +195,7 @@ def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, ma
 
     training, step, names = config.training, parts.train_step, [source.name for source in corpus.sources]
     num_replicas = int(strategy.num_replicas_in_sync)
-    cut = batch_layout.describe_batch(num_replicas, training, parts.microbatch_size, parts.parallel_microbatches)
+    cut = batch_layout.describe_batch(num_replicas, parts.layout)
     lines = [
         f"model      {parts.model.describe()}",
         *(f"data       {line}" for line in corpus.describe()),
@@ -202,16 +208,6 @@ def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, ma
         count, megabytes = step.num_reductions, step.reduction_bytes / 1e6
         lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}")
     return lines
-
-
-def _layout(cluster: "Cluster", strategy: Any, parts: Parts) -> dict[str, int]:
-    """Who carries a run, as its checkpoints tell it."""
-    return {
-        "num_workers": cluster.num_workers,
-        "num_replicas": int(strategy.num_replicas_in_sync),
-        "microbatch_size": parts.microbatch_size,
-        "parallel_microbatches": parts.parallel_microbatches,
-    }
 
 
 def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
@@ -246,10 +242,10 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
     from tfdp.training.step import TrainStep
     from tfdp.training.weights import WeightSets
 
-    training, parallel = config.training, parallel_microbatches
+    training = config.training
     vocab_size, num_sources = corpus.tokenizer.vocab_size, len(corpus.sources)
-    size = batch_layout.microbatch_size(
-        int(strategy.num_replicas_in_sync), training, config.distribution.reduction, parallel
+    layout = batch_layout.cut_batch(
+        int(strategy.num_replicas_in_sync), training, config.distribution.reduction, parallel_microbatches
     )
     compilation = _compilation(recipe, config, vocab_size, strategy)
     task = _checked(recipe.make_task(config, corpus), config.trainer)
@@ -263,16 +259,14 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         source_losses(losses, num_sources),
         optimizer,
         make_schedule(config.optimizer, training.steps),
-        training.global_batch_size,
-        size,
+        layout,
         _rules(config),
         compilation,
         num_sources,
-        parallel,
-        list(weights.frozen.values()),
+        _synchronizer(config, strategy, optimizer, weights),
     )
     rows = training.rows_of_evaluation
-    evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel)
+    evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel_microbatches)
     order, batches_from = _batches(recipe, config, corpus, strategy)
     return Parts(
         model,
@@ -280,12 +274,11 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         optimizer,
         weights,
         train_step,
-        RowLosses(strategy, losses, size, compilation.whole),
+        RowLosses(strategy, losses, layout.microbatch_size, compilation.whole),
         evaluator,
         order,
         batches_from,
-        size,
-        parallel,
+        layout,
         compilation,
     )
 
@@ -316,10 +309,15 @@ def _rules(config: Any) -> "StepRules":
         verify_every=config.training.verify_every,
         spike_threshold=config.training.spike_threshold,
         skip_spikes=config.training.on_spike == "skip",
-        wire_dtype=config.distribution.wire_dtype,
-        bytes_per_pack=config.distribution.bytes_per_pack,
         scales_loss=config.training.precision == "float16",
     )
+
+
+def _synchronizer(config: Any, strategy: Any, optimizer: "Optimizer", weights: "WeightSets") -> "Synchronizer":
+    from tfdp.parallel.synchronizer import AllReduce
+
+    how, state = config.distribution, [*optimizer.state, *weights.frozen.values()]
+    return AllReduce(strategy, optimizer.weights, state, how.reduction, how.wire_dtype, how.bytes_per_pack)
 
 
 def _batches(

@@ -109,7 +109,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     parallel = batch_layout.parallel_microbatches(
         run.distribution, run.training, config.num_workers, num_params, run.model.context_length, num_gpus
     )
-    size = batch_layout.microbatch_size(num_replicas, run.training, run.distribution.reduction, parallel)
+    size = batch_layout.cut_batch(num_replicas, run.training, run.distribution.reduction, parallel).microbatch_size
     activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)
     reduced = estimates.reduction_bytes(run.distribution, shapes, num_replicas)
     network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)

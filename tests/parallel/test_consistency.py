@@ -16,7 +16,9 @@ from tfdp.models.gpt import GPT
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import make_schedule
 from tfdp.parallel import distribution
+from tfdp.parallel.batch_layout import BatchLayout
 from tfdp.parallel.consistency import Disagreement, digests, find_disagreement
+from tfdp.parallel.synchronizer import AllReduce
 from tfdp.system.exits import TrainingError
 from tfdp.tasks.causal_lm import next_token_loss
 from tfdp.training.step import StepRules, TrainStep
@@ -80,8 +82,9 @@ def make_step(num_replicas: int) -> tuple[TrainStep, Optimizer, object]:
         model.blocks[2].trainable = False
         optimizer = Optimizer(config, model.trainable_variables)
     rules = StepRules(clip_norm=1.0, verify_every=EVERY)
-    frozen, schedule = list(model.named_frozen_weights().values()), make_schedule(config, 1000)
-    step = TrainStep(strategy, next_token_loss(model), optimizer, schedule, 6, 2, rules, False, frozen=frozen)
+    frozen, schedule = model.named_frozen_weights().values(), make_schedule(config, 1000)
+    sums, cut = AllReduce(strategy, optimizer.weights, [*optimizer.state, *frozen]), BatchLayout(6, 2)
+    step = TrainStep(strategy, next_token_loss(model), optimizer, schedule, cut, rules, False, synchronizer=sums)
     tokens = np.random.default_rng(0).integers(0, 32, (6, 9)).astype(np.int32)
     batch = {"tokens": tf.constant(tokens), "position": tf.range(6, dtype=tf.int64)}
     dataset = tf.data.Dataset.from_tensors(batch).repeat().unbatch().batch(6, True)

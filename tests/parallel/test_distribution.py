@@ -35,21 +35,21 @@ def test_one_device_is_a_strategy_too() -> None:
 
 
 def test_the_global_batch_is_cut_evenly_or_refused() -> None:
-    assert batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=24)) == 6
-    training = TrainingConfig(global_batch_size=24, microbatch_size=2)
-    assert batch_layout.microbatch_size(4, training) == 2
-    assert batch_layout.describe_batch(4, training, 2, 1) == "24 sequences = 4 replicas x 3 micro-batches x 2"
-    assert batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=24), parallel_microbatches=2) == 3
-    assert batch_layout.describe_batch(4, TrainingConfig(global_batch_size=24), 3, 2) == (
-        "24 sequences = 4 replicas x 2 micro-batches x 3, 2 side by side,"
-    )
+    training = TrainingConfig(global_batch_size=24)
+    assert batch_layout.cut_batch(4, training).microbatch_size == 6
+    small = batch_layout.cut_batch(4, TrainingConfig(global_batch_size=24, microbatch_size=2))
+    assert small.microbatch_size == 2
+    assert batch_layout.describe_batch(4, small) == "24 sequences = 4 replicas x 3 micro-batches x 2"
+    parallel = batch_layout.cut_batch(4, training, parallel_microbatches=2)
+    assert parallel.microbatch_size == 3
+    assert batch_layout.describe_batch(4, parallel) == "24 sequences = 4 replicas x 2 micro-batches x 3, 2 in parallel,"
     with pytest.raises(ConfigError) as caught:
-        batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=30))
+        batch_layout.cut_batch(4, TrainingConfig(global_batch_size=30))
     assert str(caught.value) == "training.global_batch_size (30) must be a multiple of num_replicas (4): try 32"
     with pytest.raises(
         ConfigError, match=r"\(24\) must be a multiple of num_replicas \* training.microbatch_size \(32\)"
     ):
-        batch_layout.microbatch_size(4, TrainingConfig(global_batch_size=24, microbatch_size=8))
+        batch_layout.cut_batch(4, TrainingConfig(global_batch_size=24, microbatch_size=8))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tfdp.models.gpt import GPT
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import make_schedule
 from tfdp.parallel import distribution
+from tfdp.parallel.batch_layout import BatchLayout
 from tfdp.tasks.causal_lm import CausalLM, next_token_loss, next_token_losses
 from tfdp.training.evaluation import Evaluator, RowLosses, ValidationSet
 from tfdp.training.step import StepRules, TrainStep
@@ -59,7 +60,8 @@ def test_the_gradient_of_any_mask_is_the_sum_over_valid_tokens(num_replicas: int
         model = GPT(MODEL, VOCABULARY)
         optimizer = Optimizer(config, model.trainable_variables)
     loss, schedule = next_token_loss(model), make_schedule(config, 10)
-    step = TrainStep(strategy, loss, optimizer, schedule, ROWS, microbatch_size, StepRules(), compilation=False)
+    cut = BatchLayout(ROWS, microbatch_size)
+    step = TrainStep(strategy, loss, optimizer, schedule, cut, StepRules(), compilation=False)
     for seed, (name, empty_rows) in enumerate(EMPTY_ROWS.items()):
         tokens = masked_tokens(seed, empty_rows)
         expected_loss, expected = reference(model, tokens)

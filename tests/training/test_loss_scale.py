@@ -16,6 +16,7 @@ from tfdp.ops.cross_entropy import projected_cross_entropy
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import make_schedule
 from tfdp.parallel import distribution
+from tfdp.parallel.batch_layout import BatchLayout
 from tfdp.tasks.causal_lm import next_token_loss
 from tfdp.training import loss_scale
 from tfdp.training.step import StepRules, TrainStep
@@ -32,7 +33,8 @@ def make_step(num_replicas: int = 1, **rules: object) -> tuple[TrainStep, GPT, t
         optimizer = Optimizer(config, model.trainable_variables)
     rules = {"scales_loss": True, "verify_every": 1, **rules}
     loss, schedule = next_token_loss(model), make_schedule(config, 10)
-    step = TrainStep(strategy, loss, optimizer, schedule, ROWS, 2, StepRules(1.0, **rules), False)  # type: ignore[arg-type]
+    cut, step_rules = BatchLayout(ROWS, 2), StepRules(1.0, **rules)  # type: ignore[arg-type]
+    step = TrainStep(strategy, loss, optimizer, schedule, cut, step_rules, False)
     return step, model, strategy
 
 

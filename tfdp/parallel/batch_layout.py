@@ -4,6 +4,7 @@ Numbers alone: it needs neither TensorFlow nor devices, so that a plan can cut a
 """
 
 import os
+from dataclasses import dataclass
 
 from tfdp.config.options import whole_number
 from tfdp.config.sections import DistributionConfig, TrainingConfig
@@ -14,12 +15,19 @@ _FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of 
 _MANY_TOKENS = 1024  # of a micro-batch, whose products cost much against any gradient
 
 
-def microbatch_size(
-    num_replicas: int, training: TrainingConfig, reduction: str = "fast", parallel_microbatches: int = 1
-) -> int:
-    """Sequences of one forward pass on one replica.
+@dataclass(frozen=True)
+class BatchLayout:
+    """How one global batch is cut; sizes in sequences."""
 
-    Without `training.microbatch_size`, all of a replica's share, or its parts that are computed side by side.
+    global_batch_size: int
+    microbatch_size: int  # of one forward pass on one replica
+    parallel_microbatches: int = 1  # that a replica computes at the same time, each on cores of its own
+
+
+def cut_batch(
+    num_replicas: int, training: TrainingConfig, reduction: str = "fast", parallel_microbatches: int = 1
+) -> BatchLayout:
+    """Cuts the global batch: without `training.microbatch_size` into one micro-batch for each parallel one.
 
     Raises:
       ConfigError: the global batch cannot be cut evenly among the replicas, or, where the reduction is canonical,
@@ -43,7 +51,7 @@ def microbatch_size(
         f"needs replicas that own whole subtrees of the {num_microbatches} micro-batches, a power of two each, and "
         f"there are {num_replicas}: try {listed} replicas, or another training.microbatch_size",
     )
-    return size
+    return BatchLayout(training.global_batch_size, size, parallel_microbatches)
 
 
 def parallel_microbatches(
@@ -82,13 +90,13 @@ def parallel_microbatches(
     return 1
 
 
-def describe_batch(num_replicas: int, training: TrainingConfig, size: int, parallel_microbatches: int) -> str:
+def describe_batch(num_replicas: int, layout: BatchLayout) -> str:
     """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
-    count = training.global_batch_size // (num_replicas * size)
-    plural = "es" * (count > 1)
+    total, size, parallel = layout.global_batch_size, layout.microbatch_size, layout.parallel_microbatches
+    count = total // (num_replicas * size)
     return (
-        f"{training.global_batch_size} sequences = {num_replicas} replica{'s' * (num_replicas > 1)} x {count} "
-        f"micro-batch{plural} x {size}{f', {parallel_microbatches} side by side,' if parallel_microbatches > 1 else ''}"
+        f"{total} sequences = {num_replicas} replica{'s' * (num_replicas > 1)} x {count} "
+        f"micro-batch{'es' * (count > 1)} x {size}{f', {parallel} in parallel,' if parallel > 1 else ''}"
     )
 
 

@@ -9,7 +9,7 @@ Keras and `tf.distribute` would do otherwise: a mean per replica, a clip per rep
 optimizer. Nothing here knows of files, models or metrics; a task enters as a function from rows to sums.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from tfdp.ops.sums import running_sum, tree_sum
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import Schedule
 from tfdp.parallel import collectives, consistency
+from tfdp.parallel.batch_layout import BatchLayout
 from tfdp.parallel.buckets import Packed
 from tfdp.parallel.consistency import Disagreement
 from tfdp.parallel.synchronizer import AllReduce, Synchronizer
@@ -42,12 +43,10 @@ class StepRules:
 
     Attributes:
       clip_norm: largest global norm of the mean gradient; None: no clipping.
-      reduction: fast or canonical, the order of the sums.
+      reduction: fast or canonical, the order in which the micro-batches of a replica are summed.
       verify_every: steps between two comparisons of what all replicas hold; 0: never.
       spike_threshold: robust standard deviations above which a loss is a spike; None: none is.
       skip_spikes: whether to go on after a spike, without its update, instead of ending the call.
-      wire_dtype: float32 or bfloat16, in which gradients travel; statistics always travel in float32.
-      bytes_per_pack: of a reduction; None: what suits the devices.
       scales_loss: whether gradients are those of a scaled loss, as float16 needs; see `loss_scale`.
     """
 
@@ -56,8 +55,6 @@ class StepRules:
     verify_every: int = 0
     spike_threshold: float | None = None
     skip_spikes: bool = False
-    wire_dtype: str = "float32"
-    bytes_per_pack: int | None = None
     scales_loss: bool = False
 
 
@@ -108,12 +105,11 @@ class TrainStep:
       loss_function: sums and counts over the rows of one micro-batch.
       optimizer: with the weights.
       schedule: the learning rate by step.
-      global_batch_size, microbatch_size: sequences per step, and per forward pass on one replica.
+      layout: how the global batch is cut.
       rules: how to sum, and what to refuse.
       compilation: what XLA compiles; or whether it compiles micro-batch and update.
       num_sources: for which the loss function gives sums.
-      parallel_microbatches: micro-batches that a replica computes at the same time, each on cores of its own.
-      frozen: weights that no step changes, compared as the others are.
+      synchronizer: how replicas stay one model; None: `AllReduce` of these weights.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by.
@@ -128,34 +124,24 @@ class TrainStep:
         loss_function: LossFunction,
         optimizer: Optimizer,
         schedule: Schedule,
-        global_batch_size: int,
-        microbatch_size: int,
+        layout: BatchLayout,
         rules: StepRules,
         compilation: Compilation | bool,
         num_sources: int = 1,
-        parallel_microbatches: int = 1,
-        frozen: Sequence[Any] = (),
+        synchronizer: Synchronizer | None = None,
     ) -> None:
         self._strategy, self._optimizer = strategy, optimizer
         self._loss_function, self._rules = loss_function, rules
         num_replicas = int(strategy.num_replicas_in_sync)
         self._num_sources = num_sources
         self._verifies = rules.verify_every > 0 and num_replicas > 1
-        self._synchronizer: Synchronizer = AllReduce(
-            strategy,
-            optimizer.weights,
-            [*optimizer.state, *frozen],
-            rules.reduction,
-            rules.wire_dtype,
-            rules.bytes_per_pack,
-        )
+        self._synchronizer = synchronizer or AllReduce(strategy, optimizer.weights, optimizer.state, rules.reduction)
         self._digests_shape = (num_replicas, len(self._synchronizer.shared), 2) if self._verifies else (0,)
         self._sums = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
         self.reduction_bytes = self._synchronizer.reduction_bytes(self._sums.size)
         self.num_reductions = self._synchronizer.num_reductions
-        self._microbatch_size = microbatch_size
-        self._num_local_microbatches = global_batch_size // (microbatch_size * num_replicas)
-        self._parallel_microbatches = parallel_microbatches
+        self._layout = layout
+        self._num_local_microbatches = layout.global_batch_size // (layout.microbatch_size * num_replicas)
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
@@ -354,11 +340,11 @@ class TrainStep:
         arrived = clock(batch["tokens"])
         batch = {key: after(arrived, value) for key, value in batch.items()}
         summed = tree_sum if self._rules.reduction == "canonical" else running_sum
-        rows = pipeline.rows_of(batch, self._microbatch_size)
+        rows = pipeline.rows_of(batch, self._layout.microbatch_size)
         gradients, sums = summed(
             lambda index: self._microbatch(rows(index), step, scale),
             self._num_local_microbatches,
-            self._parallel_microbatches,
+            self._layout.parallel_microbatches,
         )
         computed = clock(sums, *gradients)
         sums = after(computed, sums)
