@@ -81,7 +81,7 @@ LONG_SHOWN = r"x{100}\.\.\.x+[a-z/.]*"
             ["--output", f"{LONG_NAME}/rows.json"],
             f"{LONG_SHOWN} is no name for a file: File name too long",
         ),
-        ("benchmarking", ["tfdp"], r"tfdp\.benchmarking must be given SYSTEM SHAPE PRECISION NUM_REPLICAS: .*"),
+        ("benchmarking", ["tfdp"], r"tfdp\.benchmarking must be given SYSTEM SHAPE VARIANT NUM_REPLICAS: .*"),
     ],
 )
 def test_nonsense_is_refused_in_one_line_by_every_command(

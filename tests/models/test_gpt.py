@@ -313,7 +313,7 @@ def test_flops_per_token_are_6_per_matrix_weight_and_those_of_attention(
     shape: dict[str, Any], num_matrix_weights: int
 ) -> None:
     # attention: scores and mixing, 2 * 2 * context * width forward, three times that with backward, per layer
-    assert make_model(**shape).flops_per_token() == 6 * num_matrix_weights + 2 * (3 * 2 * 2 * 8 * 16)
+    assert make_model(**shape).flops_per_token() == 6 * num_matrix_weights + 2 * (3 * 2 * 2 * 4.5 * 16)
 
 
 def test_weight_names_say_where_a_weight_is() -> None:

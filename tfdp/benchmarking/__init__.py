@@ -1,11 +1,11 @@
-"""What `tfdp.benchmark` measures side by side: this trainer, those its users would pick instead, and the matrix units.
+"""What `tfdp.benchmark` compares: this trainer, those its users would pick instead, and the matrix units.
 
-Each system is a module with one function `run(shape, precision, num_replicas, pace)`, which trains steps for as long
+Each system is a module with one function `run(shape, variant, num_replicas, pace)`, which trains steps for as long
 as it is asked to; each runs in processes of its own (`python -m tfdp.benchmarking`).
 """
 
-# The systems by name, and the packages that each needs. Those that are measured in both precisions come last: the
-# best of the others' variants is found before they take up memory.
+# The systems by name, and the packages that each needs. tfdp and the matrix units have one variant for each row of
+# the table; they come last, so that the search for the best variant of the others runs without them in memory.
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "keras_nlp": ("keras_nlp",),
     "pytorch": ("torch", "transformers"),
@@ -13,21 +13,26 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "tfdp": (),
     "matrix_peak": (),
 }
+PRECISIONS = ("float32", "bfloat16")
 
 
-def variants(system: str, num_workers: int, num_replicas: int, gpu: bool) -> tuple[str, ...]:
-    """The precisions, compiled or not, in which a system can run a layout; none where it cannot run it at all.
+def contests(system: str, precision: str, num_workers: int, num_replicas: int) -> list[tuple[str, ...]]:
+    """The rows that a system has in a precision and layout: for each the variants, of which the fastest counts.
 
-    Over several workers tfdp can send gradients in bfloat16 too ("+wire"), as well as in float32.
+    A variant is a precision with what else is chosen: `+jit` and `+compile` compile the step, `+wire` sends gradients
+    of bfloat16 in bfloat16. Several replicas in one process are for tfdp alone.
     """
+    one = (num_workers, num_replicas) == (1, 1)
     if system == "tfdp":
-        return ("float32", "bfloat16", *(("bfloat16+wire",) if num_workers > 1 else ()))
-    if system == "pytorch_ddp":
-        return ("float32", "bfloat16") if num_workers > 1 and num_replicas == 1 else ()
-    if (num_workers, num_replicas) != (1, 1):
-        return ()
+        wire = num_workers > 1 and precision == "bfloat16"
+        return [(precision,), *([("bfloat16+wire",)] if wire else [])]
     if system == "matrix_peak":
-        return ("float32", "bfloat16")
+        return [(precision,)] if one else []
     if system == "keras_nlp":
-        return ("float32", "float32+jit", "bfloat16", *(("bfloat16+jit",) if gpu else ()))
-    return ("float32", "float32+compile", "bfloat16", "bfloat16+compile")
+        return [(precision, f"{precision}+jit")] if one else []
+    found = (precision, f"{precision}+compile")
+    if system == "pytorch":
+        return [found] if one else []
+    if num_workers == 1 or num_replicas > 1:
+        return []
+    return [found, *([("bfloat16+wire", "bfloat16+compile+wire")] if precision == "bfloat16" else [])]

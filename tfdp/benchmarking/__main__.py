@@ -1,4 +1,4 @@
-"""One measured process: `python -m tfdp.benchmarking SYSTEM SHAPE PRECISION NUM_REPLICAS`."""
+"""One measured process: `python -m tfdp.benchmarking SYSTEM SHAPE VARIANT NUM_REPLICAS`."""
 
 import importlib
 import sys
@@ -14,12 +14,12 @@ def main() -> None:
     right = len(arguments) == 4 and arguments[0] in SYSTEMS and arguments[1] in SHAPES and arguments[3].isdecimal()
     if not right:
         raise ConfigError(
-            "tfdp.benchmarking must be given SYSTEM SHAPE PRECISION NUM_REPLICAS: python -m tfdp.benchmark does"
+            "tfdp.benchmarking must be given SYSTEM SHAPE VARIANT NUM_REPLICAS: python -m tfdp.benchmark does"
         )
-    system, shape, precision, num_replicas = arguments
+    system, shape, variant, num_replicas = arguments
     pace = Pace()
     module = {"tfdp": "own", "pytorch_ddp": "pytorch"}.get(system, system)
-    importlib.import_module(f"tfdp.benchmarking.{module}").run(SHAPES[shape], precision, int(num_replicas), pace)
+    importlib.import_module(f"tfdp.benchmarking.{module}").run(SHAPES[shape], variant, int(num_replicas), pace)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     kernels = sum(
         math.prod(shape) for name, shape in weight_shapes(config, vocab_size).items() if name.endswith("/kernel")
     )
-    attention = 12 * config.num_layers * config.context_length * config.model_dim
+    attention = 6 * config.num_layers * (config.context_length + 1) * config.model_dim
     return 6 * (kernels + vocab_size * config.model_dim) + attention
 
 

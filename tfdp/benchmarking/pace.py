@@ -1,7 +1,8 @@
 """How a measured process and `tfdp.benchmark` talk: numbers of steps on stdin, JSON objects on stdout.
 
-The process trains one step and says so. Then each line holds a number of steps, answered by their seconds; `end` is
-answered by the peak of the memory, and ends the process.
+The process trains one step and says so. Then each line holds a number of steps, answered by the seconds that one of
+them took (a system may do more at once than it is asked for); `end` is answered by the peak of the memory, and ends the
+process.
 """
 
 import json
@@ -22,7 +23,7 @@ class Pace:
     Attributes:
       wanted: steps still to do before the next answer, at least 1.
       device_memory: where the device has a memory of its own, gives its peak in bytes.
-      flops_of_step: of a system that trains nothing.
+      flops_per_second: the best so far, of a system that trains nothing; 0 for the others.
     """
 
     def __init__(self) -> None:
@@ -30,21 +31,23 @@ class Pace:
         os.dup2(2, 1)  # whatever a library prints goes to stderr
         self.wanted = 1
         self.device_memory: Callable[[], int] | None = None
-        self.flops_of_step: int | None = None
-        self._asked, self._started = 0, 0.0
+        self.flops_per_second = 0.0
+        self._is_first, self._num_done, self._started = True, 0, 0.0
 
     def done(self, num_steps: int) -> None:
         """After so many steps are finished, on the device too; waits for the next line once all are done."""
         self.wanted -= num_steps
+        self._num_done += num_steps
         if self.wanted > 0:
             return
         seconds = time.perf_counter() - self._started
-        self._answer({"seconds": seconds} if self._asked else {"flops_of_step": self.flops_of_step})
+        rates = {"flops_per_second": self.flops_per_second}
+        self._answer({**rates, "seconds_of_step": seconds / self._num_done} if not self._is_first else rates)
         line = sys.stdin.readline().strip()
         if line in ("end", ""):
             self._answer({"peak_memory_bytes": self._peak_memory()})
             end(FINISHED)
-        self.wanted = self._asked = int(line)
+        self.wanted, self._num_done, self._is_first = int(line), 0, False
         self._started = time.perf_counter()
 
     def _peak_memory(self) -> int:

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from tfdp.benchmarking.pace import Pace
-from tfdp.benchmarking.shapes import Shape, shuffled_windows
+from tfdp.benchmarking.shapes import Shape, shuffled_batches
 
 
-def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
+def run(shape: Shape, variant: str, num_replicas: int, pace: Pace) -> None:
     """Trains steps as they are asked for; never returns."""
     import torch
     import torch.distributed
     from torch.nn.functional import cross_entropy
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dtype, _, compiled = precision.partition("+")
+    dtype, *options = variant.split("+")
     index, num_workers = _join(torch) if "TF_CONFIG" in os.environ else (0, 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -33,6 +33,7 @@ def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one fused operation
         use_cache=False,
     )
     model: Any = GPT2LMHeadModel(config)
@@ -40,19 +41,20 @@ def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     parameters = list(model.parameters())
     if num_workers > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if "wire" in options:
+            model.register_comm_hook(None, _compression(torch))
 
     def loss_of(tokens: Any) -> Any:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(tokens[:, :-1]).logits
             return cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    if compiled:
+    if "compile" in options:
         loss_of = torch.compile(loss_of)
     rows = shape.num_rows // num_workers
-    windows = shuffled_windows(shape, seed=index)
-    while True:
-        tokens = torch.from_numpy(np.stack([next(windows) for _ in range(rows)]).astype(np.int64)).to(device)
+    for batch in shuffled_batches(shape, rows, seed=index):
+        tokens = torch.from_numpy(batch.astype(np.int64)).to(device)
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(tokens)
         loss.backward()
@@ -60,6 +62,16 @@ def run(shape: Shape, precision: str, num_replicas: int, pace: Pace) -> None:
         optimizer.step()
         float(loss)  # as a training loop reads it; on a GPU it waits for the step
         pace.done(1)
+
+
+def _compression(torch: Any) -> Any:
+    """A hook of DDP that sends gradients in bfloat16. gloo takes it, but DDP refuses it under its own name."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    def compress(_state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        return bf16_compress_hook(torch.distributed.group.WORLD, bucket)
+
+    return compress
 
 
 def _join(torch: Any) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class Running:
     Attributes:
       first_step_seconds: from the start of the processes to the end of the first step.
       step_seconds: of each round.
-      flops_of_step: see `Pace`.
+      flops_per_second: see `Pace`.
 
     Raises:
       TrainingError: a process failed, or did not answer in time.
@@ -41,7 +41,7 @@ class Running:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         started = time.monotonic()
         self._processes = self._start([sys.executable, "-m", *command], num_workers, together)
-        self.flops_of_step = self._answers()[0]["flops_of_step"]
+        self.flops_per_second = self._answers()[0]["flops_per_second"]
         self.first_step_seconds = time.monotonic() - started
         self.step_seconds: list[float] = []
 
@@ -54,9 +54,10 @@ class Running:
 
     def round(self, num_steps: int | None = None) -> None:
         """Trains the steps of one round, and notes the seconds of one."""
-        count = num_steps or self.round_steps
-        self._tell(str(count))
-        self.step_seconds.append(max(answer["seconds"] for answer in self._answers()) / count)
+        self._tell(str(num_steps or self.round_steps))
+        answers = self._answers()
+        self.step_seconds.append(max(answer["seconds_of_step"] for answer in answers))
+        self.flops_per_second = answers[0]["flops_per_second"]
 
     @property
     def median_seconds(self) -> float:

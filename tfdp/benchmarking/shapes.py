@@ -31,7 +31,7 @@ class Shape:
     def flops_per_token(self) -> int:
         """Of forward and backward, as `gpt.GPT.flops_per_token` counts them."""
         matrices = self.num_layers * 12 * self.model_dim**2 + self.vocab_size * self.model_dim
-        return 6 * matrices + 12 * self.num_layers * self.context_length * self.model_dim
+        return 6 * matrices + 6 * self.num_layers * (self.context_length + 1) * self.model_dim
 
 
 SHAPES = {
@@ -62,11 +62,16 @@ def token_ids(shape: Shape) -> np.ndarray:
     return np.minimum(ranks[units], shape.vocab_size - 1).astype(np.int32)
 
 
-def shuffled_windows(shape: Shape, seed: int = 0) -> Iterator[np.ndarray]:
-    """Endless windows of `context_length + 1` tokens in random order, for systems without a pipeline of their own."""
-    ids, generator = token_ids(shape), np.random.default_rng(seed)
-    num_windows = (len(ids) - 1) // shape.context_length
+def windows(shape: Shape) -> np.ndarray:
+    """The windows of `context_length + 1` tokens that training draws from, (windows, context_length + 1), int32."""
+    ids, length = token_ids(shape), shape.context_length
+    return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]
+
+
+def shuffled_batches(shape: Shape, num_rows: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Endless batches of windows in random order, for systems without a pipeline of their own."""
+    rows, generator = windows(shape), np.random.default_rng(seed)
     while True:
-        for window in generator.permutation(num_windows):
-            start = window * shape.context_length
-            yield ids[start : start + shape.context_length + 1]
+        order = generator.permutation(len(rows))
+        for start in range(0, len(order) - num_rows + 1, num_rows):
+            yield rows[order[start : start + num_rows]]

@@ -154,9 +154,10 @@ class GPT(keras.Model):
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward for one token of a full sequence.
 
-        6 per weight of a matrix product (the output projection included, embedding look-ups not) and
-        12 * layers * context_length * width for attention, causal masking not discounted: the convention of
-        PaLM's appendix B (Chowdhery et al. 2022), which MFU figures use. A frozen weight needs no gradient: 4.
+        6 per weight of a matrix product (the output projection included, embedding look-ups not), and 12 * layers *
+        width for each key that a query attends to: (context_length + 1) / 2 in the mean. Appendix B of PaLM (Chowdhery
+        et al. 2022) counts attention as if nothing were masked; causal attention that skips the masked half would then
+        show an MFU above what the units do. A frozen weight needs no gradient: 4.
         """
         config = self.config
         trained, frozen = (
@@ -164,7 +165,7 @@ class GPT(keras.Model):
             for variables in (self.trainable_variables, self.non_trainable_variables)
         )
         trained += self.vocab_size * config.model_dim
-        return 6 * trained + 4 * frozen + 12 * config.num_layers * config.context_length * config.model_dim
+        return 6 * trained + 4 * frozen + 6 * config.num_layers * (config.context_length + 1) * config.model_dim
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         x = tf.gather(tf.convert_to_tensor(self.token_embedding), tokens)
