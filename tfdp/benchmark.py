@@ -155,18 +155,21 @@ def _fastest(entries: Sequence[Entry], round_seconds: float, slowest: float) -> 
     for entry in entries:
         new = entry.start()
         new.round(1)
-        seconds = new.step_seconds[-1]
-        if seconds > min([slowest, *(HOPELESS * each.median_seconds for _, each in kept)]):
+        if new.step_seconds[-1] > slowest:
+            new.round(1)  # to be sure
+        seconds = min(new.step_seconds)
+        if seconds > slowest:
             print(f"  {entry}: {seconds * 1e3:,.1f} ms for a step; dropped", flush=True)
             new.end()
             continue
+        slowest = min(slowest, HOPELESS * seconds)
         new.settle(round_seconds)
         kept.append((entry, new))
-        for _ in range(ROUNDS_OF_SCREENING if len(entries) > 1 else 0):
-            for _, each in kept:
-                each.round()
-        kept.sort(key=lambda pair: pair[1].median_seconds)
         if len(kept) == 2:
+            for _ in range(ROUNDS_OF_SCREENING):
+                for _, each in kept:
+                    each.round()
+            kept.sort(key=lambda pair: pair[1].median_seconds)
             for name, each in kept:
                 print(f"  {name}: {each.median_seconds * 1e3:,.1f} ms a step", flush=True)
             kept.pop()[1].end()
@@ -204,7 +207,8 @@ def table(rows: Sequence[Row]) -> str:
     head = ("system", "precision", "layout", "tokens/s", "tfdp is", "ms/step", "MFU", "memory", "first step")
     lines = ["{:<12} {:<21} {:<6} {:>10} {:>8} {:>9} {:>6} {:>9} {:>10}".format(*head)]
     for row in rows:
-        ratio = f"{own[row.conditions] / row.tokens_per_second:.2f}x" if row.conditions in own else "-"
+        own_speed = own.get(row.conditions)
+        ratio = f"{own_speed / row.tokens_per_second:.2f}x" if own_speed and row.system != "matrix_peak" else "-"
         mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
         lines.append(
             f"{row.system:<12} {row.precision:<21} {row.layout:<6} {row.tokens_per_second:>10,.0f} {ratio:>8} "
@@ -253,7 +257,7 @@ def main() -> None:
         print(f"\n{name}: {SHAPES[name]}", flush=True)
         found: list[Row] = []
         for precision in PRECISIONS:
-            slowest = {row.system: HOPELESS * row.step_seconds for row in reversed(found)}
+            slowest = {row.system: HOPELESS * row.step_seconds for row in found if row.system != "matrix_peak"}
             measured = measure(SHAPES[name], precision, config, slowest)
             print(f"\n{name} in {precision}\n{table(measured)}", flush=True)
             found += measured
