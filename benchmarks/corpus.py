@@ -124,16 +124,16 @@ def input_wait(shards: Path, num_rounds: int = 15, num_steps: int = 20) -> None:
     corpus = open_corpus(config.data, Path("unused"))
     parallel = assembly.parallel_microbatches(causal_lm, config, corpus, num_workers=1)
     strategy = make_strategy(DistributionConfig(), parallel_microbatches=parallel)
-    parts = assembly.build(causal_lm, config, corpus, strategy, parallel)
-    batches = parts.batches_from(0, ())
-    batch = next(iter(pipeline.train_batches(strategy, parts.order, 0)))
+    components = assembly.build(causal_lm, config, corpus, strategy, parallel)
+    batches = components.batches_from(0, ())
+    batch = next(iter(pipeline.train_batches(strategy, components.order, 0)))
     same = iter(strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensors(batch).repeat()))
-    parts.train_step(batches, 0, num_steps), parts.train_step(same, 0, num_steps)
+    components.train_step(batches, 0, num_steps), components.train_step(same, 0, num_steps)
     seconds: dict[str, list[float]] = {"pipeline": [], "one batch": []}
     for _ in range(num_rounds):
         for name, each in (("pipeline", batches), ("one batch", same)):
             started = time.perf_counter()
-            parts.train_step(each, 100, num_steps)
+            components.train_step(each, 100, num_steps)
             seconds[name].append((time.perf_counter() - started) / num_steps)
     ratios = [one / other for one, other in zip(seconds["pipeline"], seconds["one batch"], strict=True)]
     print(

@@ -111,7 +111,7 @@ def test_a_rollback_is_the_run_without_the_poisoned_window(
     around = trained(replace(make("around", data=text, **ways), seed=3))
     rows = Path(str(around[0].run_dir), "metrics.jsonl").read_text().splitlines()
     assert [row["spike_positions"] for row in map(json.loads, rows) if "spike_positions" in row] == [[POSITION]]
-    without = {**text, "left_out": (POSITION,)}
+    without = {**text, "excluded_positions": (POSITION,)}
     assert_same(around, trained(replace(make("without", data=without, **ways), seed=3)))
 
 

@@ -69,7 +69,7 @@ def texts(split: Split, tokenizer: object) -> list[str]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "STRETCH_BYTES", 20_000)
+    monkeypatch.setattr(encoding, "GROUP_BYTES", 20_000)
 
 
 def recipe(source: str, tokenizer: str = "bytes", **values: object) -> Recipe:
@@ -84,7 +84,7 @@ def test_parts_and_processes_do_not_show(tmp_path: Path, small_parts: None, toke
     source = write_jsonl(tmp_path / "a.jsonl", 300_000)
     one = prepare(recipe(source, tokenizer), tmp_path / "one", overlap=True)
     prepare(recipe(source, tokenizer), tmp_path / "two", num_processes=2, overlap=True)
-    encoding.STRETCH_BYTES = 1 << 30
+    encoding.GROUP_BYTES = 1 << 30
     prepare(recipe(source, tokenizer), tmp_path / "whole", overlap=True)
     assert digests(tmp_path / "one") == digests(tmp_path / "two") == digests(tmp_path / "whole")
     written = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]

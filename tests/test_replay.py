@@ -107,7 +107,7 @@ def test_a_step_after_a_rollback_is_replayed_as_it_finally_happened(
     config = poisoned_config(tiny_config, poisoned, "around", training={"on_spike": "rollback"})
     causal_lm.train(config)
     replayer = replayer_of(config, STEP + 1)
-    assert replayer.run.left_out == {POSITION}
+    assert replayer.run.excluded_positions == {POSITION}
     for step in (STEP + 1, STEP - 4, 59):
         found = replayer(step, num_sequences=BATCH)
         assert_equal_bits(found, replayer.run)

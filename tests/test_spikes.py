@@ -95,7 +95,7 @@ def test_the_ledger_survives_a_checkpoint() -> None:
     ledger.record(Spike(50, 9.0, 1.0, 2.5, None), "skip")
     read = Ledger.from_state(json.loads(json.dumps(ledger.to_state())))
     assert read == ledger
-    assert read.left_out == {447, 449}
+    assert read.excluded_positions == {447, 449}
     assert read.spikes[0]["spike_loss"] is None
     assert read.spikes[1]["spike_action"] == "skip"
 
@@ -126,7 +126,7 @@ def poisoned_config(make: Callable[..., Config], poisoned: Path, name: str, **se
     data = DataConfig(
         source=f"text:{poisoned}/train.txt",
         validation_source=f"text:{poisoned}/validation.txt",
-        left_out=config.data.left_out,
+        excluded_positions=config.data.excluded_positions,
     )
     return replace(config, data=data)
 
@@ -146,7 +146,7 @@ def test_a_rollback_leaves_out_exactly_the_poisoned_window(tiny_config: Callable
     assert [row["step"] for row in rows_of(around, "loss")] == list(range(1, 61))
     assert found["sequences_seen"] == 60 * BATCH - 1
 
-    configured = poisoned_config(tiny_config, poisoned, "configured", data={"left_out": (POSITION,)})
+    configured = poisoned_config(tiny_config, poisoned, "configured", data={"excluded_positions": (POSITION,)})
     expected = causal_lm.train(configured)
     for key in ("weights_sha256", "state_sha256", "validation_loss", "sequences_seen"):
         assert found[key] == expected[key], key
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_is_gone_around(
     assert (spike["step"], spike["spike_positions"], spike["spike_loss"]) == (9, [100], None)
     assert spike["spike_tensor"] is not None
     monkeypatch.undo()
-    expected = causal_lm.train(tiny_config("configured", **changes, data={"left_out": (100,)}))
+    expected = causal_lm.train(tiny_config("configured", **changes, data={"excluded_positions": (100,)}))
     assert found["state_sha256"] == expected["state_sha256"]
 
 
@@ -249,7 +249,7 @@ def test_workers_go_around_a_spike_together(tmp_path: Path, poisoned: Path) -> N
     around = tiny_arguments(poisoned, tmp_path / "around", **changes, training__on_spike="rollback")
     with start(tmp_path, [around] * 2) as job:
         assert job.wait() == [0, 0], job.output(1)
-    configured = tiny_arguments(poisoned, tmp_path / "configured", **changes, data__left_out=f"[{POSITION}]")
+    configured = tiny_arguments(poisoned, tmp_path / "configured", **changes, data__excluded_positions=f"[{POSITION}]")
     with start(tmp_path, [configured] * 2) as job:
         assert job.wait() == [0, 0], job.output(1)
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("around", "configured")]

@@ -1,4 +1,4 @@
-"""A recipe, a configuration and a text put together: what is trained, and what reads it back."""
+"""Puts a recipe, a configuration and a text together: the components of a run, for all commands that need them."""
 
 import sys
 import time
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tfdp.config.parsing import flatten, to_yaml
 from tfdp.config.sections import SamplingConfig
-from tfdp.recipe import PARTS, Model, Recipe, require_parts
+from tfdp.recipe import FUNCTIONS, Model, Recipe, require_functions
 from tfdp.system.code import code_sha256
 from tfdp.system.exits import require
 
-if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
+if TYPE_CHECKING:  # this module opens the text before TensorFlow is loaded
     from tfdp.data.pipeline import Order
     from tfdp.data.sources import Corpus
     from tfdp.data.tokenizers.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # this module looks at the text before TensorFlow is loaded
 
 @dataclass(frozen=True)
 class Process:
-    """Who carries a run, and since when."""
+    """The process that runs, and the workers that it belongs to."""
 
     directory: "RunDirectory"
     cluster: "Cluster"
@@ -42,8 +42,8 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run is made of, wired together under one strategy."""
+class Components:
+    """The components of a run, made under one strategy."""
 
     model: Model
     task: "Task"
@@ -53,19 +53,19 @@ class Parts:
     row_losses: "RowLosses"
     evaluator: "Evaluator"
     order: "Order"
-    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, positions left out) -> batches from it on
+    batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, excluded positions) -> from there on
     layout: "BatchLayout"
     compilation: "Compilation"
 
 
 def train(recipe: Recipe, config: Any) -> dict[str, Any]:
-    """Trains, or goes on; returns what summary.json holds.
+    """Trains, or resumes; returns what summary.json holds.
 
-    The cluster, the run directory and the text are looked at before TensorFlow is loaded: what is wrong there is told
-    in a fraction of a second. `config` is the recipe's `Config`.
+    The cluster, the run directory and the text are checked before TensorFlow is loaded: a mistake there is reported in
+    a fraction of a second. `config` is the recipe's `Config`.
     """
     started = time.monotonic()
-    require_parts(recipe, config.trainer, PARTS, "trained")
+    require_functions(recipe, config.trainer, FUNCTIONS, "trained")
     from tfdp.parallel.cluster_spec import find_cluster
     from tfdp.training.run_directory import RunDirectory
     from tfdp.training.stopping import StopSignal
@@ -85,7 +85,7 @@ def train(recipe: Recipe, config: Any) -> dict[str, Any]:
 def _train(
     recipe: Recipe, config: Any, directory: "RunDirectory", cluster: "Cluster", stop: "StopSignal", started: float
 ) -> dict[str, Any]:
-    """Opens the text, starts the replicas and comes to terms with the other workers."""
+    """Opens the text, makes the strategy and checks that all workers agree."""
     from tfdp.data import sources
     from tfdp.parallel.cluster import FailureDetector, require_agreement
     from tfdp.system.startup import load_tensorflow
@@ -106,8 +106,8 @@ def _train(
         return _fit(config, corpus, strategy, build(recipe, config, corpus, strategy, parallel), process)
 
 
-def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Process) -> dict[str, Any]:
-    """Tells what the parts of the run are, and runs the loop."""
+def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, process: Process) -> dict[str, Any]:
+    """Prints what the run consists of, and runs the loop."""
     from tfdp.data.tokenizers.tokenizer import save_tokenizer
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
@@ -116,15 +116,15 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
     from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
-    sampling = _Sampling(parts.model, corpus.tokenizer, training.sample_tokens) if training.sample_tokens else None
+    sampling = _Sampling(components.model, corpus.tokenizer, training.sample_tokens) if training.sample_tokens else None
     matrix_peak = hardware.matrix_peak(
         training.precision,
         distribution.gpu_names(strategy),
         cluster.num_workers,
-        collectives.num_local_replicas(strategy) * parts.layout.parallel_microbatches,
+        collectives.num_local_replicas(strategy) * components.layout.parallel_microbatches,
     )
     say = console.say if cluster.is_chief else (lambda _line: None)
-    for line in _introduction(config, corpus, strategy, parts, matrix_peak):
+    for line in _introduction(config, corpus, strategy, components, matrix_peak):
         say(line)
     say(f"run        {directory.path}")
     summary = loop.fit(
@@ -133,13 +133,13 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             training=training,
             checkpointing=config.checkpoint,
             identity=identity(config, corpus),
-            weights=parts.weights,
-            train_step=parts.train_step,
-            batches_from=parts.batches_from,
-            left_out=config.data.left_out,
-            task=parts.task,
-            row_losses=parts.row_losses,
-            evaluate=parts.evaluator,
+            weights=components.weights,
+            train_step=components.train_step,
+            batches_from=components.batches_from,
+            excluded_positions=config.data.excluded_positions,
+            task=components.task,
+            row_losses=components.row_losses,
+            evaluate=components.evaluator,
             sample=sampling,
             cluster=cluster,
             watch=process.watch,
@@ -147,16 +147,16 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
             save_assets=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
-            flops_per_token=parts.model.flops_per_token(),
+            flops_per_token=components.model.flops_per_token(),
             matrix_peak=matrix_peak,
             layout={
                 "num_workers": cluster.num_workers,
                 "num_replicas": int(strategy.num_replicas_in_sync),
-                "microbatch_size": parts.layout.microbatch_size,
-                "parallel_microbatches": parts.layout.parallel_microbatches,
+                "microbatch_size": components.layout.microbatch_size,
+                "parallel_microbatches": components.layout.parallel_microbatches,
             },
             facts={
-                "num_params": parts.model.num_params(),
+                "num_params": components.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
                 "transport": collectives.transport_of(strategy),
             },
@@ -171,7 +171,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, process: Pr
 
 
 class _Sampling:
-    """Draws texts from the model, `num_tokens` long, and keeps the newest: to draw it again would hold up the end.
+    """Draws texts of `num_tokens` from the model, and keeps the newest: to draw it again would delay the end.
 
     Attributes:
       newest: None before the first one.
@@ -189,19 +189,21 @@ class _Sampling:
         return self.newest
 
 
-def _introduction(config: Any, corpus: "Corpus", strategy: Any, parts: Parts, matrix_peak: float) -> list[str]:
-    """What a run is, for people."""
+def _introduction(
+    config: Any, corpus: "Corpus", strategy: Any, components: Components, matrix_peak: float
+) -> list[str]:
+    """The first lines of a run, for people."""
     from tfdp.parallel import batch_layout, distribution
 
-    training, step, names = config.training, parts.train_step, [source.name for source in corpus.sources]
+    training, step, names = config.training, components.train_step, [source.name for source in corpus.sources]
     num_replicas = int(strategy.num_replicas_in_sync)
-    cut = batch_layout.describe_batch(num_replicas, parts.layout)
+    cut = batch_layout.describe_batch(num_replicas, components.layout)
     lines = [
-        f"model      {parts.model.describe()}",
+        f"model      {components.model.describe()}",
         *(f"data       {line}" for line in corpus.describe()),
-        f"order      {parts.order.describe(training.steps, names)}",
+        f"order      {components.order.describe(training.steps, names)}",
         f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s",
-        f"precision  {training.precision}, {parts.compilation}",
+        f"precision  {training.precision}, {components.compilation}",
         f"step       {cut} of {config.model.context_length} tokens",
     ]
     if step.num_reductions:
@@ -225,7 +227,7 @@ def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_wor
     )
 
 
-def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel_microbatches: int) -> Parts:
+def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel_microbatches: int) -> Components:
     """Makes the model with its initial weights, its step, its evaluation and its batches; runs nothing.
 
     Args:
@@ -250,10 +252,10 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
     compilation = _compilation(recipe, config, vocab_size, strategy)
     task = _checked(recipe.make_task(config, corpus), config.trainer)
     with strategy.scope():
-        model = recipe.make_model(config, vocab_size, compilation.parts)
+        model = recipe.make_model(config, vocab_size, compilation.kernels)
         optimizer = Optimizer(config.optimizer, model.trainable_variables)
     weights = WeightSets(model.named_weights(), model.named_frozen_weights(), optimizer.named_state())
-    losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.parts)
+    losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.kernels)
     train_step = TrainStep(
         strategy,
         source_losses(losses, num_sources),
@@ -268,7 +270,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
     rows = training.rows_of_evaluation
     evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel_microbatches)
     order, batches_from = _batches(recipe, config, corpus, strategy)
-    return Parts(
+    return Components(
         model,
         task,
         optimizer,
@@ -323,7 +325,7 @@ def _synchronizer(config: Any, strategy: Any, optimizer: "Optimizer", weights: "
 def _batches(
     recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any
 ) -> tuple["Order", Callable[[int, Collection[int]], Iterator[Any]]]:
-    """The order of the rows, and the batches from a step on without the positions that are left out."""
+    """The order of the rows, and the batches from a step on, without the excluded positions."""
     from tfdp.data import pipeline
 
     order = pipeline.Order(
@@ -333,7 +335,7 @@ def _batches(
         config.seed,
         config.training.global_batch_size,
     )
-    return order, lambda step, left_out: iter(pipeline.train_batches(strategy, order, step, left_out))
+    return order, lambda step, excluded: iter(pipeline.train_batches(strategy, order, step, excluded))
 
 
 def make_evaluator(
@@ -355,13 +357,13 @@ def make_evaluator(
         ValidationSet(name, recipe.make_sequences(config, split), split.num_bytes) for name, split in splits.items()
     ]
     task = recipe.make_task(config, corpus)
-    losses = row_losses(task, model, None, config.training.loss_chunk_size, compilation.parts)
+    losses = row_losses(task, model, None, config.training.loss_chunk_size, compilation.kernels)
     loss = source_losses(losses, len(sets))
     return Evaluator(strategy, task, loss, sets, rows, compilation.whole, parallel_passes)
 
 
 def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
-    """What all workers must have in common: every key but where each keeps its cache, text, code and devices."""
+    """What all workers must have in common: text, code, devices, and every key but the place of the cache."""
     from tfdp.parallel import distribution
 
     keys = flatten(config)
@@ -375,13 +377,13 @@ def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -
 
 
 def _folders_of(recipe: Recipe) -> list[Path]:
-    """Where the code of a recipe lies: its own folder, and that of the recipes that it may take its parts from."""
+    """Where the code of a recipe lies: its own folder, and that of the recipes that it may import from."""
     files = (getattr(module, "__file__", None) for module in (recipe, sys.modules.get("trainers")))
     return sorted({Path(file).parent for file in files if file})
 
 
 def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
-    """What two processes must have in common to be one run: the shapes, the data and its order."""
+    """What a process must have in common with a checkpoint to resume it: the shapes, the data and its order."""
     free = {"dropout", "init_stddev"}  # may change on the way: they shape neither tensors nor data
     model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
     return {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DistributionConfig
-from tfdp.recipe import PARTS
+from tfdp.recipe import FUNCTIONS
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.startup import load_tensorflow
 
@@ -36,7 +36,7 @@ def main() -> None:
     from tfdp.data import sources
     from tfdp.inference.trained import TrainedGPT
 
-    trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", PARTS)
+    trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
     corpus = sources.open_same_corpus(run_config.data, trained.corpus_sha256)

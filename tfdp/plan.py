@@ -22,7 +22,7 @@ from tfdp.config.sections import MOST, MOST_DEVICES, DataConfig
 from tfdp.data import sources
 from tfdp.models import dimensions
 from tfdp.parallel import batch_layout
-from tfdp.recipe import PARTS, Recipe, load_recipe, require_parts
+from tfdp.recipe import FUNCTIONS, Recipe, load_recipe, require_functions
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.machine import GPUS, available_gpus, find_gpu, total_memory
 from tfdp.system.messages import duration
@@ -245,7 +245,7 @@ def main() -> None:
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
     recipe, run = load_recipe(rest, "python -m tfdp.plan", description)
-    require_parts(recipe, run.trainer, PARTS, "planned")
+    require_functions(recipe, run.trainer, FUNCTIONS, "planned")
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))
     plan = make_plan(config, run, recipe)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tfdp.tasks.task import Task
 
 SECTIONS = ("model", "data", "optimizer", "training", "distribution", "checkpoint")  # of model, context_length at least
-PARTS = ("make_model", "make_task", "make_sequences", "weight_shapes")
+FUNCTIONS = ("make_model", "make_task", "make_sequences", "weight_shapes")
 
 
 class Recipe(Protocol):
@@ -52,7 +52,7 @@ class Recipe(Protocol):
         Args:
           config: of the run.
           vocab_size: of the tokenizer.
-          fuse: whether XLA compiles what lies between the matrix products: `Compilation.parts`.
+          fuse: whether XLA compiles what lies between the matrix products: `Compilation.kernels`.
         """
         ...
 
@@ -121,7 +121,7 @@ def recipe_of_file(path: Path, wanted: Sequence[str], purpose: str) -> tuple[Rec
     """
     trainer = find_trainer(["--config", str(path)])
     recipe = import_recipe(trainer)
-    require_parts(recipe, trainer, wanted, purpose)
+    require_functions(recipe, trainer, wanted, purpose)
     return recipe, parsing.load_file(config_class(recipe, trainer), path)
 
 
@@ -153,7 +153,7 @@ def import_recipe(name: str) -> Recipe:
         raise CommandError(f"trainer ({name}) cannot be imported: {_what_and_where(error)}") from error
     require(hasattr(module, "Config"), "trainer", name, "must be a module that defines Config")
     require(dataclasses.is_dataclass(module.Config), "trainer", name, "must have a dataclass as its Config")
-    missing = [part for part in PARTS if not callable(getattr(module, part, None))]
+    missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
     require(
         not missing or callable(getattr(module, "train", None)),
         "trainer",
@@ -167,7 +167,7 @@ def import_recipe(name: str) -> Recipe:
     return cast(Recipe, module)
 
 
-def require_parts(recipe: Recipe, name: str, wanted: Sequence[str], purpose: str) -> None:
+def require_functions(recipe: Recipe, name: str, wanted: Sequence[str], purpose: str) -> None:
     """Raises `ConfigError` that names the first function that a recipe lacks to be, say, "evaluated"."""
     for part in wanted:
         require(hasattr(recipe, part), "trainer", name, f"must be a recipe with a {part} function to be {purpose}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST, MOST_DEVICES
-from tfdp.recipe import PARTS, Recipe, recipe_of_file
+from tfdp.recipe import FUNCTIONS, Recipe, recipe_of_file
 from tfdp.system.exits import TrainingError, require, require_at_most, run_command
 from tfdp.system.startup import load_tensorflow
 from tfdp.training.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ class PastRun:
     config: Any
     logged: Mapping[int, Mapping[str, Any]]  # the rows of metrics.jsonl with a loss, by step
     reached: int  # last step that is known of
-    left_out: frozenset[int]  # positions that nothing was learned from in the end, by configuration or after spikes
+    excluded_positions: frozenset[int]  # by the configuration and after spikes
     states: Mapping[int, Mapping[str, Any]] = field(repr=False)  # state.json of each checkpoint, by step, ascending
 
     @classmethod
@@ -92,7 +92,7 @@ class PastRun:
         from tfdp.training.run_directory import RunDirectory
 
         run = RunDirectory.open(run_dir)
-        recipe, config = recipe_of_file(run.config_path, PARTS, "replayed")
+        recipe, config = recipe_of_file(run.config_path, FUNCTIONS, "replayed")
         rows, damaged = read_rows(run.metrics_path)
         for line in damaged:
             print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -103,8 +103,16 @@ class PastRun:
         newest = list(states.values())[-1] if states else {}
         ledger = Ledger.from_state(newest.get("ledger", {}))
         since = {position for row in rows for position in row.get("spike_positions", [])}  # saved with the next one
-        left_out = frozenset({*config.data.left_out, *ledger.left_out, *since})
-        return cls(run, recipe, config, {row["step"]: row for row in rows if "loss" in row}, reached, left_out, states)
+        excluded_positions = frozenset({*config.data.excluded_positions, *ledger.excluded_positions, *since})
+        return cls(
+            run,
+            recipe,
+            config,
+            {row["step"]: row for row in rows if "loss" in row},
+            reached,
+            excluded_positions,
+            states,
+        )
 
     def check_step(self, step: int) -> None:
         """Raises `ConfigError` for a step that the run has not come to.
@@ -197,8 +205,8 @@ class Replayer:
         self._tokenizer = corpus.tokenizer
         parallel = assembly.parallel_microbatches(run.recipe, self.config, corpus, num_workers=1)
         self.strategy = distribution.make_strategy(self.config.distribution, parallel_microbatches=parallel)
-        self._parts = assembly.build(run.recipe, self.config, corpus, self.strategy, parallel)
-        self._weights = self._parts.weights
+        self._components = assembly.build(run.recipe, self.config, corpus, self.strategy, parallel)
+        self._weights = self._components.weights
         trainable, optimizer = self._weights.snapshot()
         self._initial = Checkpoint(trainable, optimizer, {"step": 0})
 
@@ -210,15 +218,15 @@ class Replayer:
           TrainingError: the replicas of the replay disagree.
         """
         self.run.check_step(step)
-        train_step, left_out = self._parts.train_step, self.run.left_out
+        train_step, excluded_positions = self._components.train_step, self.run.excluded_positions
         saved = self.run.checkpoint_before(step)
         done = self._restore(self._initial if saved is None else self.run.directory.checkpoints().load(saved))
         if done < step - 1:
-            results = train_step(self._parts.batches_from(done, left_out), done, step - 1 - done)
+            results = train_step(self._components.batches_from(done, excluded_positions), done, step - 1 - done)
             _refuse_disagreement(results.disagreement)
             done += len(results.loss)  # fewer than asked for where a spike ended the call: that is the step to tell
         worst = self._worst(done, num_sequences)
-        results = train_step(self._parts.batches_from(done, left_out), done, 1)
+        results = train_step(self._components.batches_from(done, excluded_positions), done, 1)
         _refuse_disagreement(results.disagreement)
         if results.spike is not None:
             return Replay(done + 1, results.spike.loss, results.spike.grad_norm, results.spike, worst)
@@ -227,13 +235,14 @@ class Replayer:
 
     def _restore(self, saved: "Checkpoint") -> int:
         self._weights.restore(saved.weights, saved.optimizer, saved.frozen)
-        self._parts.train_step.load_state(saved.state)
+        self._components.train_step.load_state(saved.state)
         return saved.step
 
     def _worst(self, done: int, num_sequences: int) -> list[Sequence]:
         """The sequences of the next batch with the highest mean loss; those that are not finite come first."""
-        sums, counts = self._parts.row_losses(self._parts.batches_from(done, self.run.left_out), done)
-        valid = np.flatnonzero(counts)  # a position that is left out has no valid token
+        batches = self._components.batches_from(done, self.run.excluded_positions)
+        sums, counts = self._components.row_losses(batches, done)
+        valid = np.flatnonzero(counts)  # an excluded position has no valid token
         means = sums[valid] / counts[valid]
         order = np.argsort(np.where(np.isfinite(means), -means, -math.inf), kind="stable")[:num_sequences]
         first = done * self.config.training.global_batch_size
@@ -244,7 +253,7 @@ class Replayer:
 
         from tfdp.data.shards import ABSENT
 
-        order = self._parts.order
+        order = self._components.order
         source, index = order.locate(tf.constant(position, tf.int64))
         sequences = order.sequences[int(source)]
         (tokens,) = sequences.rows(np.array([int(index)]))

@@ -113,3 +113,30 @@ def test_a_key_without_a_default_must_be_given() -> None:
 )
 def test_whole_numbers_are_ascii_digits(text: str, number: int | None) -> None:
     assert whole_number(text) == number
+
+
+@dataclass(frozen=True)
+class Data:
+    """The section of a key that was renamed."""
+
+    excluded_positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A configuration with it."""
+
+    data: Data = Data()
+
+
+def test_the_earlier_name_of_a_key_works_and_tells_the_new_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text("data:\n  left_out: [7]\n")
+    for argv in (["--data.left_out", "[7]"], [f"--config={tmp_path / 'a.yaml'}"]):
+        config = parsing.load(Renamed, argv, "mine", "Mine.")
+        assert config.data.excluded_positions == (7,)
+        assert capsys.readouterr().err == "note: data.left_out is called data.excluded_positions now\n"
+    (tmp_path / "b.yaml").write_text("data:\n  left_out: [7]\n  excluded_positions: [8]\n")
+    with pytest.raises(ConfigError, match=r"data\.excluded_positions \(\[8\]\) must be given once in .*b\.yaml"):
+        parsing.load(Renamed, [f"--config={tmp_path / 'b.yaml'}"], "mine", "Mine.")

@@ -14,7 +14,7 @@ from tfdp.reporting.timing import Attribution, Throughput
 from tfdp.reporting.writer import MetricsWriter, step_line
 from tfdp.system.messages import duration
 from tfdp.tasks.causal_lm import perplexity
-from tfdp.training.clock import PARTS
+from tfdp.training.clock import PHASES
 from trainers import causal_lm
 from trainers.causal_lm import Config
 
@@ -113,12 +113,12 @@ def test_every_second_of_a_run_belongs_to_a_part(tiny_config: Callable[..., Conf
     summary = causal_lm.train(config)
     elapsed = time.monotonic() - started
     parts = {key.removeprefix("seconds/"): value for key, value in summary.items() if key.startswith("seconds/")}
-    assert set(parts) == {*PARTS, "compile", "host", "saving", "evaluation"}
+    assert set(parts) == {*PHASES, "compile", "host", "saving", "evaluation"}
     assert all(seconds >= 0 for seconds in parts.values())
     assert sum(parts.values()) < elapsed  # which holds what comes before the loop, too
     rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]  # type: ignore[arg-type]
     steps = [row for row in rows if "loss" in row]
-    for part in (*PARTS, "host"):
+    for part in (*PHASES, "host"):
         assert sum(row[f"seconds/{part}"] for row in steps) == pytest.approx(parts[part], rel=0.2, abs=0.05), part
     assert {(row["reduction_bytes"], row["num_reductions"]) for row in steps} == {(0, 0)}
 

@@ -38,7 +38,7 @@ def run(shape: Shape, variant: str, num_replicas: int, pace: Pace) -> None:
 
 
 def train(
-    config: Any, ids: np.ndarray, vocab_size: int, pace: Pace, prepare: Callable[[Any], Any] = lambda _parts: None
+    config: Any, ids: np.ndarray, vocab_size: int, pace: Pace, prepare: Callable[[Any], Any] = lambda _components: None
 ) -> None:
     """Trains the model of a recipe's configuration on ids, in steps as they are asked for; never returns.
 
@@ -47,7 +47,7 @@ def train(
       ids: of tokens, flat.
       vocab_size: largest id, and one more.
       pace: asks for steps.
-      prepare: called with the recipe's parts; what it returns is kept as long as there are steps.
+      prepare: called with the recipe's components; what it returns is kept as long as there are steps.
     """
     from tfdp import assembly
     from tfdp.data.sources import Corpus, Source
@@ -63,14 +63,14 @@ def train(
     parallel = assembly.parallel_microbatches(recipe, config, corpus, cluster.num_workers)
     strategy = distribution.make_strategy(config.distribution, cluster, parallel)
     distribution.connect_workers(strategy, config.distribution, cluster)
-    parts = assembly.build(recipe, config, corpus, strategy, parallel)
+    components = assembly.build(recipe, config, corpus, strategy, parallel)
     if collectives.on_gpu(strategy):
         pace.device_memory = hardware.peak_gpu_memory
-    held = prepare(parts)
-    batches, step = parts.batches_from(0, ()), 0
+    held = prepare(components)
+    batches, step = components.batches_from(0, ()), 0
     while True:
         count = min(pace.wanted, _STEPS_OF_CALL)
-        done = len(parts.train_step(batches, step, count).loss)
+        done = len(components.train_step(batches, step, count).loss)
         if done < count:
             raise RuntimeError(f"step {step + done + 1} was refused")
         step += done

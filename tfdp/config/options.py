@@ -6,6 +6,7 @@ numbers, truth values, text, choices and lists of them; jsonargparse reads every
 
 import itertools
 import re
+import sys
 import types
 import typing
 from argparse import ArgumentError
@@ -18,6 +19,7 @@ from tfdp.system.exits import ConfigError
 from tfdp.system.messages import nearest, nearest_key, shown
 
 WITHOUT_VALUE = ("help", "print_config")
+RENAMED = {"data.left_out": "data.excluded_positions"}  # keys of earlier versions, which keep working
 _UNFIT = object()
 
 
@@ -32,6 +34,7 @@ def split(argv: Sequence[str], keys: Mapping[str, Any]) -> list[tuple[str, str]]
     while arguments:
         argument = arguments.pop(0)
         name, equals, value = argument[2:].partition("=")
+        name = _current(name, keys)
         if not argument.startswith("--"):
             raise ConfigError(f"unrecognized arguments: {shown(argument)}")
         if name not in keys and name not in ("config", *WITHOUT_VALUE):
@@ -70,7 +73,12 @@ def without(flag: str, argv: Sequence[str]) -> list[str]:
 
 def of_file(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a YAML file by dotted key. Raises `ConfigError` as `strict_yaml.read`, and for unknown keys."""
-    return {key: read(key, keys[key], value) for key, value in _flat(strict_yaml.read(path), keys, path)}
+    values: dict[str, Any] = {}
+    for key, value in _flat(strict_yaml.read(path), keys, path):
+        if key in values:
+            raise ConfigError(f"{key} ({shown(value)}) must be given once in {shown(path)}, under one of its names")
+        values[key] = read(key, keys[key], value)
+    return values
 
 
 def of_flags(flags: Iterable[tuple[str, str]], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +127,15 @@ def describe(kind: Any) -> str:
     return f"of the type {getattr(kind, '__name__', kind)}"
 
 
+def _current(name: str, keys: Mapping[str, Any]) -> str:
+    """The name of a key today; one line on stderr tells it where another was used."""
+    new = RENAMED.get(name, name)
+    if new == name or new not in keys:
+        return name
+    print(f"note: {name} is called {new} now", file=sys.stderr, flush=True)
+    return new
+
+
 def suggestion(name: str, keys: Iterable[str]) -> str:
     """The key that a name may mean, as the end of a message."""
     return did_you_mean(nearest_key(name, keys)) or ": --help lists the keys"
@@ -146,7 +163,7 @@ def _flat(
 ) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of what a YAML file holds."""
     for name, value in content.items():
-        key = f"{above}{name}"
+        key = _current(f"{above}{name}", keys)
         if key in keys:
             yield key, value
         elif not any(known.startswith(f"{key}.") for known in keys):

@@ -69,11 +69,12 @@ def file_sha256(path: Path) -> str:
 
 
 def flatten_yaml(text: str) -> dict[str, Any]:
-    """The values of a configuration in YAML by dotted key; {} where it is none."""
+    """The values of a configuration in YAML by dotted key, under the names of today; {} where it is none."""
     import yaml
 
     content = yaml.safe_load(text)
-    return flatten_mapping(content) if isinstance(content, dict) else {}
+    flat = flatten_mapping(content) if isinstance(content, dict) else {}
+    return {options.RENAMED.get(key, key): value for key, value in flat.items()}
 
 
 def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:

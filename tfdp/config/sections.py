@@ -138,7 +138,7 @@ class DataConfig:
     replica; or the text in order, dealt to the rows in turn."""
     cache_dir: str | None = None
     """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
-    left_out: tuple[int, ...] = ()
+    excluded_positions: tuple[int, ...] = ()
     """Positions of the order of training (step * global_batch_size + row, from 0) that nothing is learned from."""
 
     def __post_init__(self) -> None:
@@ -159,9 +159,12 @@ class DataConfig:
             "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
             + options.did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
         )
-        for position in self.left_out:
+        for position in self.excluded_positions:
             require(
-                0 <= position < 2**63, "data.left_out", position, "must hold positions from 0 to 2**63 - 1: try [448]"
+                0 <= position < 2**63,
+                "data.excluded_positions",
+                position,
+                "must hold positions from 0 to 2**63 - 1: try [448]",
             )
         require(
             self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,

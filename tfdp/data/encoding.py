@@ -1,7 +1,7 @@
-"""Documents -> parts: the token ids of one stretch of documents after the other, encoded by all cores.
+"""Documents -> parts: files with the token ids of one group of documents each, encoded by all cores.
 
-A part is written whole or not at all, and what is in it follows from its documents alone, so a preparation that was
-killed goes on with the parts that it has. For part N its folder holds
+A part is written whole or not at all, and its content depends on its documents alone, so a preparation that was killed
+continues with the parts that it has. For part N its folder holds
 
     N.tokens    ids, flat: document, end-of-text, document, end-of-text, ...
     N.index     a record for each document: `INDEX`, as an .npy file
@@ -29,7 +29,7 @@ from tfdp.system.processes import make_pool
 from tfdp.system.sealed import read_sealed, write_sealed
 
 PARTS_FOLDER = "parts"
-STRETCH_BYTES = 16 << 20  # of text, in one part; a longer document has a part of its own
+GROUP_BYTES = 16 << 20  # of text, in one part; a longer document has a part of its own
 INDEX = np.dtype(
     [
         ("num_tokens", "<i8"),  # without the end of text
@@ -43,12 +43,12 @@ LEFT_OUT = ("", "too short", "too long", "duplicate")
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Consecutive documents, on their way to be encoded.
+class DocumentGroup:
+    """Consecutive documents that are encoded together.
 
     Attributes:
       number: of the part that they become.
-      split: where they belong; empty where that is decided later.
+      split: that they belong to; empty where that is decided later.
       names: of the documents.
       texts: UTF-8, one after the other.
       sizes: bytes of each.
@@ -61,14 +61,14 @@ class Stretch:
     sizes: list[int]
 
     def digest(self) -> str:
-        """Of all that the part is made from."""
+        """The digest of all that the part is made from."""
         told = json.dumps([self.split, self.names, self.sizes]).encode()
         return hashlib.sha256(told + hashlib.sha256(self.texts).digest()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is known of a written part."""
+    """A written part."""
 
     folder: Path
     number: int
@@ -123,33 +123,33 @@ class Encoding:
     dtype: str
 
 
-def stretches(documents: Iterable[tuple[str, Document]]) -> Iterator[Stretch]:
-    """Groups (split, document) pairs, in their order, into stretches of one split and about `STRETCH_BYTES`."""
+def groups(documents: Iterable[tuple[str, Document]]) -> Iterator[DocumentGroup]:
+    """Groups (split, document) pairs, in their order, by split and up to about `GROUP_BYTES`."""
     number, current, size = 0, "", 0
     names: list[str] = []
     texts: list[bytes] = []
     for split, document in documents:
         text = document.text.encode()
-        if names and (split != current or size + len(text) > STRETCH_BYTES):
-            yield Stretch(number, current, names, b"".join(texts), list(map(len, texts)))
+        if names and (split != current or size + len(text) > GROUP_BYTES):
+            yield DocumentGroup(number, current, names, b"".join(texts), list(map(len, texts)))
             number, names, texts, size = number + 1, [], [], 0
         current = split
         names.append(document.name)
         texts.append(text)
         size += len(text)
     if names:
-        yield Stretch(number, current, names, b"".join(texts), list(map(len, texts)))
+        yield DocumentGroup(number, current, names, b"".join(texts), list(map(len, texts)))
 
 
 def encode_all(
-    all_stretches: Iterable[Stretch], encoding: Encoding, num_processes: int, on_part: Callable[[Part], None]
+    all_groups: Iterable[DocumentGroup], encoding: Encoding, num_processes: int, on_part: Callable[[Part], None]
 ) -> list[Part]:
-    """Encodes what has no part yet; returns all parts in order.
+    """Encodes the groups that have no part yet; returns all parts in order.
 
     Args:
-      all_stretches: in order.
+      all_groups: in order.
       encoding: how.
-      num_processes: to encode with; the first stretch of all is encoded here, so a small corpus starts none.
+      num_processes: to encode with; the first group of all is encoded here, so a small corpus starts none.
       on_part: called for each part as it is done.
 
     Raises:
@@ -166,21 +166,21 @@ def encode_all(
     with contextlib.ExitStack() as stack:
         pool: ProcessPoolExecutor | None = None
         try:
-            for stretch in all_stretches:
-                part = find_part(encoding.folder, stretch)
-                if part is None and stretch.number > 0 and num_processes > 1:
+            for group in all_groups:
+                part = find_part(encoding.folder, group)
+                if part is None and group.number > 0 and num_processes > 1:
                     pool = pool or stack.enter_context(make_pool(num_processes))
-                    waiting.add(pool.submit(encode, stretch, encoding))
+                    waiting.add(pool.submit(encode, group, encoding))
                 else:
-                    parts.append(part or encode(stretch, encoding))
+                    parts.append(part or encode(group, encoding))
                     on_part(parts[-1])
-                while len(waiting) > num_processes:  # one more than can run, so that none waits for the reading
+                while len(waiting) > num_processes:  # one more than can run, so that no process waits for the reader
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     take(done)
             take(wait(waiting).done)
         except BrokenProcessPool:
             raise ConfigError(
-                "a process that encodes was killed (out of memory?): run the same command again, it goes on from here"
+                "an encoding process was killed (out of memory?): run the same command again, it continues from here"
             ) from None
         finally:
             for future in waiting:
@@ -188,9 +188,9 @@ def encode_all(
     return sorted(parts, key=lambda part: part.number)
 
 
-def find_part(folder: Path, stretch: Stretch) -> Part | None:
-    """The part of a stretch, if it is there as it was written; `ConfigError` if it was made from other documents."""
-    part = Part(folder, stretch.number, stretch.split, stretch.digest(), len(stretch.names), len(stretch.texts))
+def find_part(folder: Path, group: DocumentGroup) -> Part | None:
+    """The part of a group, if it is there as it was written; `ConfigError` if it was made from other documents."""
+    part = Part(folder, group.number, group.split, group.digest(), len(group.names), len(group.texts))
     try:
         facts = read_sealed(part.facts_path)
         if facts.get("files") != part.files():
@@ -199,33 +199,31 @@ def find_part(folder: Path, stretch: Stretch) -> Part | None:
         return None
     if facts["digest"] != part.digest:
         raise ConfigError(
-            f"the source has changed since {folder.parent} was begun (near {stretch.names[0]}): remove that, "
+            f"the source has changed since {folder.parent} was begun (near {group.names[0]}): remove that, "
             f"and prepare it again"
         )
     return part
 
 
-def encode(stretch: Stretch, encoding: Encoding) -> Part:
-    """Cleans and encodes a stretch, and writes its part."""
+def encode(group: DocumentGroup, encoding: Encoding) -> Part:
+    """Cleans and encodes a group, and writes its part."""
     tokenizer, cleaner = _tools(encoding.tokenizer_folder, encoding.cleaning)
-    part = Part(
-        encoding.folder, stretch.number, stretch.split, stretch.digest(), len(stretch.names), len(stretch.texts)
-    )
-    index = np.zeros(len(stretch.names), INDEX)
+    part = Part(encoding.folder, group.number, group.split, group.digest(), len(group.names), len(group.texts))
+    index = np.zeros(len(group.names), INDEX)
     end = np.array([tokenizer.end_of_text], encoding.dtype)
     pieces: list[np.ndarray] = []
     start = 0
-    for entry, name, size in zip(index, stretch.names, stretch.sizes, strict=True):
-        text = stretch.texts[start : start + size]
+    for entry, name, size in zip(index, group.names, group.sizes, strict=True):
+        text = group.texts[start : start + size]
         start += size
         ids = _encode_document(entry, text, name, tokenizer, cleaner)
         pieces += [ids.astype(encoding.dtype), end]
-    _write(part, np.concatenate(pieces), index, stretch.names)
+    _write(part, np.concatenate(pieces), index, group.names)
     return part
 
 
 def _encode_document(entry: np.void, data: bytes, name: str, tokenizer: Tokenizer, cleaner: Cleaner) -> np.ndarray:
-    """Fills in the record of a document and returns its ids; none if it is left out."""
+    """Fills in the record of a document and returns its ids; none if it is omitted."""
     entry["name_rank"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
     read = data.decode()
     text, reason = cleaner.clean(read)

@@ -103,7 +103,7 @@ def block_index(position: tf.Tensor | int, num_sequences: int, num_rows: int) ->
 
 
 def train_batches(
-    strategy: tf.distribute.Strategy, order: Order, start_step: int, left_out: Collection[int] = ()
+    strategy: tf.distribute.Strategy, order: Order, start_step: int, excluded_positions: Collection[int] = ()
 ) -> Iterable[Any]:
     """The endless batches of a run from `start_step` on, distributed over the replicas.
 
@@ -112,7 +112,7 @@ def train_batches(
     """
     positions = _worker_positions(strategy, order.global_batch_size, start_step)
     located = _map(positions, lambda position: (position, *order.locate(position)))
-    absent = np.array(sorted(left_out), dtype=np.int64)
+    absent = np.array(sorted(excluded_positions), dtype=np.int64)
 
     def read(positions: np.ndarray, sources: np.ndarray, indices: np.ndarray) -> np.ndarray:
         tokens = _rows(order.sequences, sources, indices)

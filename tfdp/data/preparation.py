@@ -17,7 +17,7 @@ import numpy as np
 from tfdp.data import joining
 from tfdp.data.cleaning import Cleaner
 from tfdp.data.corpus import documents, files_pattern, licence_of
-from tfdp.data.encoding import PARTS_FOLDER, Encoding, Part, encode_all, stretches
+from tfdp.data.encoding import PARTS_FOLDER, Encoding, Part, encode_all, groups
 from tfdp.data.inputs import path_of
 from tfdp.data.manifest import (
     FORMAT_VERSION,
@@ -213,7 +213,7 @@ def _make_parts_and_join(
     digest = hashlib.sha256()
     encoding = Encoding(folder / PARTS_FOLDER, folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
     labelled = labelled_documents(recipe, digest)
-    parts = encode_all(stretches(labelled), encoding, num_processes, watcher.part)
+    parts = encode_all(groups(labelled), encoding, num_processes, watcher.part)
     index = joining.joined_index(parts, recipe.cleaning.duplicates)
     require_text(recipe, index, joining.labels_of(parts))
     choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)

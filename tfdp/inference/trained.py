@@ -67,7 +67,7 @@ class TrainedGPT:
 
     def make_model(self) -> Model:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
-        model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.parts)
+        model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.kernels)
         restore(model.named_weights(), self.weights)
         if self.frozen:
             restore(model.named_frozen_weights(), self.frozen)

@@ -1,4 +1,4 @@
-"""Who computes together, and how they stay one: workers, strategies, sums, transport, and what fails.
+"""What trains together and stays one model: workers, strategies, sums, transport, failures.
 
 Nothing here knows of models, text or the loop.
 """

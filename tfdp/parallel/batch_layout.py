@@ -1,6 +1,6 @@
-"""How the global batch is cut: replicas, micro-batches, and how many of them at the same time.
+"""How the global batch is cut: replicas, micro-batches, and how many of those are computed in parallel.
 
-Numbers alone: it needs neither TensorFlow nor devices, so that a plan can cut as a run does.
+Arithmetic alone: it needs neither TensorFlow nor devices, so that a plan cuts as a run does.
 """
 
 import os
@@ -11,8 +11,8 @@ from tfdp.config.sections import DistributionConfig, TrainingConfig
 from tfdp.system.exits import require
 from tfdp.system.machine import available_cores
 
-_FEW_PARAMS = 16_000_000  # whose gradient costs little against the products of a micro-batch, however short
-_MANY_TOKENS = 1024  # of a micro-batch, whose products cost much against any gradient
+_FEW_PARAMS = 16_000_000  # a gradient of so many costs little beside the products of a micro-batch, however short
+_MANY_TOKENS = 1024  # of a micro-batch: its products cost much beside any gradient
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def describe_batch(num_replicas: int, layout: BatchLayout) -> str:
 
 
 def num_threads() -> int:
-    """Threads that this process has for its operations: as many as the launcher or the user has set, or its cores."""
+    """Threads that this process has for its operations: those that the launcher or the user has set, or its cores."""
     given = whole_number(os.environ.get("TF_NUM_INTRAOP_THREADS", ""))
     return given or len(available_cores()) or os.cpu_count() or 1
 
@@ -113,5 +113,5 @@ def owns_nodes(num_terms: int, num_owners: int) -> bool:
 
 
 def possible_owners(num_terms: int) -> list[int]:
-    """The numbers of owners among which the tree over `num_terms` terms can be shared out."""
+    """The numbers of owners that can share the tree over `num_terms` terms."""
     return [owners for owners in range(1, num_terms + 1) if owns_nodes(num_terms, owners)]

@@ -24,8 +24,8 @@ from tfdp.system.exits import ConfigError, PeerLost, TrainingError, leave
 from tfdp.system.messages import shown
 
 _PROBE_SECONDS = 1.0
-_PATIENCE_SECONDS = 24 * 3600.0  # for a peer at work: who dies or stalls meanwhile is found by the watch
-_NOTICE_SECONDS = 30.0  # between two lines about whom the start waits for
+_PATIENCE_SECONDS = 24 * 3600.0  # for a peer that is at work; the failure detector finds one that dies or stalls
+_NOTICE_SECONDS = 30.0  # between two lines that say which workers the start waits for
 _MOST_NAMED = 5  # workers in a line
 # An HTTP/2 connection preface and an empty SETTINGS frame: a live gRPC server answers with its own SETTINGS.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -34,7 +34,7 @@ _ABSENCES = {
     "dead": "refuses connections",
     "silent": "does not answer",
     "foreign": "answers, but as another program",
-    "unknown": "has a name that is not known here",
+    "unknown": "has a host name that cannot be resolved here",
 }
 _DEATHS = {  # of one that has answered before
     "dead": "is dead: it refuses connections",
@@ -72,7 +72,7 @@ def require_agreement(
     """Compares facts such as configuration keys and digests over all workers.
 
     Args:
-      meanwhile: is called about once a second while it waits for a worker, and is told for which and what.
+      meanwhile: called about once a second during the wait, with a text that says which worker it waits for.
 
     Raises:
       ConfigError: on every worker, naming the first key that differs and the worker that has another value.
@@ -82,7 +82,7 @@ def require_agreement(
     publish("facts", cluster.index, json.dumps(dict(facts)))
     differing = None
     for peer in cluster.peers:
-        waits_for = f"{cluster.name(peer)} has not said what it is about to train"
+        waits_for = f"{cluster.name(peer)} has not published its configuration"
         theirs = json.loads(_read_patiently("facts", peer, partial(meanwhile, waits_for)))
         for key in {**facts, **theirs}:
             if differing is None and theirs.get(key) != json.loads(json.dumps(facts.get(key))):
@@ -114,7 +114,7 @@ def require_free_port(cluster: Cluster) -> None:
 
 
 def publish(topic: str, index: int, value: str) -> None:
-    """Tells all workers a value under (topic, index); each may be told once."""
+    """Publishes a value to all workers under (topic, index), which can be set once."""
     _context().set_config_key_value(f"tfdp/{topic}/{index}", value)
 
 
@@ -182,7 +182,7 @@ class FailureDetector:
     Args:
       cluster: of this worker.
       timeout_seconds: how long a peer may be silent, once it has answered; one that refuses connections is lost
-        at once. Who has never answered is still starting.
+        at once. One that has never answered is still starting.
       start_timeout_seconds: how long this worker waits for the others to start.
     """
 
@@ -191,7 +191,7 @@ class FailureDetector:
         self._started: float | None = None  # when this worker began to wait for the others
         self._next_notice = _NOTICE_SECONDS  # after how many seconds of waiting the next line is due
         self._answers = dict.fromkeys(cluster.peers, "silent")
-        self._heard: dict[int, float] = {}  # when each peer last answered; who never did is still starting
+        self._heard: dict[int, float] = {}  # when each peer last answered; one that never did is still starting
         self._refused = dict.fromkeys(cluster.peers, 0)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -199,7 +199,7 @@ class FailureDetector:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["FailureDetector"]:
-        """Watches while the block runs, and turns errors of collectives whose cause is a lost peer into PeerLost."""
+        """Watches while the block runs; raises PeerLost for an error of a collective that a lost peer has caused."""
         if self._cluster.num_workers == 1:
             yield self
             return
@@ -221,10 +221,10 @@ class FailureDetector:
             self._stopped.set()
 
     def wait_for_start(self, waits_for: str | None = None) -> None:
-        """Call it often while this worker waits for the others to start: every 30 s it says for whom.
+        """To be called often while this worker waits for the others to start: every 30 s it prints which ones.
 
         Args:
-          waits_for: who has not done what; None: whoever has never answered.
+          waits_for: what this worker waits for; None: the peers that have never answered.
 
         Raises:
           PeerLost: the others have not started within the time limit.
@@ -249,9 +249,9 @@ class FailureDetector:
         return ", ".join(absent[:_MOST_NAMED]) + rest or "all workers answer, but have not joined"
 
     def finish_together(self) -> None:
-        """Waits until all workers are done, and looks after none of them from then on.
+        """Waits until all workers are done, then stops watching them.
 
-        The chief, which hosts the barrier, stays a moment longer: the others have to hear of it.
+        The chief hosts the barrier, so it stays a moment longer: the others must hear that all have arrived.
         """
         if self._cluster.num_workers > 1:
             barrier("finished", _PATIENCE_SECONDS)
@@ -299,7 +299,7 @@ class FailureDetector:
 
 
 def broken_link(name: str, reason: object) -> str:
-    """Says that the connection to a worker broke, in words that the watch finds in an error of TensorFlow's."""
+    """The message that the connection to a worker broke. `watching` recognises it inside an error of TensorFlow."""
     return f"the connection to {name} broke: {reason}."
 
 

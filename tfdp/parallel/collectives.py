@@ -1,4 +1,4 @@
-"""Sums and copies over all replicas, from inside a step; and who the replicas are."""
+"""Sums over all replicas, from inside a step; and how many replicas and workers there are."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,14 @@ from tfdp.ops.sums import sum_in_tree
 from tfdp.parallel.exchange import Exchange
 
 _GATHER_ELEMENTS = 1 << 24  # of one piece of a canonical sum over workers: 64 MiB from each replica
-# Over workers TensorFlow lays tensors end to end until a pack has as many bytes: by default all of them, of one type.
+# Over workers TensorFlow packs tensors of one type end to end, by default all of them. That would undo our packs, and
+# it fails where statistics travel in float32 beside gradients in bfloat16; with 1 byte per pack it sends what it is
+# given.
 _AS_PACKED = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
 
 
 class Workers(tf.distribute.MultiWorkerMirroredStrategy):
-    """MultiWorkerMirroredStrategy, and the connections over which gradients travel past TensorFlow, if there are any.
+    """MultiWorkerMirroredStrategy with the TCP connections that carry gradients past TensorFlow, if there are any.
 
     Attributes:
       exchange: with the other workers.
@@ -66,7 +68,7 @@ def sum_step(
       reduction: fast or canonical.
 
     Returns:
-      The sums, as they came. Those of less than float32 are rounded to their type; over TCP once, however many workers.
+      The sums, in the types of the terms. Over TCP a sum in bfloat16 is rounded once, however many workers there are.
     """
     strategy = tf.distribute.get_replica_context().strategy
     exchange = exchange_of(strategy)
@@ -85,7 +87,7 @@ def sum_step(
 
 @tf.function(jit_compile=True, autograph=False)
 def _sum_rows(terms: tf.Tensor) -> tf.Tensor:
-    """The tree of sums.py over the first axis, in float32; one replica of each worker owns one node."""
+    """The tree of sums.py over the first axis, in float32; here each worker owns one node."""
     return tf.cast(sum_in_tree(tf.unstack(tf.cast(terms, tf.float32))), terms.dtype)
 
 
@@ -93,8 +95,9 @@ def replica_sum(values: tf.Tensor | Sequence[tf.Tensor], reduction: str = "fast"
     """Sums tensors over all replicas by TensorFlow's collectives, sent in order. Call it in a replica context.
 
     The order of a `fast` sum is TensorFlow's; that of a `canonical` one is the tree of sums.py over the replicas. In
-    one process the strategy adds in the tree already, and two terms have one order. Otherwise every replica gathers
-    the terms, piece by piece, and adds them itself.
+    one process the strategy adds in the tree already. Otherwise every replica gathers
+    the terms, piece by piece, and adds them itself: R times the bytes of a plain reduction, because TensorFlow's
+    strategies have no reduce-scatter. Two terms need no gathering.
     """
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:

@@ -1,9 +1,9 @@
 """The sentinel: do all replicas still hold the same weights and optimizer state?
 
 Replicas that apply the same update to the same weights stay equal to the bit. A flipped bit, a failing device
-or a bug breaks that in silence: from then on each replica computes the gradient of another model. So every
+or a bug breaks that silently: from then on each replica computes the gradient of another model. So every
 `training.verify_every` steps each replica lays digests of what it holds into a slot of the vector that the step sums
-over the replicas anyway; whoever reads the sum sees the digests of all. They are compared before each save too.
+over the replicas anyway; so the sum holds the digests of all. They are compared before each save too.
 
 A digest is 32 bits: the sum over the elements of a hash of (bits, index). The hash is a bijection of the bits, so a
 change of one element always changes the digest, and integer sums have no order.

@@ -1,6 +1,6 @@
-"""Where a run computes: the strategy, with its replicas and workers.
+"""The strategy of a run: its devices, replicas and workers.
 
-A single device is a strategy too, so that nothing above this module has a second path for "without distribution".
+A single device is a strategy too, so no code above this module needs a second path for "without distribution".
 """
 
 import contextlib
@@ -34,12 +34,12 @@ def make_strategy(
     machine's cores, so this rehearses a machine with several GPUs.
 
     Args:
-      config, cluster: who computes.
+      config, cluster: the devices and workers that compute.
       parallel_microbatches: that each replica will compute at the same time; each gets its share of the cores.
-      meanwhile: is called again and again while it waits for other workers; what it raises ends the waiting.
+      meanwhile: called repeatedly during the wait for other workers; an exception that it raises ends the wait.
 
     Raises:
-      ConfigError: more replicas are asked for than there are GPUs, or the devices are already fixed.
+      ConfigError: more replicas are wanted than there are GPUs, or the devices are already fixed.
       TrainingError: another process has the port of this worker.
     """
     gpus = tf.config.list_physical_devices("GPU")
@@ -109,10 +109,10 @@ def _multi_worker_strategy(cluster: Cluster, kind: str, num_local: int) -> tf.di
 
 
 def _bypass_proxies(cluster: Cluster) -> None:
-    """Has gRPC connect the workers directly, also where the environment names a proxy for all else.
+    """Makes gRPC connect the workers directly, also where the environment names a proxy.
 
-    gRPC obeys `http_proxy` and its like but for the hosts in `no_grpc_proxy`, or in `no_proxy` where that is not set.
-    Nothing else reads the former, so what other libraries reach through the user's proxies stays as it is.
+    gRPC obeys `http_proxy` and the like, except for the hosts in `no_grpc_proxy`, or in `no_proxy` where that is not
+    set. Nothing else reads `no_grpc_proxy`, so other libraries keep using the user's proxies.
     """
     ours, general = "no_grpc_proxy", "no_proxy"  # in small letters alone
     hosts = [address.rpartition(":")[0].strip("[]") for address in cluster.addresses]
@@ -121,10 +121,11 @@ def _bypass_proxies(cluster: Cluster) -> None:
 
 
 def connect_workers(strategy: tf.distribute.Strategy, config: DistributionConfig, cluster: Cluster) -> None:
-    """Opens the connections over which gradients travel from worker to worker, where they are to.
+    """Opens the TCP connections that carry gradients from worker to worker, where the transport is TCP.
 
-    Call it once on every worker, after all have agreed on their configuration. Without it, or where workers do not
-    reach one another, gradients go through TensorFlow's collectives.
+    Every worker calls it once, after all have agreed on their configuration. Without it, or where workers do not reach
+    one another, gradients go through TensorFlow's collectives: with several logical CPUs per worker, which rehearse
+    GPUs, and with GPUs, which have NCCL. With one CPU replica per worker nothing hides the time of a reduction.
 
     Raises:
       ConfigError: distribution.transport is tcp, which is not possible here.
@@ -186,14 +187,14 @@ def _make_logical_cpus(count: int) -> None:
 
 
 def _share_cores(num_parts: int, canonical: bool) -> None:
-    """Gives each part that computes at the same time its share of the threads of this process.
+    """Gives each of `num_parts` parallel computations its share of the threads of this process.
 
-    A canonical run has one thread for each operation, always: where a product sums over more than about 300 terms, XLA
-    and oneDNN add them up in blocks whose size depends on whether they have several.
+    A canonical run always has one thread per operation: where a product sums over more than about 300 terms, XLA and
+    oneDNN add in blocks whose size depends on whether they have several threads.
     """
     if not canonical and num_parts == 1:
         return
-    with contextlib.suppress(RuntimeError):  # fixed since TensorFlow started in this process
+    with contextlib.suppress(RuntimeError):  # TensorFlow has started in this process: they are fixed
         tf.config.threading.set_intra_op_parallelism_threads(1 if canonical else max(1, num_threads() // num_parts))
         if num_parts > 1:
             tf.config.threading.set_inter_op_parallelism_threads(max(2, num_parts))

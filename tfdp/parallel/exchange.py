@@ -6,7 +6,7 @@ reduce-scatter and an all-gather, both directly between all pairs (as in Thakur 
 Communication Operations in MPICH"), so each worker sends and receives 2 (n - 1) / n of the bytes, as in a ring, in two
 rounds whatever n is. The terms of a sum come in the order of the workers.
 
-It knows sockets and NumPy; who adds, and when, is distribution.py's.
+It knows sockets and NumPy; collectives.py says what is added, and when.
 """
 
 import math
@@ -20,10 +20,10 @@ import numpy as np
 from tfdp.parallel import cluster as clusters
 from tfdp.parallel.cluster import Cluster
 
-_KEEP_ALIVE_SECONDS = 30  # of silence, at most, after which the system asks whether the other end is there
-_READY = b"!"  # with which a worker says that it has come to the exchange, and reads
-_MOST_PIECES = 512  # that a system takes at once; Linux: 1024
-_ALIGNMENT = 64  # bytes, from which TensorFlow takes an array's memory as it is
+_KEEP_ALIVE_SECONDS = 30  # of silence at most, before the system probes whether the other end is there
+_READY = b"!"  # a worker sends this once it has reached the exchange and reads
+_MOST_PIECES = 512  # handed to the system in one call; Linux takes 1024
+_ALIGNMENT = 64  # bytes; TensorFlow uses the memory of an array without a copy where it is aligned so
 
 
 class Exchange:
@@ -97,10 +97,10 @@ class Exchange:
             connection.close()
 
     def _swap(self, outgoing: Mapping[int, Sequence[np.ndarray]], incoming: Mapping[int, Sequence[np.ndarray]]) -> None:
-        """Sends and receives at the same time, because nobody's socket holds a whole message.
+        """Sends and receives at the same time, because no socket buffer holds a whole message.
 
-        Nothing but one byte is sent to a peer before it has come here too. While it still compiles, say, more bytes
-        than its system holds would look like those on a connection that is cut.
+        A peer gets one byte only until it has arrived here too. While it still compiles, say, more bytes than its
+        system buffers would stay unacknowledged, and the connection would look cut.
         """
         ready = {peer: np.empty(len(_READY), np.uint8) for peer in incoming}
         to_send = {peer: [memoryview(_READY)] for peer in outgoing}
@@ -125,10 +125,10 @@ class Exchange:
 
 
 def _notice_cuts(connection: socket.socket, timeout_seconds: float) -> None:
-    """Has the system break a connection whose other end has not answered for so long, whether it has to or not.
+    """Makes the system break a connection whose other end is silent for `timeout_seconds`, idle or not.
 
-    By default Linux waits a quarter of an hour for bytes that nobody confirms, and two hours where nothing is sent.
-    Regular questions also keep firewalls from forgetting a connection while workers compile or evaluate.
+    By default Linux waits a quarter of an hour for unacknowledged bytes, and two hours where nothing is sent.
+    Keep-alive probes also stop firewalls from dropping a connection while workers compile or evaluate.
     """
     options = {
         "TCP_USER_TIMEOUT": int(timeout_seconds * 1000),
@@ -184,7 +184,7 @@ def _advance(views: list[memoryview], count: int) -> None:
 def _follow(
     selector: selectors.BaseSelector, connection: socket.socket, peer: int, to_send: list, to_fill: list
 ) -> None:
-    """Waits for what a connection still has to do, and no longer once that is nothing."""
+    """Registers what a connection still has to send or receive; unregisters it once there is nothing."""
     events = (selectors.EVENT_WRITE if to_send else 0) | (selectors.EVENT_READ if to_fill else 0)
     known = selector.get_map().get(connection.fileno())
     if known and not events:
@@ -196,7 +196,7 @@ def _follow(
 
 
 def _empty_arrays(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[np.ndarray]:
-    """Arrays whose memory TensorFlow takes over without a copy."""
+    """Arrays whose memory TensorFlow uses without a copy."""
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     begins = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
     memory = np.empty(begins[-1] + _ALIGNMENT, np.uint8)

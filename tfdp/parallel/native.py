@@ -1,7 +1,7 @@
 """Calls of TensorFlow that wait for other workers, made without holding Python's lock.
 
-TensorFlow's own bindings of these functions keep the lock while they wait: no thread of the process runs, so nobody
-watches the peers or hears a signal. The functions are the same; `ctypes` lets go of the lock for the time of a call.
+TensorFlow's own bindings of these functions keep the lock while they wait: no other thread of the process runs, so
+nothing watches the peers or handles a signal. `ctypes` calls the same functions and releases the lock meanwhile.
 """
 
 import ctypes
@@ -31,10 +31,10 @@ def wait_at_barrier(context: Any, name: str, timeout_seconds: float) -> None:
 
 @contextmanager
 def joining_in_background(meanwhile: Callable[[], None]) -> Iterator[None]:
-    """Within it TensorFlow joins a cluster, which waits for all workers, in a thread; signals keep their handlers.
+    """Makes TensorFlow join a cluster, which waits for all workers, in a thread; signals keep their handlers.
 
     Args:
-      meanwhile: is called again and again while it waits; what it raises ends the waiting.
+      meanwhile: called repeatedly during the wait; an exception that it raises ends the wait.
     """
     from tensorflow.python import pywrap_tfe  # no public name; a test fails when TensorFlow moves it
 
@@ -80,7 +80,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _run_in_background(function: Callable[[], None], meanwhile: Sequence[Callable[[], None]]) -> None:
-    """Runs a function in a thread until it ends, or until one of those called here again and again raises."""
+    """Runs a function in a thread until it ends, or until one of the functions called meanwhile raises."""
     done, errors = threading.Event(), list[Exception]()
 
     def run() -> None:
@@ -101,7 +101,7 @@ def _run_in_background(function: Callable[[], None], meanwhile: Sequence[Callabl
 
 @contextmanager
 def _kept_handlers() -> Iterator[Callable[[], None]]:
-    """Gives SIGTERM back to whoever had it, each time that it is called and at the end: TensorFlow takes the signal."""
+    """Yields a function that gives SIGTERM, which TensorFlow takes, back to its handler, as the block's end does."""
     handler = signal.getsignal(signal.SIGTERM)
 
     def restore() -> None:

@@ -1,7 +1,7 @@
 """How the workers open the connections over which they exchange arrays.
 
 Each listens at its own address, at a port that the system chooses, and tells the others through the coordination
-service; with the port goes a secret that whoever connects has to know. What strangers do at the port costs no time.
+service, with a secret that a caller must present. Strangers who connect to the port cannot hold up the workers.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from tfdp.parallel.cluster import Cluster
 from tfdp.parallel.exchange import Exchange
 
 _CONNECT_SECONDS = 20.0  # for a connection, once all workers listen
-_GREETING_SECONDS = 5.0  # for the first words of whoever connects
-_MOST_CALLERS = 128  # connections whose greeting is not complete; beyond that the oldest makes room
+_GREETING_SECONDS = 5.0  # for the greeting of a caller
+_MOST_CALLERS = 128  # connections whose greeting is not complete; beyond that the oldest is dismissed
 _SECRET_BYTES = 16
 _WELCOME = b"!"
 
 
 def connect(cluster: Cluster, timeout_seconds: float) -> Exchange | None:
-    """Connects this worker with all others; each of them has to call it. None on all, if two do not reach each other.
+    """Connects this worker with all others; all of them must call it. None on all if any two cannot reach each other.
 
     Args:
       timeout_seconds: how long a connection may be cut off before it counts as broken.
@@ -39,31 +39,35 @@ def connect(cluster: Cluster, timeout_seconds: float) -> Exchange | None:
             listener = held.enter_context(_listen(cluster))
             port = listener.getsockname()[1]
         except OSError:
-            port = 0  # which nobody reaches
+            port = 0  # cannot listen: no worker will call it
         clusters.publish("exchange", cluster.index, f"{secret} {port}")
-        told = [clusters.read("exchange", index).split() for index in range(cluster.num_workers)]
-        if all(int(port) for _, port in told):
-            connections = _meet(cluster, listener, told)
+        published = [clusters.read("exchange", index).split() for index in range(cluster.num_workers)]
+        if all(int(port) for _, port in published):
+            connections = _meet(cluster, listener, published)
     clusters.publish("exchange_size", cluster.index, str(len(connections)))
     sizes = [int(clusters.read("exchange_size", index)) for index in range(cluster.num_workers)]
     exchange = Exchange(cluster, connections, timeout_seconds)
     if min(sizes) == len(cluster.peers):
         return exchange
     exchange.close()
-    with contextlib.suppress(Exception):  # nobody ends, as some may who need one, before all have read this
+    with contextlib.suppress(
+        Exception
+    ):  # a worker that must have an exchange exits next: not before all have read this
         clusters.barrier("exchange", _GREETING_SECONDS)
     return None
 
 
-def _meet(cluster: Cluster, listener: socket.socket, told: Sequence[Sequence[str]]) -> dict[int, socket.socket]:
-    """Calls the workers before this one and answers those after it; as many as can be reached in time."""
+def _meet(cluster: Cluster, listener: socket.socket, published: Sequence[Sequence[str]]) -> dict[int, socket.socket]:
+    """Connections to the workers that can be reached in time: calls those before this one, answers those after it."""
     end = time.monotonic() + _CONNECT_SECONDS
     connections: dict[int, socket.socket] = {}
     with contextlib.suppress(OSError):
         for peer in range(cluster.index):
-            secret, port = told[peer]
+            secret, port = published[peer]
             connections[peer] = _call(_host(cluster, peer), int(port), _greeting(secret, cluster.index), end)
-        greetings = {peer: _greeting(told[cluster.index][0], peer) for peer in cluster.peers if peer > cluster.index}
+        greetings = {
+            peer: _greeting(published[cluster.index][0], peer) for peer in cluster.peers if peer > cluster.index
+        }
         with _Reception(listener, greetings) as reception:
             connections |= reception.wait(end)
     return connections
@@ -83,13 +87,13 @@ def _greeting(secret: str, index: int) -> bytes:
 
 
 def _listen(cluster: Cluster) -> socket.socket:
-    """Listens at this worker's own address, and at all of the machine where its name stands for another one here."""
+    """Listens at this worker's own address, or at all addresses where its name does not resolve to one of them."""
     host = _host(cluster, cluster.index)
     try:
         family, *_, own = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         if not _is_loopback(host) or all(_is_loopback(_host(cluster, peer)) for peer in cluster.peers):
             return socket.create_server(own, family=family)
-        why = f"is {own[0]} here"
+        why = f"resolves to {own[0]} here"
     except OSError as error:
         why = f"is no address of this machine ({error.strerror})"
     name = cluster.name(cluster.index)
@@ -110,7 +114,7 @@ def _is_loopback(host: str) -> bool:
 
 @dataclass
 class _Caller:
-    """A connection that has not said all of its greeting."""
+    """A connection whose greeting is not complete."""
 
     connection: socket.socket
     until: float
@@ -118,10 +122,10 @@ class _Caller:
 
 
 class _Reception:
-    """Takes the connections of the workers that call, and hears all callers at once.
+    """Accepts the connections of the workers that call, serving all callers at once.
 
     Args:
-      greetings: what each of them has to say.
+      greetings: the one that each worker must send.
     """
 
     def __init__(self, listener: socket.socket, greetings: Mapping[int, bytes]) -> None:
@@ -142,7 +146,7 @@ class _Reception:
         self._selector.close()
 
     def wait(self, end: float) -> dict[int, socket.socket]:
-        """The connections to the workers that have called; all of them, or as many as did before the end."""
+        """The connections to the workers that have called; all of them, or those that did before the end."""
         while len(self._found) < len(self._greetings) and time.monotonic() < end:
             soonest = min([end, *(caller.until for caller in self._callers[:1])])
             for key, _ in self._selector.select(max(0.0, soonest - time.monotonic())):
@@ -171,7 +175,7 @@ class _Reception:
             more = caller.connection.recv(self._length - len(caller.said))
         except BlockingIOError:
             return
-        except OSError:  # whoever this was, it is none of ours
+        except OSError:  # not one of our workers
             more = b""
         caller.said += more
         if more and len(caller.said) < self._length:
@@ -183,7 +187,7 @@ class _Reception:
             self._found[peer] = caller.connection
 
     def _peer_of(self, said: bytes) -> int | None:
-        """The worker with this greeting, compared in a time that tells a stranger nothing about it."""
+        """The worker with this greeting, compared in constant time, so that a stranger learns nothing."""
         matching = [peer for peer, greeting in self._greetings.items() if hmac.compare_digest(greeting, said)]
         return matching[0] if matching and matching[0] not in self._found else None
 
@@ -209,7 +213,7 @@ def _call(host: str, port: int, greeting: bytes, end: float) -> socket.socket:
 
 
 def _receive(connection: socket.socket, length: int, end: float) -> bytes:
-    """So many bytes, or fewer, if the other end has no more."""
+    """`length` bytes, or fewer if the other end has no more."""
     received = b""
     while len(received) < length:
         connection.settimeout(_remaining(end))

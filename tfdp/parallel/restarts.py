@@ -1,4 +1,4 @@
-"""Whether a job whose workers have ended is started again, and with which code it ends otherwise."""
+"""Whether a job is restarted once its workers have ended, and its exit code otherwise."""
 
 import signal
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _KILLS = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}  # f
 
 @dataclass
 class History:
-    """What the attempts of a job have come to, which decides whether there is another one."""
+    """The outcomes of the attempts of a job, which decide whether there is another one."""
 
     newest: int  # step of the newest checkpoint
     num_attempts: int = 0
@@ -52,9 +52,9 @@ class History:
 
 
 def failed_by_itself(codes: Sequence[int]) -> bool:
-    """Whether the job failed by its own fault: a worker failed or crashed, and nobody was killed from outside.
+    """Whether the job failed by its own fault: a worker failed or crashed, and none was killed from outside.
 
-    A kill may make the other workers fail in whatever way.
+    A kill may make the other workers fail in any way.
     """
     return job_code(codes, stopping=False) == exits.FAILED and not _KILLS.intersection(codes)
 
@@ -77,7 +77,7 @@ def job_code(codes: Sequence[int], stopping: bool) -> int:
 
 
 def whereabouts(step: int) -> str:
-    """What is there to go on from: the newest checkpoint is that of this step, 0 for none."""
+    """The checkpoint to resume from, for messages: that of this step, 0 for none."""
     return f"the newest checkpoint is that of step {step}" if step else "there is no checkpoint yet"
 
 

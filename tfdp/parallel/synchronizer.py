@@ -1,7 +1,7 @@
 """How replicas stay one model: what happens to gradients before an update, and to weights after it.
 
 A train step leaves both to its synchronizer, and asks it what all replicas must hold alike, and when. `AllReduce` sums
-all gradients over all replicas in every step. What synchronises less often is another synchronizer; the step, the loop
+all gradients over all replicas in every step. A way that synchronises less often is another class; the step, the loop
 and the sentinel stay as they are.
 """
 
@@ -42,10 +42,10 @@ class Synchronizer(Protocol):
 
         Args:
           step: int64 scalar, the number of updates before this one.
-          written: a number that is there once the update is written.
+          written: a scalar that depends on the written update.
 
         Returns:
-          A number that is there once the weights are those to go on with.
+          A scalar that depends on the weights that the next step will use.
         """
         ...
 

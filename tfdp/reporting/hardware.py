@@ -1,4 +1,4 @@
-"""What the devices can do, and what they hold."""
+"""The peak speed of the devices, and the memory in use."""
 
 import resource
 import time
@@ -11,8 +11,9 @@ from tfdp.system.machine import find_gpu
 
 
 def matrix_peak(precision: str, gpu_names: list[str], num_workers: int = 1, num_parallel: int = 1) -> float:
-    """Peak FLOP/s of matrix products: the data sheet's for known GPUs (all of them), else measured on this worker and
-    taken for each: each GPU, or the cores of each worker, where `num_parallel` products run at the same time."""
+    """Peak FLOP/s of matrix products: that of the data sheet for known GPUs, all of them together; else measured on
+    this
+    worker, times the GPUs or workers. On CPUs `num_parallel` products run at the same time."""
     gpu = find_gpu(gpu_names[0]) if gpu_names else None
     if gpu is not None:
         return gpu.matrix_peak(precision) * len(gpu_names)

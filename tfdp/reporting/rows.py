@@ -12,15 +12,16 @@ from typing import Any
 from tfdp.system.exits import TrainingError
 from tfdp.system.files import write_whole
 
-# The last key. A flipped bit either leaves it as it is, and it does not fit; or hits it, and all before it is whole.
+# The last key. A flipped bit either hits what it covers, and it does not match; or hits it, and what it covers is
+# whole.
 _CHECKSUM = re.compile(r',\s*"crc32": "([0-9a-f]{8})"(\s*)\}$')
 
 
 class RowWriter:
-    """Appends rows to a file. One that the disk does not take waits, and is tried again with the next.
+    """Appends rows to a file. A row that cannot be written waits, and is tried again with the next one.
 
     Args:
-      path: of the file, which is looked for at each row: a run directory that was moved gets no more of them.
+      path: of the file, opened anew for each row: a run directory that was moved gets no more of them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,26 +51,26 @@ class RowWriter:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
-                with contextlib.suppress(OSError):  # a half of a row, which no reader takes for one
+                with contextlib.suppress(OSError):  # half a row, which no reader accepts
                     file.truncate(end)
                 raise
         self._waiting = b""
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file, and a line for each that is not as it was written; of a lost process the last may be torn."""
+    """The rows of a file, and a message for each that is damaged; a process that died may have torn its last one."""
     rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         row = from_json(line)
         if row is None or type(row.get("step")) is not int:
-            damaged.append(f"line {number} of {path} is not as it was written: it is left out")
+            damaged.append(f"line {number} of {path} is not as it was written: it is skipped")
         else:
             rows.append(row)
     return rows, damaged
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Leaves out the rows of later steps, and with a warning those that are not as they were written."""
+    """Removes the rows of later steps, and with a warning those that are damaged."""
     rows, damaged = read_rows(path)
     for line in damaged:
         print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -92,7 +93,7 @@ def to_json(content: Mapping[str, Any], indent: int | None = None) -> str:
 def from_json(data: bytes) -> dict[str, Any] | None:
     """Reads such an object, without its checksum; None for what is not as it was written.
 
-    What earlier versions wrote has no checksum: there, None tells only of what is no JSON object.
+    What earlier versions wrote has no checksum: there, None means only that it is no JSON object.
     """
     try:
         text = data.decode().rstrip("\n")

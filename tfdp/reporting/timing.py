@@ -44,7 +44,7 @@ class Attribution:
         self._last = time.monotonic()
 
     def lap(self, part: str, within: Mapping[str, float] | None = None) -> float:
-        """Gives the seconds since the last lap to `part`, but for those that are known to be of others; returns all."""
+        """Adds the seconds since the last lap to `part`, except those that `within` gives to others; returns all."""
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
         parts = dict(within or {})
@@ -70,7 +70,7 @@ class Trace:
         self._steps, self._folder, self._running = steps if is_chief else (), folder, False
 
     def follow(self, step: int, ends: bool) -> None:
-        """To be called between steps: starts and stops the profiler where it is time."""
+        """To be called between steps: starts and stops the profiler at its steps."""
         if not self._steps:
             return
         try:

@@ -1,4 +1,4 @@
-"""What a run tells: one writer behind the console line, metrics.jsonl and TensorBoard.
+"""The reports of a run: one writer for the console line, metrics.jsonl and TensorBoard.
 
 step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 tok/s | mfu 41% | eta 38s
 """
@@ -24,8 +24,8 @@ class MetricsWriter:
     Args:
       run_dir: gets metrics.jsonl and tensorboard/.
       resumed_step: rows of later steps, which a lost process wrote after its last checkpoint, are dropped:
-        each step is told once.
-      is_chief: whether this process speaks for the run.
+        each step is reported once.
+      is_chief: whether this process reports.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int, is_chief: bool = True) -> None:
@@ -50,7 +50,7 @@ class MetricsWriter:
           values: the row: `step, loss, learning_rate, grad_norm, tokens_per_second, step_seconds, mfu, ...`.
           num_steps: of the run.
           eta_seconds: to its end.
-          derived: what follows from them, for TensorBoard alone.
+          derived: numbers that follow from them, for TensorBoard alone.
         """
         if not self._is_chief:
             return
@@ -83,7 +83,7 @@ class MetricsWriter:
             self._rows.write(_finite(values))
 
     def rewind(self, step: int) -> None:
-        """Drops the rows after a step that the run goes back to: each step is told once."""
+        """Drops the rows after a step that the run goes back to: each step is reported once."""
         if self._is_chief:
             drop_rows_after(self._path, step)
 
@@ -109,7 +109,7 @@ class Boards:
                 self._writers[name] = tf.summary.create_file_writer(str(folder / name))
 
     def scalars(self, board: str, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Numbers of a step, on the board train or validation; `step` among them is left out."""
+        """Numbers of a step, on the board train or validation; `step` among them is ignored."""
         with self._no_error_ends_the_run():
             if board in self._writers:
                 with self._writers[board].as_default():
@@ -136,13 +136,13 @@ class Boards:
         try:
             yield
         except tf.errors.OpError as error:
-            self._writers = {}  # a file is torn now, and TensorBoard reads none of it from there on
-            line = f"warning: TensorBoard's files are not written from here on: {reason(error)}"
+            self._writers = {}  # a file is torn now, and TensorBoard reads nothing after that point
+            line = f"warning: TensorBoard's files are no longer written: {reason(error)}"
             print(line, file=sys.stderr, flush=True)
 
 
 def reason(error: tf.errors.OpError) -> str:
-    """The one part of TensorFlow's message that is for people."""
+    """The part of TensorFlow's message that is for people."""
     text = str(error).splitlines()[0]
     return text.partition("}} ")[2].partition(" [Op:")[0] or text
 

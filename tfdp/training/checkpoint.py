@@ -44,12 +44,12 @@ from tfdp.training.verified import (
 )
 from tfdp.training.weights import Tensors, bytes_of
 
-FORMAT = 2  # in state.json; checkpoints before it did not say so, and had no SHA256SUMS
+FORMAT = 2  # in state.json; earlier checkpoints lack it, and SHA256SUMS too
 
 FROZEN = "frozen_sha256"  # key of state.json, where a run has frozen weights
 
 _NAME = re.compile(r"step_(\d{8,})")
-_BEST_BY = ("validation_loss", 1)  # of checkpoints that do not say: metric, and -1 where the highest is the best
+_BEST_BY = ("validation_loss", 1)  # of checkpoints that do not say: the metric, and 1 where lower is better, else -1
 _PIECE_BYTES = 1 << 20
 
 
@@ -96,8 +96,8 @@ class CheckpointFolder:
         """Writes a checkpoint atomically, then drops those that are neither among the newest nor the best.
 
         Args:
-          checkpoint: whose tensors nobody changes any more.
-          paced: whether to rest most of the time, because training steps want the processor.
+          checkpoint: its tensors must not change any more.
+          paced: whether to rest most of the time, because training steps need the processor.
 
         Raises:
           SaveFailed: the disk is full, say; nothing of this checkpoint is left.
@@ -172,7 +172,7 @@ class CheckpointFolder:
         )
 
     def state(self, step: int) -> dict[str, Any]:
-        """The facts of one checkpoint, verified; its tensors are not looked at. Raises as `load` does."""
+        """The facts of one checkpoint, verified; its tensors are not read. Raises as `load` does."""
         return self._verified_state(step)[0]
 
     def states(self) -> tuple[dict[int, dict[str, Any]], list[str]]:

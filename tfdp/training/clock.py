@@ -4,17 +4,17 @@ import tensorflow as tf
 
 from tfdp.parallel import collectives
 
-PARTS = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
+PHASES = ("input", "forward_backward", "reduction", "optimizer")  # of a step's time
 
 
 def clock(*tensors: tf.Tensor) -> tf.Tensor:
-    """The time in seconds since the epoch, float64, at which the tensors are there; inside a graph.
+    """The time in seconds since the epoch, float64, at which the tensors are ready; inside a graph.
 
-    One number of each is added up, because TensorFlow lets go of a mere dependency when it inlines a function; and on a
-    GPU, which runs behind the host, fetching the sum waits for the work.
+    It adds up one number of each, because TensorFlow drops a control dependency when it inlines a function; and a GPU
+    runs behind the host, so fetching the sum waits for the work.
 
-    Only the first replica of a process has a clock, the others get 0 at once: TensorFlow runs all readings of a graph
-    one after the other, in the order of its replicas, and what waits for them with them.
+    Only the first replica of a process has a clock, the others get 0 at once: TensorFlow runs all clock readings of a
+    graph one after the other, in the order of its replicas, and would make the replicas wait for one another.
     """
     if collectives.is_first_replica():
         one_of_each = [tf.cast(tf.reshape(tensor, [-1])[0], tf.float32) for tensor in tensors]

@@ -11,25 +11,28 @@ class Compilation:
 
     Attributes:
       whole: the whole micro-batch.
-      parts: what lies between its matrix products, each part by itself.
+      kernels: what lies between its matrix products, each kernel by itself.
       update: the update of the weights.
     """
 
     whole: bool
-    parts: bool
+    kernels: bool
     update: bool
 
     @classmethod
     def choose(cls, choice: bool | str, precision: str, on_gpu: bool, largest: int) -> "Compilation":
-        """Resolves `training.jit_compile`: auto is the whole, but on CPUs the parts where oneDNN's products are faster.
+        """Resolves `training.jit_compile`: auto is the whole, but on CPUs the kernels alone where oneDNN's products are
+        faster.
 
-        They are in bfloat16, which XLA's CPU backend computes as float32, and in float32 where matrices are large.
-        `largest` is how many numbers the largest matrix has.
+        oneDNN is faster in bfloat16, which XLA's CPU backend computes as float32, and in float32 where matrices are
+        large.
+        Narrow float32 models stay one XLA program: launching many small ones costs more. `largest` is how many numbers
+        the largest matrix has.
         """
         if choice != "auto":
-            return cls(whole=bool(choice), parts=False, update=bool(choice))
+            return cls(whole=bool(choice), kernels=False, update=bool(choice))
         whole = on_gpu or (precision == "float32" and largest < LARGE_MATRIX)
-        return cls(whole=whole, parts=not whole, update=True)
+        return cls(whole=whole, kernels=not whole, update=True)
 
     def __str__(self) -> str:
-        return "XLA" if self.whole else "XLA between the products" if self.parts else "no XLA"
+        return "XLA" if self.whole else "XLA between the products" if self.kernels else "no XLA"

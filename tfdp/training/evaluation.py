@@ -1,4 +1,4 @@
-"""A pass over whole validation sets: each token once, whatever the number of replicas."""
+"""A pass over whole validation sets: each token exactly once, on any number of replicas."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class ValidationSet:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass found."""
+    """The result of a pass."""
 
     metrics: Mapping[str, Metric]  # that the task names, over all sets
     num_tokens: int
@@ -36,13 +36,13 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates validation sets, as often as it is called.
+    """Evaluates validation sets each time it is called.
 
     Args:
       strategy: that the model was made under.
       task: names the metrics.
       loss_function: sums and counts over rows, by set, without dropout.
-      sets: what is read.
+      sets: the validation sets.
       rows: sequences per forward pass on each replica.
       jit_compile: whether XLA compiles the forward pass.
       parallel_passes: forward passes that a replica computes at the same time.
@@ -80,13 +80,13 @@ class Evaluator:
 
 
 class EvalStep:
-    """Sums losses and counts over the batches of a split, without touching anything.
+    """Sums losses and counts over the batches of a split; updates nothing.
 
     Args:
       strategy, loss_function: as those of the train step.
       jit_compile: whether XLA compiles a forward pass.
       num_sources: for which the loss function gives sums.
-      rows: sequences of one forward pass; a replica computes those of its rows side by side. None: all in one.
+      rows: sequences of one forward pass; a replica computes its passes in parallel. None: all rows in one.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run remembers of its spikes: the steps that were not applied, and the positions that it leaves out since.
+"""The spikes of a run: the steps that were not applied, and the positions that are excluded since.
 
 It needs no TensorFlow, so that a run directory can be read, and refused, before that is loaded.
 """
@@ -13,7 +13,7 @@ from typing import Any
 class Spike:
     """A step that was not applied."""
 
-    step: int  # number of the step as metrics tell it, from 1
+    step: int  # its number in the metrics, from 1
     loss: float
     grad_norm: float
     limit: float  # largest loss that would not have been a spike
@@ -30,13 +30,13 @@ class Spike:
 
 @dataclass
 class Ledger:
-    """The spikes of a run, and the positions of the global order that it leaves out since; part of its checkpoints."""
+    """The spikes of a run, and the positions of the global order that they have excluded; part of its checkpoints."""
 
     spikes: list[dict[str, Any]] = field(default_factory=list)
-    left_out: set[int] = field(default_factory=set)
+    excluded_positions: set[int] = field(default_factory=set)
 
     def record(self, spike: Spike, action: str, positions: Iterable[int] = ()) -> dict[str, Any]:
-        """Adds a spike and the positions to leave out; returns what was recorded."""
+        """Adds a spike and the positions to exclude; returns what was recorded."""
         offenders = sorted(positions)
         entry = {
             "step": spike.step,
@@ -47,11 +47,11 @@ class Ledger:
             "spike_positions": offenders,
         }
         self.spikes.append(entry)
-        self.left_out.update(offenders)
+        self.excluded_positions.update(offenders)
         return entry
 
     def to_state(self) -> dict[str, Any]:
-        return {"spikes": self.spikes, "left_out": sorted(self.left_out)}
+        return {"spikes": self.spikes, "left_out": sorted(self.excluded_positions)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Ledger":

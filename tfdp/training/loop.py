@@ -1,6 +1,6 @@
 """The training loop, top to bottom: resume, evaluate, sample, save, stop, step, log.
 
-It knows steps, times and files, and nothing of what is trained: `assembly.py` hands it a `Run` of functions.
+It knows steps, times and files, but not what is trained: `assembly.py` gives it a `Run` of functions.
 """
 
 import math
@@ -20,9 +20,9 @@ from tfdp.system.exits import ConfigError, StopRequested
 from tfdp.system.messages import duration
 from tfdp.tasks.task import named_metrics
 from tfdp.training.checkpoint import CheckpointFolder
-from tfdp.training.clock import PARTS
+from tfdp.training.clock import PHASES
 from tfdp.training.ledger import Ledger
-from tfdp.training.progress import Progress, left_out, load_agreed, note_start, restore, sequences_seen
+from tfdp.training.progress import Progress, excluded_positions, load_agreed, note_start, restore, sequences_seen
 from tfdp.training.recovery import handle_anomalies, save_verified
 from tfdp.training.run import Run
 from tfdp.training.saver import AsyncSaver
@@ -31,17 +31,17 @@ from tfdp.training.weights import refuse_differences
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Runs a run to its last step.
+    """Trains to the last step.
 
     Returns:
       What summary.json holds.
 
     Raises:
       ConfigError: the run directory holds the checkpoints of another run.
-      SaveFailed: a checkpoint could not be written; the step that was under way then is not applied.
+      SaveFailed: a checkpoint could not be written; the step that was running then is not applied.
       StopRequested: a signal asked to stop; a checkpoint is saved.
-      TrainingError: a spike that training.on_spike does not go around, or replicas that no longer agree; the step
-        that found it was not applied.
+      TrainingError: a spike that training.on_spike does not recover from, or replicas that no longer agree; the
+        step that found it was not applied.
     """
     num_steps = run.training.steps
     folder = run.directory.checkpoints(run.checkpointing.keep)
@@ -54,7 +54,7 @@ def fit(run: Run) -> dict[str, Any]:
     writer = MetricsWriter(run.directory.path, progress.step, run.cluster.is_chief)
     trace = Trace(run.training.profiled, run.directory.path / "tensorboard", run.cluster.is_chief)
     writer.text("config", run.config_yaml, progress.step)
-    batches = run.batches_from(progress.step, left_out(run, progress))
+    batches = run.batches_from(progress.step, excluded_positions(run, progress))
     run.stop.attach(run.train_step)
     with AsyncSaver(folder) as saver:
         stopped = False
@@ -86,7 +86,7 @@ def fit(run: Run) -> dict[str, Any]:
     writer.close()
     if progress.step < num_steps:
         raise StopRequested(
-            f"after step {progress.step} of {num_steps}, checkpoint saved; go on with --run_dir {run.directory.path}"
+            f"after step {progress.step} of {num_steps}, checkpoint saved; resume with --run_dir {run.directory.path}"
         )
     return _summarise(run, progress)
 
@@ -101,7 +101,7 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
     progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
     progress.history = newest.state.get("history", [])
     progress.earlier_yaml = newest.state.get("config")
-    if progress.earlier_yaml is None and run.directory.config_path.is_file():  # a checkpoint of before it held that
+    if progress.earlier_yaml is None and run.directory.config_path.is_file():  # an earlier checkpoint, which lacks it
         progress.earlier_yaml = run.directory.config_path.read_text(encoding="utf-8")
     restore(run, progress, newest)
     if progress.step > run.training.steps:
@@ -116,7 +116,7 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
 
 
 def _find_finished(run: Run, progress: Progress) -> dict[str, Any] | None:
-    """The summary of a run that has ended, and whose record stays as it is; None if there is something left to do."""
+    """The summary of a run that has finished: its record stays as it is. None if there is something left to do."""
     if progress.resumed_step != run.training.steps:
         return None
     if not run.cluster.is_chief:
@@ -139,7 +139,7 @@ def _find_finished(run: Run, progress: Progress) -> dict[str, Any] | None:
 
 
 def _begin(run: Run, progress: Progress) -> None:
-    """Notes who carries the run from here on, and opens the run directory."""
+    """Records this process in the history, and opens the run directory."""
     note_start(run, progress)
     if run.cluster.is_chief:
         for key, (old, new) in progress.history[-1]["changed"].items():
@@ -154,7 +154,7 @@ def _advance(run: Run, batches: Iterator[Any], progress: Progress) -> StepResult
     target = min([target, *(step for step in run.training.profiled if step > progress.step)])
     progress.time.lap("host")
     results = run.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
-    parts = dict(zip(PARTS, results.seconds.tolist(), strict=True))
+    parts = dict(zip(PHASES, results.seconds.tolist(), strict=True))
     seconds = progress.time.lap("host" if progress.warm else "compile", within=parts)
     progress.verified_step = run.train_step.last_comparison(progress.step, len(results.loss)) or progress.verified_step
     progress.step += len(results.loss)

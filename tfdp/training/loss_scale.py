@@ -1,8 +1,8 @@
 """The loss scale of float16: the factor of the loss that keeps small gradients above what float16 can hold.
 
-Gradients that it makes too large for float16 are not finite, on one replica at first and, after the reduction, on all:
-so all see it, and all repeat the step at half the scale (Micikevicius et al. 2018, who leave the step out instead). No
-batch is lost, and as scales are powers of two, they change nothing but what float16 rounds.
+Where the scale makes a gradient too large for float16 it is not finite, after the reduction on all replicas: so all of
+them repeat the step at half the scale (Micikevicius et al. 2018 skip the step instead). No batch is lost, the sequences
+of a step do not depend on the scale, and powers of two change nothing but what float16 rounds.
 
 A scaling is a float32 (3,): the scale, the steps since it last changed, and the overflows of the run so far.
 """
@@ -14,7 +14,9 @@ import tensorflow as tf
 
 from tfdp.training.step_statistics import StepStatistics
 
-FIRST = 2.0**10  # of the sum over the tokens of a micro-batch; 65536 of their mean is about 2**6 times 1024 tokens
+FIRST = (
+    2.0**10
+)  # of the sum over the tokens of a micro-batch; the usual 65536 of their mean is about this with 64 tokens
 LEAST, MOST = 2.0**-16, 2.0**24
 STEPS_TO_GROW = 1000  # without an overflow, before a scale twice as large is tried
 

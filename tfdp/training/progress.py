@@ -1,4 +1,4 @@
-"""Where a run stands, and how that goes into a checkpoint and comes out of one."""
+"""The state of a run, and how a checkpoint saves and restores it."""
 
 import math
 import sys
@@ -35,7 +35,7 @@ class Progress:
     evaluation: Evaluation | None = None
     train_loss: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
-    history: list[dict[str, Any]] = field(default_factory=list)  # the processes that carried the run: see note_start
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry for each process that ran it: see note_start
     earlier_yaml: str | None = None  # the configuration of the process before this one
     frozen_sha256: str | None = None  # of the frozen weights, once they are saved
     num_rollbacks: int = 0  # of this process
@@ -49,7 +49,7 @@ class Progress:
 
 
 def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Checkpoint | None:
-    """The newest whole checkpoint, as the chief sees it, so that all workers go on from the same step.
+    """The newest whole checkpoint, as the chief sees it, so that all workers resume from the same step.
 
     Args:
       cluster: the workers.
@@ -78,9 +78,10 @@ def load_agreed(cluster: Cluster, folder: CheckpointFolder, occasion: str) -> Ch
 
 
 def note_start(run: Run, progress: Progress) -> None:
-    """Begins an entry of the history: from which step on this process carries the run, and which keys changed there.
+    """Adds an entry to the history: the step from which this process runs, and the keys that changed there.
 
-    It goes into each checkpoint, so it tells of the steps that a checkpoint stands for, and of no others.
+    The history is part of each checkpoint, so it covers the steps that the checkpoint covers, and no others: what a
+    process did after its last checkpoint is void.
     """
     earlier = run.config_yaml if progress.earlier_yaml is None else progress.earlier_yaml
     entry = {
@@ -94,13 +95,13 @@ def note_start(run: Run, progress: Progress) -> None:
 
 
 def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
-    """Puts the run back to where a checkpoint was saved, on every replica."""
+    """Restores a checkpoint on every replica."""
     run.weights.restore(saved.weights, saved.optimizer, saved.frozen)
     state = saved.state
     progress.frozen_sha256 = state.get(FROZEN)
     run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
-    compared = f"validation_{run.task.best}"  # another one than before, perhaps: then none is the best yet
+    compared = f"validation_{run.task.best}"  # the metric may have changed: then there is no best value yet
     progress.evaluated_step = -1 if state.get(compared) is None else saved.step
     progress.best_value, progress.train_loss = state.get(f"best_{compared}"), state["train_loss"]
     for entry in progress.history:  # of this process, after a rollback beyond the step it began with
@@ -108,7 +109,7 @@ def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
 
 
 def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> None:
-    """Copies the state to host memory and has it written; only the chief has anything to do."""
+    """Copies the state to host memory and hands it to the saver; on the chief only."""
     if progress.step == progress.saved_step or not run.cluster.is_chief:
         progress.saved_step = progress.step
         return
@@ -137,12 +138,12 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
     progress.saved_step = progress.step
 
 
-def left_out(run: Run, progress: Progress) -> set[int]:
+def excluded_positions(run: Run, progress: Progress) -> set[int]:
     """Positions that nothing is learned from: by the configuration, and since by spikes."""
-    return {*run.left_out, *progress.ledger.left_out}
+    return {*run.excluded_positions, *progress.ledger.excluded_positions}
 
 
 def sequences_seen(run: Run, progress: Progress) -> int:
     """Sequences of the global order that were trained on: those up to here, without those left out."""
     positions = progress.step * run.training.global_batch_size
-    return positions - sum(position < positions for position in left_out(run, progress))
+    return positions - sum(position < positions for position in excluded_positions(run, progress))

@@ -1,6 +1,6 @@
-"""What a run does when something should not have happened: a spike, or replicas that no longer agree.
+"""What a run does about an anomaly: a spike, or replicas that no longer agree.
 
-Every worker sees the same reduced numbers, so all of them come to the same decision, without another word.
+Every worker sees the same reduced numbers, so all of them make the same decision without further messages.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from tfdp.system.exits import TrainingError
 from tfdp.training import spikes
 from tfdp.training.checkpoint import CheckpointFolder
 from tfdp.training.ledger import Spike
-from tfdp.training.progress import Progress, left_out, load_agreed, restore, save
+from tfdp.training.progress import Progress, excluded_positions, load_agreed, restore, save
 from tfdp.training.run import Run
 from tfdp.training.saver import AsyncSaver
 from tfdp.training.step import StepResults
@@ -29,16 +29,16 @@ def handle_anomalies(
     progress: Progress,
     results: StepResults,
 ) -> Iterator[Any] | None:
-    """Looks at what the steps refused.
+    """Records the updates that the steps refused, and goes back or ends the run where the configuration says so.
 
     Returns:
-      The batches to go on with, if not those at hand.
+      The batches to continue with; None: those that are running.
 
     Raises:
-      TrainingError: the run cannot go on, or shall not.
+      TrainingError: the run cannot continue, or must not.
     """
     for spike in results.skipped:
-        _tell(run, writer, progress.ledger.record(spike, "skip"), spike, "its update is left out")
+        _report(run, writer, progress.ledger.record(spike, "skip"), spike, "its update is skipped")
     if results.disagreement is not None:
         _end(run, saver, _disagreement_message(run, folder, progress, results.disagreement, progress.step + 1))
     if results.spike is not None and not results.stopped:
@@ -61,7 +61,7 @@ def save_verified(run: Run, folder: CheckpointFolder, saver: AsyncSaver, progres
 
 
 def _end(run: Run, saver: AsyncSaver, message: str) -> NoReturn:
-    """Ends the run on all workers, which came to the same verdict."""
+    """Ends the run on all workers, which have made the same decision."""
     saver.wait()
     run.watch.finish_together()
     raise TrainingError(message)
@@ -70,9 +70,9 @@ def _end(run: Run, saver: AsyncSaver, message: str) -> NoReturn:
 def _after_spike(
     run: Run, folder: CheckpointFolder, saver: AsyncSaver, writer: MetricsWriter, progress: Progress, spike: Spike
 ) -> Iterator[Any]:
-    """Ends the run, or goes back to the newest checkpoint; returns the batches to go on with, without the offenders.
+    """Ends the run, or goes back to the newest checkpoint; returns the batches to continue with, without the offenders.
 
-    The refused update has changed nothing, so a spike of the loss alone leaves a state that is worth a checkpoint.
+    The refused update changed nothing, so after a spike of the loss alone the state is worth a checkpoint.
     """
     if run.training.on_spike == "stop":
         if spike.tensor is None:
@@ -82,7 +82,7 @@ def _after_spike(
         _end(run, saver, _too_many_spikes(run, progress))
     offenders = _offenders(run, progress)
     if not offenders:
-        _end(run, saver, f"{spike.describe()}, though its whole batch is left out; {_last_good(folder, progress)}")
+        _end(run, saver, f"{spike.describe()}, though its whole batch is excluded; {_last_good(folder, progress)}")
     entry = progress.ledger.record(spike, "rollback", offenders)
     saver.wait()
     progress.num_rollbacks += 1
@@ -91,13 +91,13 @@ def _after_spike(
     restore(run, progress, newest)
     writer.rewind(progress.step)
     listed = ", ".join(map(str, offenders))
-    _tell(run, writer, entry, spike, f"back to step {progress.step}, leaving out the positions {listed}")
-    return run.batches_from(progress.step, left_out(run, progress))
+    _report(run, writer, entry, spike, f"back to step {progress.step}, excluding the positions {listed}")
+    return run.batches_from(progress.step, excluded_positions(run, progress))
 
 
 def _offenders(run: Run, progress: Progress) -> list[int]:
-    """Positions of the refused step's batch that stand out; all that are not left out yet where none does."""
-    batches = run.batches_from(progress.step, left_out(run, progress))
+    """Positions of the refused step's batch that stand out; all that are not excluded yet where none does."""
+    batches = run.batches_from(progress.step, excluded_positions(run, progress))
     sums, counts = run.row_losses(batches, progress.step)
     valid = np.flatnonzero(counts)
     standing_out = spikes.offending_rows(sums[valid] / counts[valid], run.training.spike_threshold)
@@ -105,7 +105,7 @@ def _offenders(run: Run, progress: Progress) -> list[int]:
     return [first + int(row) for row in (valid[standing_out] if standing_out else valid)]
 
 
-def _tell(run: Run, writer: MetricsWriter, entry: Mapping[str, Any], spike: Spike, action: str) -> None:
+def _report(run: Run, writer: MetricsWriter, entry: Mapping[str, Any], spike: Spike, action: str) -> None:
     writer.event(entry)
     if run.cluster.is_chief:
         say(f"spike      {spike.describe()}; {action}")
@@ -113,15 +113,15 @@ def _tell(run: Run, writer: MetricsWriter, entry: Mapping[str, Any], spike: Spik
 
 def _stop_message(run: Run, folder: CheckpointFolder, progress: Progress, spike: Spike) -> str:
     return (
-        f"{spike.describe()}; the update was not applied; {_last_good(folder, progress)}: go on from it with a smaller "
-        f"optimizer.learning_rate, or --training.on_spike rollback, --run_dir {run.directory.path}"
+        f"{spike.describe()}; the update was not applied; {_last_good(folder, progress)}: resume from it with a "
+        f"smaller optimizer.learning_rate, or --training.on_spike rollback, --run_dir {run.directory.path}"
     )
 
 
 def _too_many_spikes(run: Run, progress: Progress) -> str:
     return (
         f"training.max_spikes ({run.training.max_spikes}) is reached at step {progress.step}: "
-        f"{run.directory.metrics_path} tells each spike; try a smaller optimizer.learning_rate"
+        f"{run.directory.metrics_path} lists each spike; try a smaller optimizer.learning_rate"
     )
 
 
@@ -134,9 +134,9 @@ def _disagreement_message(
     names = ", ".join(f"replica {index}{place}" for index, place in zip(found.replicas, places, strict=True))
     who = f"{names} disagrees with the others" if found.has_majority else f"{names} disagree"
     return (
-        f"step {step}: the replicas no longer hold the same, first in {found.tensor}: {who}; they agreed after step "
-        f"{progress.verified_step}; {_last_good(folder, progress)}; a device, its memory or a library is at fault: go "
-        f"on with --run_dir {run.directory.path}, on other hardware if it comes back"
+        f"step {step}: the replicas no longer hold the same values, first in {found.tensor}: {who}; they agreed after "
+        f"step {progress.verified_step}; {_last_good(folder, progress)}; a device, its memory or a library is to "
+        f"blame: resume with --run_dir {run.directory.path}, on other hardware if it happens again"
     )
 
 

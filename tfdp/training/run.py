@@ -1,4 +1,4 @@
-"""What the loop is given of a run."""
+"""What the loop gets to run."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from tfdp.training.weights import WeightSets
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its parts as functions, and who carries it. The loop knows no more of what is trained."""
+    """One run: its parts as functions, and the process that runs it. The loop knows no more of what is trained."""
 
     directory: RunDirectory
     training: TrainingConfig
@@ -28,20 +28,22 @@ class Run:
     weights: WeightSets
     train_step: TrainStep
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
-    left_out: Collection[int]  # positions that the configuration leaves out
-    task: Task  # what is learned, and what is reported of it
+    excluded_positions: Collection[int]  # of the global order, by the configuration
+    task: Task  # what is learned, and the metrics of it
     row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see evaluation.RowLosses
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
     cluster: Cluster
     watch: FailureDetector
     stop: StopSignal
-    save_assets: Callable[[], None]  # puts into the run directory what reads the model back, besides its checkpoints
+    save_assets: Callable[
+        [], None
+    ]  # puts into the run directory what is needed to read the model back, besides checkpoints
     source_names: Sequence[str]  # of the text, in the order of the step's sums
     bytes_per_token: float  # of the training text
     flops_per_token: int
     matrix_peak: float  # FLOP/s of all devices together
-    layout: Mapping[str, int]  # who carries this run: num_workers, num_replicas, microbatch_size, ...
-    facts: Mapping[str, Any]  # goes into summary.json as it is
+    layout: Mapping[str, int]  # what it runs on: num_workers, num_replicas, microbatch_size, ...
+    facts: Mapping[str, Any]  # added to summary.json
     config_yaml: str
     started: float = field(default_factory=time.monotonic)  # when the command began to work

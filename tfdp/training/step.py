@@ -28,7 +28,7 @@ from tfdp.parallel.consistency import Disagreement
 from tfdp.parallel.synchronizer import AllReduce, Synchronizer
 from tfdp.tasks.task import LossFunction, Rows
 from tfdp.training import loss_scale, spikes
-from tfdp.training.clock import PARTS, after, clock
+from tfdp.training.clock import PHASES, after, clock
 from tfdp.training.compilation import Compilation
 from tfdp.training.ledger import Spike
 from tfdp.training.step_statistics import StepStatistics
@@ -72,7 +72,7 @@ class StepResults:
     spike: Spike | None  # the step after these, which ended the call; its update was not applied
     disagreement: Disagreement | None  # found in the step after these; its update was not applied
     stopped: bool  # whether a stop was requested, on any worker
-    seconds: np.ndarray  # of `PARTS`, over all steps that were begun; waiting for other replicas is reduction
+    seconds: np.ndarray  # of `PHASES`, over all steps that were begun; waiting for other replicas is reduction
 
 
 class _Outcome(NamedTuple):
@@ -81,7 +81,7 @@ class _Outcome(NamedTuple):
     statistics: tf.Tensor  # the vector of `StepStatistics`
     digests: tf.Tensor  # of what all replicas hold, at the steps that compare it
     stop_requests: tf.Tensor  # how many workers want to stop
-    seconds: tf.Tensor  # of `PARTS`
+    seconds: tf.Tensor  # of `PHASES`
 
 
 class _Loop(NamedTuple):
@@ -92,7 +92,7 @@ class _Loop(NamedTuple):
     digests: tf.Tensor  # of the last step, as are the two below
     stop_requests: tf.Tensor
     goes_on: tf.Tensor  # whether that step was done
-    seconds: tf.Tensor  # of `PARTS`, over all steps
+    seconds: tf.Tensor  # of `PHASES`, over all steps
     scaling: tf.Tensor  # of the loss, see `loss_scale`
     rows: tf.TensorArray  # the statistics of each step
 
@@ -145,7 +145,7 @@ class TrainStep:
         self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
-            compilation = Compilation(whole=compilation, parts=False, update=compilation)
+            compilation = Compilation(whole=compilation, kernels=False, update=compilation)
         # Canonical: a micro-batch stays a function of its own, so that the graph optimizer sees the same of it in
         # a loop or alone. (What XLA compiles is never inlined.)
         alone = {"_noinline": True} if rules.reduction == "canonical" else None
@@ -289,7 +289,7 @@ class TrainStep:
             digests=tf.zeros(self._digests_shape),
             stop_requests=tf.constant(0.0),
             goes_on=tf.constant(True),
-            seconds=tf.zeros([len(PARTS)], tf.float64),
+            seconds=tf.zeros([len(PHASES)], tf.float64),
             scaling=scaling,
             rows=tf.TensorArray(tf.float32, num_steps, element_shape=(size,), clear_after_read=False),
         )
@@ -327,7 +327,7 @@ class TrainStep:
             statistics=tf.zeros([StepStatistics.size(self._num_sources)]),
             digests=tf.zeros(self._digests_shape),
             stop_requests=tf.constant(0.0),
-            seconds=tf.zeros([len(PARTS)], tf.float64),
+            seconds=tf.zeros([len(PHASES)], tf.float64),
         )
         found, scaled, _ = tf.while_loop(goes_on, again, (none_yet, scaling, begun), parallel_iterations=1)
         applied = StepStatistics.from_vector(found.statistics).was_applied

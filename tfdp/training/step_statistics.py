@@ -1,4 +1,4 @@
-"""What a step came to, as named numbers that travel and are kept as one vector."""
+"""The outcome of a step: named numbers, sent and kept as one vector."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""A signal becomes a request that rides in the step's own reduction, so that all workers stop after the same step."""
+"""Turns a signal into a stop request that travels in a step's reduction: all workers stop after the same step."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ class StopSignal:
         self._left = threading.Event()
 
     def attach(self, train_step: "TrainStep") -> None:
-        """Names whose steps shall stop; a signal that came before counts."""
+        """Sets the step to stop; a signal that came earlier counts."""
         self._train_step = train_step
         if self._asked:
             train_step.request_stop()

@@ -1,12 +1,14 @@
 """What a step does with the sums over all replicas: divide, measure, decide, clip, apply.
 
 The decision is taken before anything is written: an update that is refused does not run at all, so one that runs can
-write each weight over its old value, in one pass over memory.
+write each weight over its old value, in one pass over memory. Choosing between old and new values afterwards took twice
+the time.
 
-The arithmetic stands in programs of its own: one that measures, and one for each group of weights. What they take is
-the same in every layout: one summed gradient for each weight, and the sums of losses and tokens. So they are the same
-programs, and give the same bits, whoever has summed, in whatever packs. A compiler fuses what it finds together, and
-rounds as it fuses: it must not find the packs of a reduction, nor the digests of so many replicas.
+The arithmetic is in programs of its own: one that measures, and one for each group of weights. Their inputs are the
+same
+in every layout: one summed gradient for each weight, and the sums of losses and tokens. So the programs are the same,
+and give the same bits, whatever summed the gradients, in whatever packs. A compiler fuses what it sees together, and
+rounding depends on fusion: it must not see the packs of a reduction, nor the digests of so many replicas.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +76,7 @@ class Update:
           scale: of the loss whose gradients these are.
 
         Returns:
-          The vector of `StepStatistics`, and a number that is there once the weights are written.
+          The vector of `StepStatistics`, and a scalar that depends on the written weights.
         """
         statistics, factor, good = self._measure(gradients, *losses, step, limit, scale)
 
@@ -100,7 +102,8 @@ class Update:
         """The statistics, the factor that turns sums into clipped means, and whether all numbers are good."""
         loss_sum, count = fixed_sum(loss_sums), fixed_sum(counts)
         loss = loss_sum / tf.maximum(count, 1.0)
-        # A factor, because XLA computes a product again in each pass that needs it, and writes quotients to memory.
+        # A factor, not a quotient: XLA recomputes a product in each pass that needs it, but writes a quotient to
+        # memory.
         factor = 1.0 / (tf.maximum(count, 1.0) * scale)
         squares = tf.stack([fixed_sum(tf.square(_scaled(total, factor))) for total in gradients])
         grad_norm = tf.sqrt(fixed_sum(squares))
@@ -115,7 +118,7 @@ class Update:
     def _apply_group(
         self, group: Group, sums: Sequence[tf.Tensor], factor: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        """Updates the weights of a group and their state; returns a number that is there once they are written."""
+        """Updates the weights of a group and their state; returns a scalar that depends on the written values."""
         gradients = [_scaled(total, factor) for total in sums]
         weights = [tf.convert_to_tensor(weight.value) for weight in group.weights]
         state = [tf.convert_to_tensor(variable.value) for variable in group.state]

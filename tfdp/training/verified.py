@@ -1,4 +1,4 @@
-"""The files of a checkpoint, read only as they were written: by their sha256."""
+"""The files of a checkpoint, verified by their sha256 when they are read."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
 
 
 def read_state(path: Path, digest: str | None) -> dict[str, Any]:
-    """Reads state.json. Without a digest, of before there were such, all that is known is that it is JSON."""
+    """Reads state.json. Without a digest, of before there were such, it is only checked to be JSON."""
     try:
         state = json.loads(read_verified(path, digest))
     except (ValueError, RecursionError) as error:
