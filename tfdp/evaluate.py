@@ -20,8 +20,8 @@ class Config:
     checkpoint: str = "best"
     """Which checkpoint: best (by validation loss, or the metric of its task), newest, or a step."""
     rows: int | None = None
-    """Sequences per forward pass on each replica; null: as in training, and on as many replicas and cores the loss is
-    the same to the bit."""
+    """Sequences per forward pass on each replica; null: as in training, which gives the
+    loss of training to the bit on as many replicas and cores."""
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:

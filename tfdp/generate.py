@@ -11,7 +11,7 @@ from tfdp.system.startup import load_tensorflow
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
-    """The text."""
+    """The text to generate."""
 
     run_dir: str = "runs/latest"
     """Directory of the run."""

@@ -1,8 +1,8 @@
 """Starts N workers of one job on this machine: `python -m tfdp.launch --num_workers N [--max_restarts M] -- ARGS`.
 
 ARGS are those of `python -m tfdp.train`. Every worker is such a process with its own `TF_CONFIG`, its share of the
-cores and GPUs, and its name before each line it prints. When a worker dies, the whole job is started again and
-goes on from the newest checkpoint. This module knows processes, signals and folders, and never loads TensorFlow.
+cores and GPUs, and its name before each line it prints. When a worker dies, the whole job is restarted and
+resumes from the newest checkpoint. This module knows processes, signals and folders, and never loads TensorFlow.
 It does not reach other machines: there, a cluster's own tool starts the workers (deploy/).
 """
 
@@ -36,7 +36,7 @@ DESCRIPTION = (
 )
 TRAIN = (sys.executable, "-u", "-m", "tfdp.train")
 POLL_SECONDS = 0.05
-LINGER_SECONDS = 60.0  # beyond the grace, for the others to end once one has finished
+LINGER_SECONDS = 60.0  # for the others to end once one has finished, besides the grace
 TERM_SECONDS = 5.0  # between SIGTERM and SIGKILL for a worker that did not notice the end of the others
 MOST_WORKERS = 256  # whose output one process with the usual limit of 1024 open files can pass on
 
@@ -50,14 +50,14 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How many workers, and how patient."""
+    """The number of workers, and what happens when one dies."""
 
     num_workers: int = 1
     """Worker processes on this machine; they share its cores, and its GPUs where there are any."""
     max_restarts: int = 0
-    """How often the whole job is started again after a worker died; it goes on from the newest checkpoint."""
+    """How often the whole job is restarted from the newest checkpoint after a worker has died."""
     grace_seconds: float = 15.0
-    """Seconds that the other workers have to end by themselves after one died, before they are ended."""
+    """Seconds that the other workers have to end by themselves after one has died, before they are killed."""
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1: try 2")
@@ -100,15 +100,13 @@ def read_command_line(argv: Sequence[str]) -> tuple[LaunchConfig, list[str]]:
         config = load(LaunchConfig, argv[:cut], "python -m tfdp.launch", DESCRIPTION)
     except ConfigError as error:
         if "--" not in argv and str(error).startswith("unknown key"):
-            raise ConfigError(
-                f"{error}; what is for tfdp.train stands after --, as in -- --training.steps 100"
-            ) from None
+            raise ConfigError(f"{error}; arguments of tfdp.train go after --, as in -- --training.steps 100") from None
         raise
     return config, list(argv[cut + 1 :])
 
 
 def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
-    """Checks the workers' arguments, once for all, and names the run directory if they do not.
+    """Checks the arguments of the workers once for all of them, and names the run directory if they do not.
 
     Workers and restarts must agree on that name, so it cannot be left to each process.
 
@@ -120,7 +118,7 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
     _, config = load_recipe(layered, "python -m tfdp.train", "")
     run_dir = getattr(config, "run_dir", None)
     if run_dir:
-        return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed now, for all restarts
+        return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed here, once for all restarts
     named = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     return [*arguments, "--run_dir", str(named)], named
 
@@ -132,7 +130,7 @@ def run_job(
 
     Args:
       arguments: go to every worker.
-      run_dir: where the workers keep their checkpoints; two failures without a new one there are the last.
+      run_dir: of the workers' checkpoints; after two failures without a new one the job is given up.
       worker_command: program and first arguments of a worker.
 
     Returns:
@@ -163,7 +161,7 @@ def run_job(
                 if _sleep(history.pause_seconds, received):
                     end, code = "stopped on request", exits.STOPPED
             if end is not None:
-                console.say(f"{end}; {whereabouts(history.newest)}; go on with --run_dir {run_dir}")
+                console.say(f"{end}; {whereabouts(history.newest)}; resume with --run_dir {run_dir}")
                 return code
 
 
@@ -176,7 +174,7 @@ def _sleep(seconds: float, received: Sequence[int]) -> bool:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint in a run directory, 0 without one; what carries such a name is whole."""
+    """The step of the newest checkpoint in a run directory, 0 without one; only whole ones have such a name."""
     return max(CheckpointFolder(run_dir / "checkpoints").steps(), default=0)
 
 
@@ -214,7 +212,7 @@ def start_workers(
 
 
 def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequence[int], console: "Console") -> None:
-    """Returns when every worker has ended; passes signals on, and ends those that outlive a failure for too long."""
+    """Returns when every worker has ended; passes signals on, and kills those that outlive a failure for too long."""
     running, num_passed_on = list(workers), 0
     deadline: float | None = None
     ending = signal.SIGTERM
@@ -237,7 +235,7 @@ def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequen
             console.say(f"{worker.name} {_how_it_ended(worker.code)}{patience}")
         if running and deadline is not None and time.monotonic() >= deadline:
             for worker in running:
-                console.say(f"{worker.name} is still there; sending it {ending.name}")
+                console.say(f"{worker.name} is still running; sending it {ending.name}")
                 worker.ended_by_launcher = True
                 worker.process.send_signal(ending)
             deadline, ending = time.monotonic() + TERM_SECONDS, signal.SIGKILL
@@ -251,7 +249,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _drain(worker: Worker) -> None:
-    """Ends what a worker has left behind in its session, which would hold its output open, and reads the rest of it."""
+    """Kills what a worker has left running in its session, which keeps its output open; reads the rest of it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(worker.process.pid, signal.SIGKILL)
     for reader in worker.readers:
@@ -288,7 +286,7 @@ def _recorded_signals() -> Iterator[list[int]]:
 
 
 class Console:
-    """Where the lines of all workers meet: whole lines, at once, each with its worker's name before it."""
+    """The output of all workers: whole lines, at once, each with its worker's name in front."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -323,7 +321,7 @@ class Console:
                     return
                 self._errors.add(line)
             rest = memoryview(prefix + line)
-            with contextlib.suppress(OSError):  # nobody reads any more: the workers go on
+            with contextlib.suppress(OSError):  # nobody reads any more: the workers continue
                 while rest:
                     rest = rest[os.write(target, rest) :]
 

@@ -1,8 +1,8 @@
-"""What a run will take, before it is trained: `python -m tfdp.plan [--config FILE.yaml] [--num_replicas R] ...`.
+"""What a run will need, before it is trained: `python -m tfdp.plan [--config FILE.yaml] [--num_replicas R] ...`.
 
 Parameters and bytes follow from the configuration. Times and the peak of the memory are measured: the same model with
-one layer and with four trains a few steps on random tokens, in turns, and a line through both gives the depth that is
-wanted. For a GPU that is not here they are reckoned from its data sheet instead.
+one layer and with four trains a few steps on random tokens, in turns, and a line through both gives the wanted
+depth. For a GPU that is not here they are estimated from its data sheet.
 """
 
 import json
@@ -34,14 +34,14 @@ LIBRARY_BYTES = 1 << 30  # of GPU memory that CUDA and its libraries take
 
 @dataclass(frozen=True)
 class Config:
-    """The plan; all keys of tfdp.train may be named besides, and --config."""
+    """The plan; takes --config and all keys of tfdp.train too."""
 
     num_replicas: int | None = None
     """Replicas of each worker; null: distribution.num_replicas."""
     num_workers: int = 1
     """Workers, each a machine like this one, or with GPUs of the kind that device names."""
     device: str | None = None
-    """A kind of GPU, such as H100, to reckon for by its data sheet; null: this machine, measured."""
+    """A kind of GPU, such as H100, to estimate for from its data sheet; null: this machine, measured."""
     network_gbits: float = 10.0
     """Gigabits per second that each worker can send to the next, for the reduction between workers."""
     rounds: int = 5
@@ -65,7 +65,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take; bytes of memory are those of one replica on a GPU, and of one worker on CPUs."""
+    """What a run will need; bytes of memory are those of one replica on a GPU, and of one worker on CPUs."""
 
     num_params: int
     num_replicas: int  # over all workers
@@ -146,7 +146,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
 
 
 def _measure(run: Any, vocab_size: int, config: Config) -> Measured:
-    """One worker's share of a step, without what other workers have to do with it."""
+    """One worker's share of a step, without the reduction between workers."""
     depth = run.model.num_layers
     depths = sorted({min(depth, num_layers) for num_layers in LAYERS}) if depth > LAYERS[-1] else [depth]
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def report(plan: Plan, config: Config, num_steps: int) -> str:
         f"replicas     {plan.num_replicas} on {plan.num_workers} worker{'s' * (plan.num_workers > 1)}",
         f"weights      {_megabytes(plan.weight_bytes)}, their gradients as much, optimizer state "
         f"{_megabytes(plan.optimizer_bytes)}",
-        f"activations  {_megabytes(plan.activation_bytes)} of the micro-batches that are computed at the same time",
+        f"activations  {_megabytes(plan.activation_bytes)} of the micro-batches that are computed in parallel",
         f"peak memory  {peak}",
         f"reduction    {_megabytes(plan.reduction_bytes)} a step"
         + (f", {plan.network_seconds:.3f} s between workers" if plan.num_workers > 1 else ""),
@@ -239,7 +239,7 @@ def _own_and_rest(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main() -> None:
     own, rest = _own_and_rest(sys.argv[1:])
     description = (
-        "Say what a run will take before it is trained: memory, bytes, seconds. Takes --config and all keys of "
+        "Say what a run will need before it is trained: memory, bytes, seconds. Takes --config and all keys of "
         "tfdp.train besides these; about a minute on two CPU cores."
     )
     config = load(Config, own, "python -m tfdp.plan", description)

@@ -1,7 +1,7 @@
 """Turns text into token shards, once: `python -m tfdp.prepare --source S --tokenizer T --output DIR`.
 
 Training then reads them by memory map: `python -m tfdp.train --data.source tokens:DIR`. The command may be stopped and
-started again: it goes on where it stopped, to the same bytes.
+started again: it continues where it stopped, with the same result.
 """
 
 import os
@@ -69,10 +69,10 @@ class Config:
 
 
 class Console(Watcher):
-    """Tells on the console how a preparation gets on: a line that moves on a terminal, else one now and then."""
+    """Prints the progress of a preparation: one line that is updated on a terminal, else a line now and then."""
 
     def __init__(self) -> None:
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._num_documents = self._num_bytes = 0
         self._moving = sys.stdout.isatty()
 
@@ -86,8 +86,8 @@ class Console(Watcher):
         self._num_documents += part.num_documents
         self._num_bytes += part.num_bytes
         now = time.monotonic()
-        if self._moving or now - self._told > 10:
-            self._told = now
+        if self._moving or now - self._printed > 10:
+            self._printed = now
             print(
                 f"\r\033[K{self.line()}" if self._moving else self.line(), end="" if self._moving else "\n", flush=True
             )
@@ -109,7 +109,7 @@ class Console(Watcher):
 
 
 def main() -> None:
-    description = "Turn text into token shards, once; stopped, it goes on where it was."
+    description = "Turn text into token shards, once. If it is stopped, the same command continues where it was."
     config = load(Config, sys.argv[1:], "python -m tfdp.prepare", description)
     console = Console()
     recipe = Recipe(
@@ -124,10 +124,10 @@ def main() -> None:
     num_processes = config.num_processes or os.cpu_count() or 1
     prepare(recipe, folder, "output", console, num_processes, config.overlap)
     console.finish()
-    _tell(console, folder)
+    _summarise(console, folder)
 
 
-def _tell(console: Console, folder: Path) -> None:
+def _summarise(console: Console, folder: Path) -> None:
     manifest = read_manifest(folder)
     for name in SPLITS:
         split = manifest["splits"][name]
@@ -137,7 +137,7 @@ def _tell(console: Console, folder: Path) -> None:
             f"{split['num_tokens']:,} tokens, {per_token:.2f} bytes per token"
         )
     for reason, count in manifest["left_out"].items():
-        console.say(f"left out   {count:,} documents: {reason}")
+        console.say(f"skipped    {count:,} documents: {reason}")
     if manifest["overlap"] is not None:
         console.say(f"overlap    {manifest['overlap']['told']}")
     console.say(f"next       python -m tfdp.train --data.source tokens:{folder}")

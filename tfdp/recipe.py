@@ -1,8 +1,8 @@
 """The contract of a recipe: what a module must define to be run by `--trainer`, checked when it is imported.
 
 A recipe says what is trained on what; the step, the loop, the layouts and the files are the library's
-(`tfdp/assembly.py`). Every command that trains, or reads a run back, asks the recipe that the run names, and nothing
-else of it than this:
+(`tfdp/assembly.py`). The commands that train, or read a run back, use the recipe that the run names, and only these
+names of it:
 
     Config                                  the keys: a dataclass with run_dir, seed and the sections `SECTIONS`
     make_model(config, vocab_size, fuse)    the model with its initial weights, a `Model`
@@ -10,7 +10,7 @@ else of it than this:
     make_sequences(config, split)           the rows that the tokens of a split are cut into
     weight_shapes(config, vocab_size)       of the model before it is made, for estimates
 
-Or, instead of the functions, `train(config)`: a program of its own, which nothing else can read back.
+Or, instead of the functions, `train(config)`: a program of its own, whose runs no other command can read.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Recipe(Protocol):
         ...
 
     def make_task(self, config: Any, corpus: "Corpus") -> "Task":
-        """What is learned from the rows, and reported of them."""
+        """What is learned from the rows, and the metrics of it."""
         ...
 
     def make_sequences(self, config: Any, split: "Split") -> "Sequences":
@@ -65,17 +65,17 @@ class Recipe(Protocol):
         ...
 
     def weight_shapes(self, config: Any, vocab_size: int) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the weights by name, before there are any: for estimates, and for what suits their size."""
+        """Shapes of the weights by name, before the model is made: for estimates and for choices by size."""
         ...
 
 
 class Model(Protocol):
-    """What a recipe makes: `gpt.GPT`, or a model of one's own.
+    """The model of a recipe: `gpt.GPT`, or a user's own.
 
     Attributes:
       trainable_variables: in the order of their gradients.
-      output_table, features: what is scored, see `tasks.task.LanguageModel`.
-      config, empty_cache, extend: what is sampled, see `sampling.CachedModel`.
+      output_table, features: for the loss, see `tasks.task.LanguageModel`.
+      config, empty_cache, extend: for sampling, see `sampling.CachedModel`.
     """
 
     trainable_variables: Sequence[Any]
@@ -169,8 +169,9 @@ def import_recipe(name: str) -> Recipe:
 
 def require_functions(recipe: Recipe, name: str, wanted: Sequence[str], purpose: str) -> None:
     """Raises `ConfigError` that names the first function that a recipe lacks to be, say, "evaluated"."""
-    for part in wanted:
-        require(hasattr(recipe, part), "trainer", name, f"must be a recipe with a {part} function to be {purpose}")
+    for function in wanted:
+        rule = f"must be a recipe with a {function} function to be {purpose}"
+        require(hasattr(recipe, function), "trainer", name, rule)
 
 
 def _what_and_where(error: Exception) -> str:

@@ -1,10 +1,11 @@
-"""Runs one past step of a run again, and shows the sequences it was hardest for: `python -m tfdp.replay --step 38`.
+"""Repeats one past step of a run, and shows the sequences with the highest loss: `python -m tfdp.replay --step 38`.
 
-The run goes on from the nearest checkpoint before the step, or from its seed, in one process, with the micro-batches,
-the replicas and the positions left out that it had. So the loss and the gradient norm are those of metrics.jsonl to
+The run resumes from the nearest checkpoint before the step, or starts from its seed, in one process, with the
+micro-batches, replicas and excluded positions that it had. So the loss and the gradient norm are those of metrics.jsonl
+to
 the bit: on CPUs, and on the same GPUs where distribution.reduction is canonical (the kernels of a fast one add in any
-order). It follows the newest configuration of the run: a key that was changed on the way, such as
-optimizer.learning_rate, changes what is replayed of the time before. Nothing is written into the run.
+order). It uses the newest configuration of the run: if a key such as optimizer.learning_rate was changed on
+the way, steps before the change are replayed with its new value. Nothing is written into the run.
 """
 
 import math
@@ -79,7 +80,7 @@ class PastRun:
     recipe: Recipe
     config: Any
     logged: Mapping[int, Mapping[str, Any]]  # the rows of metrics.jsonl with a loss, by step
-    reached: int  # last step that is known of
+    reached: int  # the last step that left a trace
     excluded_positions: frozenset[int]  # by the configuration and after spikes
     states: Mapping[int, Mapping[str, Any]] = field(repr=False)  # state.json of each checkpoint, by step, ascending
 
@@ -115,10 +116,10 @@ class PastRun:
         )
 
     def check_step(self, step: int) -> None:
-        """Raises `ConfigError` for a step that the run has not come to.
+        """Raises `ConfigError` for a step that the run has not reached.
 
-        The run may have come further than it tells, at most to the next step that it would have logged: a step that
-        ended it, or what was lost with the process.
+        The run may have gone further than its files show, at most to the next step that it would have logged: up to
+        a step that ended it, or to where the process died.
         """
         training = self.config.training
         last = min(training.steps, self.reached - self.reached % training.log_every + training.log_every)
@@ -134,7 +135,7 @@ class PastRun:
         return sources.open_same_corpus(self.config.data, list(self.states.values())[-1]["identity"]["corpus_sha256"])
 
     def layout_of(self, step: int) -> Mapping[str, int] | None:
-        """Who carried a step: the process that saved the first checkpoint since; without one, that of the newest."""
+        """The layout that ran a step: that of the first checkpoint saved since, or else of the newest one."""
         since = [later for later in self.states if later >= step] or list(self.states)[-1:]
         return self.states[since[0]].get("layout") if since else None
 
@@ -153,7 +154,7 @@ class PastRun:
         return int(num_microbatches // num_replicas)
 
     def checkpoint_before(self, step: int) -> int | None:
-        """The step of the newest checkpoint that the update `step` is still to come for; None: there is none."""
+        """The step of the newest checkpoint before the update `step`; None: there is none."""
         return max((saved for saved in self.states if saved < step), default=None)
 
 
@@ -174,7 +175,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a step came to when it was run again."""
+    """The result of a step that was repeated."""
 
     step: int  # the one asked for, or an earlier one at which the replay ended
     loss: float
@@ -184,12 +185,12 @@ class Replay:
 
 
 class Replayer:
-    """A run made again, that can be brought before any of its steps; traced once.
+    """Brings a run to any of its steps; traced once.
 
     Args:
       run: which.
       corpus: the text of that run.
-      step: whose layout is taken: that of the process that carried it.
+      step: the layout is that of the process that ran it.
       num_replicas: in this process; None: as in the layout.
 
     Raises:
@@ -211,10 +212,10 @@ class Replayer:
         self._initial = Checkpoint(trainable, optimizer, {"step": 0})
 
     def __call__(self, step: int, num_sequences: int = 3) -> Replay:
-        """Runs up to a step, looks at its batch, and runs it.
+        """Runs up to a step, finds the sequences of its batch with the highest loss, and runs it.
 
         Raises:
-          ConfigError: the run has not come to this step, or the checkpoint before it is damaged.
+          ConfigError: the run has not reached this step, or the checkpoint before it is damaged.
           TrainingError: the replicas of the replay disagree.
         """
         self.run.check_step(step)
@@ -224,7 +225,7 @@ class Replayer:
         if done < step - 1:
             results = train_step(self._components.batches_from(done, excluded_positions), done, step - 1 - done)
             _refuse_disagreement(results.disagreement)
-            done += len(results.loss)  # fewer than asked for where a spike ended the call: that is the step to tell
+            done += len(results.loss)  # fewer where a spike ended the call: that is the step to report
         worst = self._worst(done, num_sequences)
         results = train_step(self._components.batches_from(done, excluded_positions), done, 1)
         _refuse_disagreement(results.disagreement)
@@ -284,7 +285,7 @@ def config_of_layout(run: PastRun, step: int, num_replicas: int | None) -> Any:
 
 
 def _that_fit(num_replicas: int) -> int:
-    """As many replicas, or the most that divide them and have a GPU each where there are GPUs."""
+    """`num_replicas`, or with fewer GPUs the largest divisor of it that has a GPU for each."""
     from tfdp.parallel import distribution
 
     num_gpus = distribution.num_gpus() or num_replicas
@@ -297,22 +298,22 @@ def _refuse_disagreement(found: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Telling it
+# The report
 # ---------------------------------------------------------------------------------------------------
 
 
 def report(found: Replay, asked: int, run: PastRun) -> str:
-    """What a replay found, beside what the run logged, for people."""
+    """The result of a replay beside what the run logged, for people."""
     lines = []
     if found.step != asked:
-        lines.append(f"the replay ends at step {found.step}, and does not come to step {asked}")
+        lines.append(f"the replay ends at step {found.step}, before step {asked}")
     if found.refused is not None:
         lines.append(f"{found.refused.describe()}: the update is not applied")
     row = run.logged.get(found.step)
     if row is None:
         lines.append(f"loss       {_shown(found.loss)}")
         lines.append(f"grad norm  {_shown(found.grad_norm)}")
-        lines.append(f"step {found.step} was not logged: there is nothing to compare with")
+        lines.append(f"step {found.step} was not logged: nothing to compare with")
     else:
         lines.append(f"{'':9}  {'replayed':<12}  {'logged':<12}  bits")
         for name, replayed, logged in (
@@ -348,7 +349,7 @@ def _shown(value: float | None) -> str:
 
 
 def _excerpt(text: str) -> list[str]:
-    """A text in a few lines of one width, its line breaks written as \\n, its middle left out where it is long."""
+    """A text in a few lines of one width, its line breaks written as \\n, shortened in the middle where it is long."""
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     lines = [shown[start : start + _EXCERPT_WIDTH] for start in range(0, len(shown), _EXCERPT_WIDTH)]
     if len(lines) <= _EXCERPT_LINES:
@@ -358,7 +359,7 @@ def _excerpt(text: str) -> list[str]:
 
 
 def main() -> None:
-    description = "Run one past step of a run again; compares it with what was logged and shows its worst sequences."
+    description = "Repeat one past step of a run, compare it with the log, and show the sequences with the most loss."
     config = load(Config, sys.argv[1:], "python -m tfdp.replay", description)
     run = PastRun.open(config.run_dir)
     step = config.step or max(1, run.reached)

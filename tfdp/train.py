@@ -19,12 +19,12 @@ def main() -> None:
         "standard library, about a minute and a half on two CPU cores."
     )
     recipe, config = load_recipe(arguments, "python -m tfdp.train", description)
-    if hasattr(recipe, "train"):  # a program, or a recipe that does more than the library
+    if hasattr(recipe, "train"):  # a program of its own, or a recipe with its own way to train
         recipe.train(config)
     else:
         assembly.train(recipe, config)
 
 
 if __name__ == "__main__":
-    # Everything is written and closed by now; TensorFlow's own way out would wait for workers that have left already.
+    # Everything is written and closed by now; TensorFlow's own exit would wait for workers that have left already.
     end(run_command(main))

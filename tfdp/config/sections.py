@@ -9,7 +9,7 @@ from tfdp.config import options, source_syntax
 from tfdp.system.exits import require, require_at_most
 from tfdp.system.messages import nearest
 
-MOST = 2**31 - 1  # of what is counted: steps, tokens, bytes of a piece. TensorFlow counts with 32 bits here and there
+MOST = 2**31 - 1  # of any count: steps, tokens, bytes of a pack. TensorFlow counts with 32 bits in places
 MOST_TOKENS = 2**24  # of a global batch: a float32 counts valid tokens exactly up to there
 MOST_DEVICES = 1024
 A_DAY = 86_400  # seconds
@@ -35,7 +35,7 @@ class ModelConfig:
     mlp_dim: int | None = None
     """Hidden width of the MLP; null: 4 * model_dim, or 8/3 * model_dim rounded up to a multiple of 64 with swiglu."""
     context_length: int = 128
-    """Tokens that one prediction can look back on, and the length of a training sequence."""
+    """Length of a training sequence in tokens, and the most tokens that a prediction can look back on."""
     position: Literal["learned", "sinusoidal", "rope"] = "rope"
     """How positions enter: a learned table, a fixed sinusoidal table, or rotary embedding of queries and keys."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
@@ -47,15 +47,16 @@ class ModelConfig:
     use_bias: bool = False
     """Whether projections and layer norms have biases, as GPT-2's do."""
     qk_norm: bool = True
-    """Whether queries and keys are RMS-normalised before they meet, which allows higher learning rates."""
+    """Whether queries and keys are RMS-normalised before their product, which allows higher learning rates."""
     tie_embeddings: bool = False
-    """Whether the output projection is the token embedding itself (one variable)."""
+    """Whether the output projection and the token embedding are one table."""
     norm_epsilon: float = 1e-5
     """Added to the variance (or mean square) inside the normalisation."""
     init_stddev: float = 0.02
-    """Standard deviation of the initial weights; residual projections get this / sqrt(2 * num_layers)."""
+    """Standard deviation of the initial weights; for projections into the residual stream, divided by
+    sqrt(2 * num_layers)."""
     zero_init: bool = True
-    """Whether residual projections, and the output projection if it is not tied, start at zero instead."""
+    """Whether projections into the residual stream, and the output projection if not tied, start at zero instead."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "model.", num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
@@ -116,30 +117,33 @@ _TOKENIZERS = ("bpe", "gpt2", "sentencepiece")  # kinds that name something afte
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, and how it becomes tokens."""
+    """The text, and how it is tokenised."""
 
     source: str = "python-stdlib"
     """Training text: python-stdlib (the source code of Python's standard library), text:GLOB (UTF-8 files),
     jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN], tfds:NAME[/CONFIG][:SPLIT][:FIELD], tokens:FOLDER (of tfdp.prepare), or
-    several with weights: 0.7 * tokens:A + 0.3 * tokens:B."""
+    a weighted sum of several: 0.7 * tokens:A + 0.3 * tokens:B."""
     validation_source: str | None = None
-    """Validation text, in the same notation; null: held out from source by validation_fraction, or by tfdp.prepare."""
+    """Validation text, written as source is; null: held out from source by validation_fraction, or by tfdp.prepare."""
     validation_fraction: float = 0.02
     """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
     tokenizer: str = "auto"
     """bytes (one token per UTF-8 byte), bpe:SIZE (trained on the text), bpe:FOLDER, gpt2:FOLDER,
     sentencepiece:FILE; auto: that of tokens:FOLDER, else bytes."""
     sequences: Literal["packed", "documents"] = "packed"
-    """packed: documents end to end; documents: each begins a sequence of its own, the rest of which stays empty."""
+    """packed: documents end to end, cut into sequences; documents: each one starts a sequence, padded at its end."""
     document_attention: bool = False
-    """Whether attention and positions start anew at each document of a packed sequence."""
+    """Whether attention and positions restart at each document of a packed sequence, so that documents do not see each
+    other."""
     partition: Literal["shuffled", "block", "row"] = "shuffled"
-    """Order: a seeded shuffle of each epoch; a contiguous block of the text for each row of the batch, and so for each
-    replica; or the text in order, dealt to the rows in turn."""
+    """Order of the sequences. shuffled: a new seeded shuffle in each epoch; block: each row of the batch, and so each
+    replica, reads a contiguous block of the text; row: the text in order, dealt to the rows in turn."""
     cache_dir: str | None = None
     """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
     excluded_positions: tuple[int, ...] = ()
-    """Positions of the order of training (step * global_batch_size + row, from 0) that nothing is learned from."""
+    """Positions in the order of training (step * global_batch_size + row, both from 0) that are skipped: nothing is
+    learned
+    from their sequences."""
 
     def __post_init__(self) -> None:
         num_sources = len(source_syntax.parse(self.source))
@@ -183,7 +187,7 @@ class OptimizerConfig:
     learning_rate: float = 0.009
     """Peak learning rate; adamw wants about a third of muon's."""
     adam_learning_rate: float | None = 0.02
-    """Peak learning rate of muon's AdamW part; null: learning_rate. Other rules do not look at it."""
+    """Peak learning rate of muon's AdamW part; null: learning_rate. Other rules ignore it."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
     """After warm-up: constant, linear or cosine decay to final_fraction, or wsd (constant, then linear decay)."""
     warmup_steps: int = 10
@@ -191,21 +195,23 @@ class OptimizerConfig:
     final_fraction: float = 0.0
     """Learning rate of the last step as a fraction of the peak (linear, cosine, wsd)."""
     schedule_steps: int | None = None
-    """Steps that the schedule spans, if not training.steps: name it where a run is made longer later."""
+    """Steps that the schedule spans; null: training.steps. Set it if you may extend the run later."""
     decay_fraction: float = 0.7
-    """Fraction of all steps over which wsd decays."""
+    """Fraction of the steps, at the end, over which wsd decays."""
     weight_decay: float | None = None
-    """Decoupled weight decay, times the learning rate at each step; null: 0.1 (adamw, lion), 0.01 (muon) or 0."""
+    """Decoupled weight decay, multiplied by the learning rate at each step; null: 0.1 for adamw and lion, 0.01 for
+    muon,
+    else 0."""
     decay_embeddings: bool = False
-    """Whether weight decay reaches embedding tables; gains and biases never decay."""
+    """Whether weight decay applies to embedding tables; it never applies to gains and biases."""
     beta_1: float = 0.9
     """Decay rate of the first moment of adamw, adam, lion and muon's Adam part."""
     beta_2: float = 0.95
     """Decay rate of the second moment of adamw, adam, rmsprop, muon's Adam part, and of lion's momentum."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment ("epsilon hat" of Kingma and Ba), by rmsprop under the root."""
+    """Added to the root of the second moment ("epsilon hat" of Kingma and Ba); rmsprop adds it under the root."""
     momentum: float = 0.9
-    """Momentum of the names momentum and muon."""
+    """Momentum of the rules momentum and muon."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient, applied after the reduction over replicas; null: no clipping."""
 
@@ -254,47 +260,51 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how wide and how precisely to train."""
+    """Length, batch sizes and precision of training, and what is reported and checked on the way."""
 
     steps: int = 350
     """Optimizer steps of the whole run."""
     global_batch_size: int = 16
     """Sequences per optimizer step, over all replicas and micro-batches."""
     microbatch_size: int | None = None
-    """Sequences per forward pass on one replica; null: global_batch_size / num_replicas, or its parts that are computed
-    side by side."""
+    """Sequences per forward pass on one replica; null: global_batch_size / num_replicas, divided by
+    parallel_microbatches."""
     parallel_microbatches: int | None = None
-    """Micro-batches that a replica computes side by side, each on cores of its own; a power of two; null: on CPUs one
-    for each core, where that pays, else 1."""
+    """Micro-batches that a replica computes in parallel, each on its own cores; a power of two; null: on CPUs one per
+    core
+    where that is faster, else 1."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the forward and backward pass; weights, optimizer state and sums are float32 always. float16 scales
-    the loss, and repeats a step at half the scale where its gradient overflows."""
+    """Precision of the forward and backward pass; weights, optimizer state and sums are always float32. float16 scales
+    the
+    loss, and repeats a step at half the scale if its gradient overflows."""
     jit_compile: bool | Literal["auto"] = "auto"
-    """XLA for the step; auto: on, but on CPUs in bfloat16, and in float32 where matrices are large, only between the
-    matrix products, which oneDNN computes faster."""
+    """Whether XLA compiles the step; auto: yes, but on CPUs, in bfloat16 or with large matrices, only what lies between
+    the matrix products, which oneDNN computes faster."""
     loss_chunk_size: int | None = None
     """Tokens that are projected to the vocabulary at once; null: all if their logits take at most 128 MiB, else as many
-    as take 64; 0: all."""
+    as take 64 MiB; 0: all."""
     remat: bool = False
-    """Whether backward computes the activations of each block again instead of keeping them: less memory, more time."""
+    """Whether the backward pass recomputes the activations of each block, which saves memory and takes more time."""
     log_every: int = 20
-    """Steps between two lines of the console and of metrics.jsonl."""
+    """Steps between two lines on the console and in metrics.jsonl."""
     evaluate_every: int = 150
-    """Steps between two passes over the whole validation split (and one at the end); 0: only at the end."""
+    """Steps between two evaluations on the whole validation split (there is one at the end too); 0: only at the end."""
     evaluation_rows: int | None = None
     """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, else at most 16."""
     sample_tokens: int = 256
-    """Length in tokens of the text sampled after each evaluation; 0: none."""
+    """Tokens of the text that is sampled after each evaluation; 0: none."""
     profile_steps: str | None = None
-    """A:B writes a profile of the steps after A up to B, for TensorBoard's profile page; null: none."""
+    """A:B profiles the steps A + 1 to B, for TensorBoard's profile page; null: none."""
     verify_every: int = 100
-    """Steps between two comparisons, bit by bit, of what all replicas hold; each save compares too; 0: never."""
+    """Steps between two bit-by-bit comparisons of the weights and optimizer state of all replicas; each save compares
+    too; 0: never."""
     on_spike: Literal["stop", "skip", "rollback"] = "stop"
-    """After a step that is not finite or whose loss leaps: stop, go on without its update, or go back and around it."""
+    """What to do about a step whose loss jumps or is not finite. stop: end the run; skip: continue without its update;
+    rollback: go back to the last checkpoint and exclude the sequences that caused it."""
     spike_threshold: float | None = 10.0
-    """Robust standard deviations above the last losses that make a leap; null: none does."""
+    """A loss jumps if it is this many robust standard deviations above the last ones; null: no loss does."""
     max_spikes: int = 20
-    """Spikes of the whole run after which skip and rollback stop too."""
+    """Number of spikes in a run at which skip and rollback end it too."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -366,26 +376,29 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DistributionConfig:
-    """Replicas, and how they are kept in step."""
+    """Replicas and workers, and how gradients are summed over them."""
 
     strategy: Literal["auto", "one_device", "mirrored", "multi_worker_mirrored"] = "auto"
-    """auto: multi_worker_mirrored where TF_CONFIG or SLURM name several workers, else mirrored."""
+    """auto: multi_worker_mirrored if TF_CONFIG or SLURM names several workers, else mirrored."""
     num_replicas: int | None = None
-    """Replicas of each worker; null: its GPUs, or 1. Without a GPU, that many logical CPU devices are made."""
+    """Replicas per worker; null: one per GPU, or 1. Without a GPU they are logical CPU devices."""
     reduction: Literal["fast", "canonical"] = "fast"
-    """Order of the sums over micro-batches and replicas: TensorFlow's, or one tree, for the same bits in any layout."""
+    """Order of the sums over micro-batches and replicas. fast: TensorFlow's; canonical: one fixed tree, which gives the
+    same bits in any layout."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which gradients travel between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
+    """Type in which gradients are sent between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
     transport: Literal["auto", "tcp", "tensorflow"] = "auto"
-    """How gradients get from worker to worker: tcp, plain connections between CPUs, one replica per worker; tensorflow,
-    its collectives over NCCL or gRPC; auto: tcp where it can be, unless bytes_per_pack is set."""
+    """How gradients get from worker to worker. tcp: plain connections, for CPUs with one replica per worker;
+    tensorflow:
+    its collectives over NCCL or gRPC; auto: tcp where possible, unless bytes_per_pack is set."""
     bytes_per_pack: int | None = None
-    """Bytes of gradients that travel in one piece; 0: each tensor by itself; null: over TCP all of them, else 16 MiB,
-    or 32 MiB between GPUs, or 0 between two replicas in one memory."""
+    """Bytes of gradients that are reduced together; 0: each tensor by itself; null: all of them over TCP, 32 MiB
+    between
+    GPUs, 0 between two replicas of one process, else 16 MiB."""
     peer_timeout_seconds: float = 60.0
-    """Seconds for which another worker may be silent before it counts as lost (exit code 76)."""
+    """Seconds that another worker may be silent before it counts as lost (exit code 76)."""
     start_timeout_seconds: float = 600.0
-    """Seconds that a worker waits at its start for the others to come and agree (exit code 76)."""
+    """Seconds that a worker waits at its start until all others are there and agree (exit code 76)."""
 
     def __post_init__(self) -> None:
         limits = {"num_replicas": MOST_DEVICES, "bytes_per_pack": MOST, "peer_timeout_seconds": A_DAY}
@@ -445,12 +458,12 @@ class DistributionConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept to go on from."""
+    """When checkpoints are saved, and how many are kept."""
 
     every_steps: int = 250
-    """Steps between two checkpoints (and one at the end); 0: only at the end."""
+    """Steps between two checkpoints (there is one at the end too); 0: only at the end."""
     keep: int = 3
-    """Newest checkpoints kept; the best one, by validation loss or the metric of its task, is kept besides."""
+    """Number of newest checkpoints kept; the best one, by validation loss or the metric of its task, is kept too."""
 
     def __post_init__(self) -> None:
         require_at_most(self, "checkpoint.", every_steps=MOST, keep=MOST)
@@ -460,16 +473,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How text is drawn from a model."""
+    """How text is sampled from a model."""
 
     num_tokens: int = 256
     """Most tokens to generate; an end-of-text token ends the text earlier."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Draw among this many most likely tokens; null: all."""
+    """Draw from this many most likely tokens; null: from all."""
     top_p: float | None = None
-    """Draw among the most likely tokens that together have this probability; null: all."""
+    """Draw from the most likely tokens that together have this probability; null: from all."""
     seed: int = 0
     """Seed of the draws."""
 

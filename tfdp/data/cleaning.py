@@ -42,11 +42,11 @@ class Cleaning:
     """Whether white space is tidied: CR LF and CR become LF, a run of spaces and tabs one space (indentation too), none
     at the end of a line, three or more LF become two, and spaces and LF go from both ends of the document."""
     min_chars: int | None = None
-    """Documents with fewer characters after the steps above are left out; null: no bound."""
+    """Documents with fewer characters after the steps above are skipped; null: no limit."""
     max_chars: int | None = None
-    """Documents with more characters after the steps above are left out; null: no bound."""
+    """Documents with more characters after the steps above are skipped; null: no limit."""
     duplicates: bool = False
-    """Whether a document that equals an earlier one after the steps above is left out."""
+    """Whether a document that equals an earlier one after the steps above is skipped."""
 
     def __post_init__(self) -> None:
         require(
@@ -58,7 +58,7 @@ class Cleaning:
         require(self.stop_words != "", "cleaning.stop_words", '""', "must be null or the path of a file of words")
         for name in ("min_chars", "max_chars"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"cleaning.{name}", value, "must be at least 1, or null for no bound")
+            require(value is None or value >= 1, f"cleaning.{name}", value, "must be at least 1, or null for no limit")
         require(
             self.max_chars is None or self.min_chars is None or self.min_chars <= self.max_chars,
             "cleaning.min_chars",
@@ -79,9 +79,9 @@ class Cleaner:
         self._stop_words = frozenset(_read_stop_words(cleaning))
 
     def clean(self, text: str) -> tuple[str, str | None]:
-        """The cleaned text, and why its document is to be left out: `TOO_SHORT`, `TOO_LONG`, or None, which keeps it.
+        """The cleaned text, and why its document is skipped: `TOO_SHORT`, `TOO_LONG`, or None, which keeps it.
 
-        What is left of a document may be empty. Duplicates are for the caller to find, who sees all documents.
+        The cleaned text may be empty. Duplicates are found by the caller, who sees all documents.
         """
         cleaning = self._cleaning
         if cleaning.control_characters:
@@ -105,7 +105,7 @@ class Cleaner:
 
 
 def fingerprint(cleaning: Cleaning) -> dict[str, Any]:
-    """What decides about the cleaned text, for JSON: the fields that are on, a file by its SHA-256."""
+    """All that the cleaned text depends on, for JSON: the fields that are on, a file by its SHA-256."""
     off = asdict(Cleaning())
     on = {name: value for name, value in asdict(cleaning).items() if value != off[name]}
     if cleaning.stop_words is not None:

@@ -18,7 +18,7 @@ from tfdp.data import inputs
 _SUFFIXES = {".gz": "gzip", ".xz": "xz", ".bz2": "bzip2", ".zst": "Zstandard", ".zstd": "Zstandard"}
 _PADDING = {"gzip": 1, "xz": 4}  # bytes, of which there may be a multiple after a stream
 _CHUNK = 1 << 20
-_COMPRESSED_CHUNK = 1 << 14  # of which even zeros alone make a few hundred MB at most, and text some 100 kB
+_COMPRESSED_CHUNK = 1 << 14  # expands to a few hundred MB at most (zeros), text to some 100 kB
 _LARGEST_WINDOW = 1 << 31  # bytes, of Zstandard: what `zstd --long=31` asks for; memory is taken as a frame says
 _BEGINNINGS = [  # what files of these kinds begin with, at an offset
     ("gzip", 0, b"\x1f\x8b\x08"),
@@ -37,7 +37,7 @@ _BEGINNINGS = [  # what files of these kinds begin with, at an offset
 
 
 class DamagedError(OSError):
-    """A file holds something else than its suffix says, or not the whole of it."""
+    """A file is not of the kind that its suffix says, or not whole."""
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.EIO, message)

@@ -7,7 +7,8 @@ A source is named by a string: `python-stdlib`, or `KIND:ADDRESS`:
     parquet:GLOB[:COLUMN][:KEY=VALUE]   Parquet tables; COLUMN is text by default
     tfds:NAME[/CONFIG][:SPLIT][:FIELD]   a data set of TensorFlow Datasets, or the folder of a prepared one
 
-KEY=VALUE takes the records with that value alone, such as one class: classes are weighed as sources of a mixture are.
+KEY=VALUE takes the records with that value alone, such as one class: classes are weighted as the sources of a mixture
+are, and need no field of their own in the shards.
 `addresses.py` has the grammar, `inputs.py` says which files a GLOB means, and `compression.py` which compressed ones
 are read.
 Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.

@@ -4,8 +4,8 @@ NAME is a data set that TensorFlow Datasets knows (wikipedia/20230601.en, lm1b, 
 is wanted (lm1b:1.1.0), or the folder of a prepared one. SPLIT is train by default, and may be a slice: train[:90%].
 FIELD is the feature that holds the text: by default `text`, or the only feature that is text.
 
-The data set is read by a process of its own, which hands the texts over through a pipe: reading it starts TensorFlow,
-and the process that trains must not have done so before its strategy is made.
+A separate process reads the data set and sends the texts through a pipe: reading starts TensorFlow, and in the process
+that trains nothing may start it before a `MultiWorkerMirroredStrategy` is made.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ def parse(address: str, key: str) -> Address:
     if rest and re.fullmatch(r"\d+\.\d+\.\d+", rest[0]):
         name = f"{name}:{rest.pop(0)}"
     if not name or len(rest) > 2:
-        raise ConfigError(f"{_told(address, key)} must be {_FORM}, such as tfds:lm1b:train[:90%]:text")
+        raise ConfigError(f"{_named(address, key)} must be {_FORM}, such as tfds:lm1b:train[:90%]:text")
     split, field = [*rest, "", ""][:2]
     return Address(name, split or "train", field or None)
 
 
-def _told(address: str, key: str) -> str:
+def _named(address: str, key: str) -> str:
     return f"{key} ({messages.shown(f'tfds:{address}')})"
 
 
@@ -64,7 +64,7 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
     environment.pop("TF_CONFIG", None)
     number = 0
     with (
-        tempfile.TemporaryFile() as printed,  # a pipe that nobody reads would fill, and stop the process
+        tempfile.TemporaryFile() as printed,  # an unread pipe would fill up and block the process
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=printed, env=environment) as process,
     ):
         try:
@@ -77,7 +77,7 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
             if process.wait() != 0:
                 printed.seek(0)
                 last = printed.read().decode(errors="replace").strip().splitlines()[-1:]
-                raise ConfigError(f"{_told(address, key)} could not be read: {' '.join(last) or process.returncode}")
+                raise ConfigError(f"{_named(address, key)} could not be read: {' '.join(last) or process.returncode}")
         finally:
             process.kill()
 
@@ -108,7 +108,7 @@ def main() -> int:
                 data.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ConfigError(
-                    f"{_told(address, key)}, example {number}, must be UTF-8: {error.reason} at byte {error.start}"
+                    f"{_named(address, key)}, example {number}, must be UTF-8: {error.reason} at byte {error.start}"
                 ) from None
             write(_TEXT, data)
     except ConfigError as error:
@@ -124,9 +124,9 @@ def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    shown = _told(address, key)
+    shown = _named(address, key)
     builder = _builder(tfds, wanted, shown)
-    # One that was made before another process had prepared the data knows no split, and never learns of them.
+    # A builder that was made before another process prepared the data never learns of its splits.
     if not (builder.is_prepared() and builder.info.splits):
         _prepare(builder, shown)
         builder = _builder(tfds, wanted, shown)

@@ -1,11 +1,12 @@
 """Which documents are held out for validation, and where the end of one is cut off instead.
 
 Documents are taken in the order of a hash of their names, each that still fits into the wanted fraction of all bytes.
-So the choice depends neither on a seed nor on the order of files, and a document that is added moves few others.
+So the choice depends neither on a seed, which keeps the losses of two runs with other seeds comparable, nor on the
+order of files, and a document that is added moves few others.
 
 Whole documents may not come near the fraction: three books and a short note, of which the note alone fits. Where they
 hold less than half of what is wanted, the shortest of the remaining documents is held out as well. Where only one
-remains, which training cannot do without, what is missing is cut off its end.
+remains, which training needs, the missing bytes are cut off its end.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Files that a user names: the ones that a pattern means, and their content.
+"""Files that a user names: those that a pattern matches, and their content.
 
 Only regular files are read: text is read more than once, and a pipe gives what it holds only once.
 """
@@ -40,7 +40,7 @@ def read(path: Path) -> bytes:
 
 
 def require_regular(path: str | Path) -> os.stat_result:
-    """What the system knows of a regular file. Raises `OSError` for anything else, and where there is nothing."""
+    """The status of a regular file. Raises `OSError` for anything else, and where there is nothing."""
     try:
         status = os.stat(path)
     except ValueError as error:  # a NUL in the path

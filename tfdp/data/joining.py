@@ -27,7 +27,7 @@ class Choice:
     """Which documents come into which split.
 
     Attributes:
-      splits: the number of each document's split in `SPLITS`, -1 for one that is left out; that of its beginning for
+      splits: the number of each document's split in `SPLITS`, -1 for one that is skipped; that of its beginning for
         the one that is cut. Shape (num_documents,).
       cut: None where no document is.
     """
@@ -42,7 +42,7 @@ class Choice:
 
 
 def joined_index(parts: Sequence[Part], without_duplicates: bool) -> np.ndarray:
-    """The records of all documents in order; of duplicates, all but the first are marked as left out."""
+    """The records of all documents in order; of duplicates, all but the first are marked as skipped."""
     if not parts:
         return np.zeros(0, INDEX)
     index = np.concatenate([part.index() for part in parts])
@@ -56,7 +56,7 @@ def joined_index(parts: Sequence[Part], without_duplicates: bool) -> np.ndarray:
 
 
 def labels_of(parts: Sequence[Part]) -> np.ndarray:
-    """The number in `SPLITS` of the split that each document was read for; 0 where that is still open."""
+    """The number in `SPLITS` of the split that each document was read for; 0 where that is undecided."""
     labels = [SPLITS.index(part.split or "train") for part in parts]
     return np.repeat(np.array(labels, np.int64), [part.num_documents for part in parts])
 
@@ -64,7 +64,7 @@ def labels_of(parts: Sequence[Part]) -> np.ndarray:
 def choose_splits(
     parts: Sequence[Part], index: np.ndarray, fraction: float, tokenizer: Tokenizer, dtype: str
 ) -> Choice:
-    """Gives each document its split; where that is open, a fraction of the bytes is held out."""
+    """Gives each document its split; where that is undecided, a fraction of the bytes is held out."""
     choice = Choice(np.where(index["left_out"] == 0, labels_of(parts), -1))
     if any(part.split for part in parts):
         return choice
@@ -82,7 +82,7 @@ def choose_splits(
 
 
 def count_left_out(index: np.ndarray) -> dict[str, int]:
-    """How many documents were left out for which reason."""
+    """How many documents were skipped for which reason."""
     counts = np.bincount(index["left_out"], minlength=len(LEFT_OUT))
     return {reason: int(count) for reason, count in zip(LEFT_OUT, counts, strict=True) if reason and count}
 

@@ -36,9 +36,9 @@ def parquet_rows(path: Path, column: str, key: str, only: records.Condition = No
                 texts, *others = [_values(batch, place) for place in places]
                 for row in range(len(batch)):
                     number += 1
-                    told = f"{where}, row {number}, column"
-                    if only is None or _compared(others[0][row], f"{told} {shown(only[0])}") == only[1]:
-                        yield number, records.text_of(_from_arrow(texts[row]), f"{told} {shown(column)}")
+                    place = f"{where}, row {number}, column"
+                    if only is None or _compared(others[0][row], f"{place} {shown(only[0])}") == only[1]:
+                        yield number, records.text_of(_from_arrow(texts[row]), f"{place} {shown(column)}")
     except (pyarrow.ArrowException, OSError) as error:
         message = one_line(" ".join(str(error).split()))
         raise ConfigError(f"{where} must be a whole Parquet file, but after row {number}: {message}") from None

@@ -1,8 +1,8 @@
 """Token shards -> tf.data: one global order of sequences, and this worker's slice of it.
 
 The order is a pure function of the position: a source by the weights (`mixture.py`), and within the positions of a
-source an epoch and a sequence. Nothing is stateful, so a run goes on at any position at no cost, and the order
-does not know how many replicas or workers there are. Step s of a run takes the positions s * G .. s * G + G - 1, where
+source an epoch and a sequence. Nothing is stateful, so a run resumes at any position at no cost, and the order
+does not depend on the number of replicas or workers. Step s of a run takes the positions s * G .. s * G + G - 1, where
 G is the global batch size.
 """
 
@@ -21,7 +21,7 @@ from tfdp.parallel import collectives
 from tfdp.tasks.task import Rows
 
 Partition = Literal["shuffled", "block", "row"]
-_PREFETCHED = 4  # elements that are read before a step asks for them
+_PREFETCHED = 4  # elements read ahead of the steps
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def train_batches(
     """The endless batches of a run from `start_step` on, distributed over the replicas.
 
     Each element holds, per replica, `global_batch_size / num_replicas` rows: consecutive positions, in
-    replica order. A position that is left out keeps its row, all `ABSENT`: nothing else moves.
+    replica order. An excluded position keeps its row, all `ABSENT`, so nothing else moves: a run that rolled back
+    around some positions equals one that excluded them from the start.
     """
     positions = _worker_positions(strategy, order.global_batch_size, start_step)
     located = _map(positions, lambda position: (position, *order.locate(position)))

@@ -1,8 +1,8 @@
-"""Documents -> token shards, once: by all cores, restartable where it stopped, safe when started twice at once.
+"""Documents -> token shards: on all cores, resumable where it stopped, safe when started twice at once.
 
-A folder in the making holds `recipe.json`, the tokenizer and `parts/` (`encoding.py`). When all parts are there they
-are joined into the shards of `shards.py`; the manifest is written last, then the parts go. A folder that holds
-anything else is left alone (`shard_folder.py`).
+A folder that is being prepared holds `recipe.json`, the tokenizer and `parts/` (`encoding.py`). When all parts are
+there they are joined into the shards of `shards.py`; the manifest is written last, then the parts go. A folder that
+holds anything else is left alone (`shard_folder.py`).
 """
 
 import hashlib
@@ -46,24 +46,24 @@ from tfdp.system.exits import ConfigError
 from tfdp.system.files import locking, write_whole
 from tfdp.system.processes import make_pool
 
-_OVERLAP_TOKENS = 16 << 20  # whose text one process looks through at a time
+_OVERLAP_TOKENS = 16 << 20  # that one process searches at a time
 
 
 class Watcher:
-    """Is told how a preparation gets on; this one says only what must not be missed."""
+    """Follows the progress of a preparation; this one prints only warnings."""
 
     def say(self, line: str) -> None:
         """A line worth reading."""
 
     def warn(self, line: str) -> None:
-        """A line that tells of damage, or why nothing happens for a while."""
+        """A line about damage, or about a long wait."""
         note(line)
 
     def part(self, part: Part) -> None:
-        """A part is there."""
+        """A part is done."""
 
     def wait(self) -> None:
-        """Another process prepares this folder: its end is waited for."""
+        """Another process prepares this folder: this one waits for its end."""
 
 
 def prepare(
@@ -75,14 +75,14 @@ def prepare(
     overlap: bool = False,
     facts: dict[str, Any] | None = None,
 ) -> TokenShards:
-    """Makes the shards of a recipe in a folder, or what is left to make of them, and opens them.
+    """Makes the shards of a recipe in a folder, or the rest of them, and opens them.
 
     Args:
       recipe: what to make.
-      folder: where; what another process has begun there is waited for, then taken.
-      key: that the folder comes from, to blame.
-      watcher: is told how it gets on.
-      num_processes: that encode.
+      folder: for them; if another process prepares it, this one waits and takes the result.
+      key: the configuration key that names the folder, for errors.
+      watcher: follows the progress.
+      num_processes: to encode with.
       overlap: whether to measure how much of the validation text occurs in the training text.
       facts: what the folder must have been made from; None: the recipe's own, with the names of the sources.
 
@@ -99,7 +99,7 @@ def prepare(
             _require_room(recipe, folder, key)
         folder.mkdir(parents=True, exist_ok=True)
         with locking(folder / ".lock", lambda _holder: watcher.wait()):
-            if not _made(folder, facts, key, watcher, is_mended=True):
+            if not _made(folder, facts, key, watcher, is_remade=True):
                 _make(recipe, facts, folder, watcher, num_processes)
             _finish(folder, overlap, num_processes)
     except OSError as error:
@@ -108,28 +108,28 @@ def prepare(
 
 
 def _made(
-    folder: Path, facts: dict[str, Any], key: str, watcher: Watcher, is_mended: bool = False
+    folder: Path, facts: dict[str, Any], key: str, watcher: Watcher, is_remade: bool = False
 ) -> TokenShards | None:
     """The shards, if the folder holds them whole. Raises `ConfigError` where it holds, or was to hold, others.
 
-    Where they are damaged and will be mended at once, the watcher hears of it.
+    The watcher is warned of damaged ones that will be made again at once.
     """
     _require_same(folder, facts)
     try:
         return open_shards(folder, key, say=watcher.warn)
     except DamagedShards as error:
-        if is_mended and (folder / MANIFEST_FILE).exists():
-            watcher.warn(f"{error}: that is done now")
+        if is_remade and (folder / MANIFEST_FILE).exists():
+            watcher.warn(f"{error}: making them again")
         return None
 
 
 def _is_finished(folder: Path, overlap: bool) -> bool:
-    """Whether nothing is left to do in a folder of whole shards."""
+    """Whether a folder of whole shards is complete."""
     return not (folder / RECIPE_FILE).exists() and not (overlap and read_manifest(folder)["overlap"] is None)
 
 
 def _finish(folder: Path, overlap: bool, num_processes: int) -> None:
-    """Does what is left to do in a folder of whole shards."""
+    """Completes a folder of whole shards."""
     remove_scaffold(folder)
     if not _is_finished(folder, overlap):
         _measure_overlap(folder, num_processes)
@@ -158,7 +158,7 @@ def _begun_recipe(folder: Path) -> dict[str, Any]:
 
 
 def _require_room(recipe: Recipe, folder: Path, key: str) -> None:
-    """Raises `ConfigError` for a folder that holds something else, or is in the way of what the recipe reads."""
+    """Raises `ConfigError` for a folder that holds something else, or lies inside what the recipe reads."""
     if folder.is_dir() and (foreign := foreign_entries(folder)):
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise ConfigError(
@@ -179,9 +179,9 @@ def _require_room(recipe: Recipe, folder: Path, key: str) -> None:
 
 
 def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher, num_processes: int) -> None:
-    """Makes the shards, or what is left to make of them; where there is no text, nothing of it stays."""
+    """Makes the shards, or the rest of them; leaves nothing behind where there is no text."""
     is_resumed = (folder / RECIPE_FILE).exists()
-    write_whole(folder / RECIPE_FILE, json.dumps(facts, indent=1))  # first: it marks the rest as ours
+    write_whole(folder / RECIPE_FILE, json.dumps(facts, indent=1))  # first: it marks the other files as ours
     if not is_resumed and not _has_tokenizer(folder):
         remove_tokenizer(folder)
     had_tokenizer = (folder / TOKENIZER_FOLDER).exists()
@@ -189,7 +189,7 @@ def _make(recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher,
     try:
         _make_parts_and_join(recipe, facts, folder, watcher, num_processes)
     except ConfigError as error:
-        # Where nothing is done yet, or there is no text, the recipe may be wrong: another one may have the folder.
+        # With no part done, or no text, the recipe may be wrong: the folder must be free for another one.
         if isinstance(error, NoText) or not any((folder / PARTS_FOLDER).glob("*.json")):
             if not had_tokenizer:
                 remove_tokenizer(folder)
@@ -218,7 +218,7 @@ def _make_parts_and_join(
     require_text(recipe, index, joining.labels_of(parts))
     choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)
     require_both(recipe, index, choice)
-    remove_shards(folder)  # damaged ones, whose source is there, as is now known
+    remove_shards(folder)  # damaged ones: only now that their source has been read
     splits = {
         name: joining.join(parts, index, choice, number, SplitWriter(folder, name, dtype, tokenizer.end_of_text))
         for number, name in enumerate(SPLITS)
@@ -247,7 +247,7 @@ def _manifest(
 
 
 def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
-    """The tokenizer of the recipe, trained on the text if it says so; in the folder from now on."""
+    """The tokenizer of the recipe, trained on the text if it says so; saved in the folder."""
     home = folder / TOKENIZER_FOLDER
     if home.exists():
         return open_tokenizer(home)

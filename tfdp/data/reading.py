@@ -1,4 +1,4 @@
-"""What shards are made from: the documents of a recipe in their order, and whether there is text in them."""
+"""The input of a preparation: the documents of a recipe in order, and a check that there is text in them."""
 
 import hashlib
 import heapq
@@ -163,5 +163,5 @@ def _what_was_found(source: str, key: str, index: np.ndarray) -> str:
     num_empty = len(index) - sum(left_out.values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in {**left_out, "empty": num_empty}.items() if count)
     if left_out:
-        return f"cleaning left out all {len(index):,} documents ({reasons}): loosen cleaning, or name another source"
+        return f"cleaning skipped all {len(index):,} documents ({reasons}): loosen cleaning, or name another source"
     return f"none of its {len(index):,} documents holds text: name another source"

@@ -1,6 +1,6 @@
-"""The folder in which shards are made: which of its entries are this program's own, and only those are ever removed.
+"""The folder in which shards are made: which of its entries are our own. Only those are ever removed.
 
-`recipe.json` marks a folder in the making: it is the first file there, and the last to go when the shards are done.
+`recipe.json` marks a folder that is being prepared: it is written first, and removed last when the shards are done.
 """
 
 import glob
@@ -38,10 +38,10 @@ _FOLDERS = {
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """What lies in a folder and was not written by a preparation there, by path below the folder; sorted.
+    """The entries of a folder that no preparation has written, by path below the folder; sorted.
 
-    A name alone proves nothing: without a sign that shards are or were being made there, everything is foreign, but for
-    the lock and the sign itself on its way: another process may just be beginning, or have died there.
+    A name alone proves nothing: without a sign that shards are or were being made there, everything is foreign, except
+    the lock and an unfinished mark: another process may just be starting there, or have died.
     """
     found = sorted(_entries(folder))
     if not _is_marked(folder):
@@ -50,7 +50,7 @@ def foreign_entries(folder: Path) -> list[str]:
 
 
 def remove_shards(folder: Path) -> None:
-    """Removes what a finished preparation left, the manifest first: without it nothing passes for shards."""
+    """Removes the files of a finished preparation, the manifest first: without it the rest are no shards."""
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     (folder / VERIFIED_FILE).unlink(missing_ok=True)
     for path in list(folder.iterdir()):
@@ -64,7 +64,7 @@ def remove_tokenizer(folder: Path) -> None:
 
 
 def remove_scaffold(folder: Path) -> None:
-    """Removes the parts, then the mark of a folder in the making."""
+    """Removes the parts, then the mark of an unfinished preparation."""
     _remove_folder(folder / PARTS_FOLDER)
     for path in list(folder.iterdir()):
         if re.fullmatch(_RECIPE_SCRATCH, path.name):  # of a process that died
@@ -130,7 +130,7 @@ def _keys(path: Path) -> set[str]:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Removes a folder of our own, file by file; what is not ours stays, and so does the folder then."""
+    """Removes a folder of our own, file by file; other files stay, and then the folder does too."""
     pattern = next((pattern for name, pattern in _FOLDERS.items() if re.fullmatch(name, folder.name)), None)
     if pattern is None or not folder.is_dir():
         return

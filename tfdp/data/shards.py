@@ -12,8 +12,9 @@ A folder of shards holds, for the splits `train` and `validation`:
 The ids of a split are one stream: end-of-text, document, end-of-text, document, ..., end-of-text. So every
 byte of every document is predicted once an epoch, the first one from an end-of-text token.
 
-Opening verifies every file (`verification.py`). Reading leaves no page of a file in the memory of this process: a
-corpus of any size costs the same.
+Opening verifies every file (`verification.py`), and `open_shards` is the only way to open: for a run, an evaluation,
+the cache and `prepare`. So the digest that workers and checkpoints compare is that of the tokens that are read. Reading
+leaves no page of a file in the memory of this process: a corpus of any size costs the same.
 """
 
 import hashlib
@@ -59,7 +60,7 @@ class Split:
     Args:
       shards: the token ids, in parts: arrays, or files.
       num_documents, num_bytes: of text.
-      index: the files of the documents' starts and names; None for tokens whose documents nobody asks for.
+      index: the files of the documents' starts and names; None for tokens without documents.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Split:
         self.num_bytes = num_bytes
 
     def read(self, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-        """Reads stretches of tokens: int32, shape (len(starts), width), `ABSENT` after the end of each.
+        """Reads ranges of tokens: int32, shape (len(starts), width), `ABSENT` after the end of each.
 
         Args:
           starts: index of the first token of each.
@@ -180,9 +181,9 @@ def open_shards(
 
     Args:
       folder: that `tfdp.prepare` made.
-      key: that it comes from, to blame.
-      cache_dir: where to remember that it was verified, if it cannot be written.
-      say: is called where verifying it takes a while.
+      key: the configuration key that names it, for errors.
+      cache_dir: where to record that it was verified, if the folder cannot be written.
+      say: called before a long verification.
 
     Raises:
       DamagedShards: a file is missing or not what was written, or holds an id that the tokenizer does not have.
@@ -205,7 +206,7 @@ def open_shards(
 
 
 def open_tokenizer_of(folder: Path, key: str) -> Tokenizer:
-    """The tokenizer of a folder of shards, without a look at the shards. Raises as `open_shards` does."""
+    """The tokenizer of a folder of shards, without reading the shards. Raises as `open_shards` does."""
     try:
         return _open_tokenizer(folder, _read_manifest(folder), key)
     except Damaged as error:
@@ -227,7 +228,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _open_tokenizer(folder: Path, manifest: Manifest, key: str) -> Tokenizer:
     check_lengths(folder, manifest.tokenizer_files)
-    for file in manifest.tokenizer_files:  # a megabyte at most: not worth remembering
+    for file in manifest.tokenizer_files:  # a megabyte at most: read each time
         examine(folder / file.name, file)
     tokenizer = open_tokenizer(folder / TOKENIZER_FOLDER, key)
     if tokenizer.fingerprint != manifest.tokenizer:

@@ -1,4 +1,4 @@
-"""What a run reads: the sources of `data.source` as token shards, with their weights, under one tokenizer."""
+"""The corpus of a run: the sources of `data.source` as token shards, with their weights, under one tokenizer."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def check_length(split: Split, name: str, context_length: int, source: str = "",
       name: of the split.
       context_length: tokens of a sequence, less one.
       source: that the split belongs to.
-      why, fix: for the message: what the split is that short for, and what makes it longer.
+      why, fix: for the message: why the split is so short, and what makes it longer.
     """
     if split.num_documents == 0 or split.num_bytes == 0:
         raise ConfigError(f"data.source ({source}): the {name} split must not be empty: it holds no text")
@@ -107,7 +107,7 @@ def check_length(split: Split, name: str, context_length: int, source: str = "",
 
 
 def _why_short(source: Source) -> str:
-    """What the validation split of a source is, beside the rest of it."""
+    """The size of the validation split of a source, beside the rest of it."""
     train, validation = source.shards.train, source.shards.validation
     return (
         f" ({validation.num_documents:,} of the {train.num_documents + validation.num_documents:,} documents of "
@@ -116,7 +116,7 @@ def _why_short(source: Source) -> str:
 
 
 def _longer_by(source: Source, context_length: int) -> str:
-    """What gives a source a longer validation split: a larger fraction, where it has the text, or text of its own."""
+    """How to give a source a longer validation split: a larger fraction, if that is enough, or text of its own."""
     num_tokens = source.shards.train.num_tokens + source.shards.validation.num_tokens
     prefix = "tfdp.prepare --" if source.name.startswith(TOKENS) else "data."
     enough = [fraction for fraction in (0.05, 0.1, 0.2, 0.3, 0.5) if fraction * num_tokens >= 2 * (context_length + 1)]
@@ -142,10 +142,10 @@ def cache_dir(config: DataConfig) -> Path:
 
 
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
-    """Opens the sources of a run; what is text yet becomes token shards in `cache_dir` first.
+    """Opens the sources of a run; those that are text become token shards in `cache_dir` first.
 
-    There a folder's name is a digest of the text and of what is made of it, so a changed file or key makes other
-    shards, and shards are made once however many processes want them.
+    There the name of a folder is a digest of the text and of the keys that shape its shards: a changed file or key
+    makes other shards, and shards are made once, however many processes need them.
 
     Raises:
       ConfigError: a source is wrong or empty, or their tokenizers differ.
@@ -169,7 +169,7 @@ def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
 
 
 def open_same_corpus(config: DataConfig, corpus_sha256: str) -> Corpus:
-    """The text that a run was trained on. Raises `ConfigError` where its sources hold another one now."""
+    """The text that a run was trained on. Raises `ConfigError` where the sources have changed."""
     corpus = open_corpus(config, cache_dir(config))
     require(
         corpus.corpus_sha256 == corpus_sha256,
@@ -219,7 +219,7 @@ def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards])
 
 
 def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
-    """The tokenizer for what is text yet: the one that is named, else that of the shards beside it, else bytes."""
+    """The tokenizer for the text sources: the one that is named, else that of the shards beside them, else bytes."""
     if config.tokenizer != "auto":
         return config.tokenizer
     return f"bpe:{opened[0].removeprefix(TOKENS)}/tokenizer" if opened else "bytes"

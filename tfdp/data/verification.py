@@ -2,8 +2,8 @@
 
 What was verified is remembered in `verified.json` beside the files, or in the cache where the folder cannot be written:
 size, times and inode of each file, its sha256, and the largest token id in it. A file that differs in any of them is
-read again. The memory carries its own digest; a damaged one is as good as none. What happens to a disk later, under a
-file that nobody has written to, it cannot see: remove it to have everything read again.
+read again. The file carries its own digest; a damaged one is ignored. It cannot notice a disk that changes
+bits under a file that nobody has written to: remove it to have everything read again.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tfdp.system.sealed import read_sealed, write_sealed
 
 VERIFIED_FILE = "verified.json"
 CHUNK_BYTES = 4 << 20  # read at a time, by each thread
-TELL_BYTES = 256 << 20  # to read, from which on somebody may wonder why nothing happens
+ANNOUNCED_BYTES = 256 << 20  # reading so much takes long enough to say so
 _CLOCK_TICK_SECONDS = 0.02  # more than the steps in which file systems count the times of files
 
 
@@ -50,13 +50,13 @@ class Finding:
 def verify(
     folder: Path, files: Sequence[ListedFile], cache_dir: Path | None, say: Callable[[str], None]
 ) -> dict[str, Finding]:
-    """Verifies files, and remembers them.
+    """Verifies files, and records what was found.
 
     Args:
       folder: that holds them.
       files: to verify; all of them have a digest, and are there (`check_lengths`).
-      cache_dir: where to remember them if not in the folder.
-      say: is called where it takes a while.
+      cache_dir: where to record it if the folder cannot be written.
+      say: called before a long read.
 
     Returns:
       What was found in each, by its name.
@@ -67,7 +67,7 @@ def verify(
     """
     if not (known := _Known.recall(folder, files, cache_dir)).missing:
         return known.findings
-    with _one_at_a_time(folder / MANIFEST_FILE):  # who waited finds here what the first has read
+    with _one_at_a_time(folder / MANIFEST_FILE):  # a process that waited finds here what the first one has read
         known = _Known.recall(folder, files, cache_dir)
         if known.missing:
             known.findings.update(_read_all(folder, known.missing, say))
@@ -102,14 +102,14 @@ def examine(path: Path, file: ListedFile) -> Finding:
 
 
 def state_of(path: Path) -> list[int]:
-    """What changes when somebody writes to a file: `touch` sets its modification time back, but not its change time."""
+    """What changes when a file is written: `touch` can reset its modification time, but not its change time."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is remembered of files, and those of which nothing is that holds for them now."""
+    """The findings that still hold, and the files without one."""
 
     findings: dict[str, Finding]
     missing: list[ListedFile]
@@ -126,7 +126,7 @@ class _Known:
 
 
 def _memories(folder: Path, cache_dir: Path | None) -> list[Path]:
-    """Where findings are remembered: the first that can be written is used."""
+    """Where findings are recorded: the first that can be written is used."""
     paths = [folder / VERIFIED_FILE]
     if cache_dir is not None:
         place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
@@ -143,7 +143,7 @@ def _load(path: Path) -> dict[str, Finding]:
 
 def _read_all(folder: Path, files: Sequence[ListedFile], say: Callable[[str], None]) -> dict[str, Finding]:
     num_bytes = sum(file.num_bytes for file in files)
-    if num_bytes >= TELL_BYTES:
+    if num_bytes >= ANNOUNCED_BYTES:
         say(f"verifying {num_bytes / 1e9:,.1f} GB of token shards in {folder}, once")
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1, 8)) as pool:  # hashing needs no lock of Python
         found = pool.map(lambda file: examine(folder / file.name, file), files)
@@ -151,7 +151,7 @@ def _read_all(folder: Path, files: Sequence[ListedFile], say: Callable[[str], No
 
 
 def _remember(folder: Path, findings: dict[str, Finding], cache_dir: Path | None, say: Callable[[str], None]) -> None:
-    """Writes down what still holds: the pause shows a change in the same tick of the file system's clock too."""
+    """Records what still holds; after the pause a change within the same tick of the file system's clock shows too."""
     time.sleep(_CLOCK_TICK_SECONDS)
     kept: dict[str, Any] = {
         name: vars(finding) for name, finding in findings.items() if finding.state == state_of(folder / name)

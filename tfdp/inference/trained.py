@@ -1,4 +1,4 @@
-"""A trained GPT, read back from its run directory: what evaluate and generate start from."""
+"""A trained model, read back from its run directory, for evaluate and generate."""
 
 import sys
 from collections.abc import Mapping, Sequence

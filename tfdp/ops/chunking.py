@@ -1,16 +1,16 @@
-"""How large pieces of work are cut, so that what stands in memory at once stays small."""
+"""How large operations are cut into chunks, to keep the memory in use at once small."""
 
 from itertools import pairwise
 
-LOGITS_BYTES = 128 << 20  # of float32 logits that stand in memory at once, unless the number of tokens is named
+LOGITS_BYTES = 128 << 20  # of float32 logits in memory at once, unless training.loss_chunk_size is set
 
 
 def loss_chunk_size(wanted: int | None, num_tokens: int, vocab_size: int) -> int:
-    """Tokens whose logits stand in memory at once, from `training.loss_chunk_size`: 0 wants all of them.
+    """Tokens whose logits are in memory at once, from `training.loss_chunk_size`: 0 wants all of them.
 
     None wants all if their logits in float32 fit into `LOGITS_BYTES`, else a power of two that takes half of that at
     most: each chunk adds to the gradient of the whole table, but its logits and their gradients are soon most of a
-    step's memory, in each micro-batch that is computed side by side.
+    step's memory, in each of the parallel micro-batches.
     """
     if wanted is not None:
         return min(num_tokens, wanted or num_tokens)

@@ -34,7 +34,10 @@ class Kernels:
         self._compiled = compiled
 
     def gelu(self, x: tf.Tensor) -> tf.Tensor:
-        """GELU by its tanh formula (Hendrycks and Gimpel 2016). Compiled, it keeps its slope for backward, not x."""
+        """GELU by its tanh formula (Hendrycks and Gimpel 2016). Compiled, it keeps its slope for backward, not x.
+
+        That takes the same memory, and tanh is computed once. In bfloat16 the slope is rounded like all else.
+        """
         if not self._compiled:
             return tf.nn.gelu(x, approximate=True)
 

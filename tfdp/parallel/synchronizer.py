@@ -90,7 +90,7 @@ class AllReduce:
 
     def reduce(self, gradients: Sequence[tf.Tensor], statistics: tf.Tensor) -> tuple[Sequence[tf.Tensor], tf.Tensor]:
         if not self._reduces:
-            return gradients, statistics
+            return gradients, statistics  # as they are: laying them into packs would copy them twice
         packs = self._buckets.pack([tf.cast(gradient, self._dtype) for gradient in gradients])
         packs, statistics = collectives.sum_step(packs, statistics, self._reduction)
         return self._buckets.unpack(packs), statistics

@@ -1,7 +1,7 @@
-"""stdout and stderr that a command can rely on, whatever its caller made of them.
+"""Reliable stdout and stderr, whatever the caller has made of them.
 
-A run must not end because nobody reads its lines, so output that cannot be written is set aside. A command whose
-output is its result must end there instead, and says so by its exit code.
+A run must not end because nobody reads its lines, so output that cannot be written is discarded. A command whose output
+is its result must end instead, with an exit code that says so.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 
 class OutputLost(Exception):
-    """The result of a command cannot be written; `is_closed` where its reader has gone, which is no error to report."""
+    """The result of a command cannot be written; `is_closed` if its reader is gone, which is no error to report."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"output could not be written: {error.strerror}")
@@ -24,7 +24,8 @@ def prepare(is_result: bool) -> None:
     """Makes stdout and stderr safe to write to, for Python and for native libraries. Call it before files are opened.
 
     Args:
-      is_result: whether `print` raises `OutputLost` where stdout cannot be written; otherwise it goes on without, after
+      is_result: whether `print` raises `OutputLost` where stdout cannot be written; otherwise it discards its output,
+      after
         a note on stderr.
 
     A closed descriptor becomes /dev/null: the next file to be opened would take its number, and receive what is
@@ -36,7 +37,7 @@ def prepare(is_result: bool) -> None:
 
 
 def flush() -> None:
-    """Writes what stands in the buffers. Raises `OutputLost` as `print` does."""
+    """Writes what is buffered. Raises `OutputLost` as `print` does."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(ValueError):  # closed by the command itself
             stream.flush()
@@ -68,7 +69,7 @@ class _Output(io.FileIO):
             if self._is_result:
                 raise OutputLost(error) from None
             if self.fileno() == 1:
-                print(f"note: stdout cannot be written ({error.strerror}): going on without it", file=sys.stderr)
+                print(f"note: stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr)
         return size
 
     def _set_aside(self) -> None:
@@ -86,7 +87,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _safe(stream: TextIO | None, descriptor: int, is_result: bool) -> TextIO:
-    """The stream over `_Output`; one that does not write to the descriptor, as a test's, stays as it is."""
+    """The stream over `_Output`; one that writes elsewhere, as in tests, stays as it is."""
     if stream is not None and not _writes_to(stream, descriptor):
         return stream
     output = _Output(descriptor, is_result)

@@ -27,13 +27,13 @@ class CommandError(Exception):
 
 
 class ConfigError(CommandError, ValueError):
-    """A mistake of the user, told in one line: key, value, rule, fix."""
+    """A mistake of the user, reported in one line: key, value, rule, fix."""
 
     exit_code = USER_ERROR
 
 
 class TrainingError(CommandError):
-    """The run cannot go on, and its user should know why: a gradient that is not finite, say."""
+    """The run cannot continue, for a reason that its user should know: a gradient that is not finite, say."""
 
 
 class StopRequested(CommandError):
@@ -64,7 +64,7 @@ def leave(error: CommandError) -> NoReturn:
     """Ends the process at once, from any thread, with the error's line and code.
 
     TensorFlow's own way out would wait for a peer that is gone. The pause lets the other workers find out
-    who was lost before this one is gone too.
+    which peer was lost before this one is gone too.
     """
     _report(error)
     if isinstance(error, PeerLost):
@@ -76,8 +76,8 @@ def run_command(command: Callable[[], None], output_is_result: bool = False) -> 
     """Runs a command's body and turns the exceptions above into its exit code.
 
     Args:
-      output_is_result: whether a stdout that cannot be written ends the command. Otherwise its lines are a record that
-        nobody need read, and it goes on.
+      output_is_result: whether a stdout that cannot be written ends the command. Otherwise its lines are only progress,
+        and it continues.
     """
     console.prepare(output_is_result)
     choose_keras()
@@ -89,7 +89,7 @@ def run_command(command: Callable[[], None], output_is_result: bool = False) -> 
         _report(error)
         return error.exit_code
     except console.OutputLost as error:
-        if not error.is_closed:  # a reader that has gone wants no more of it
+        if not error.is_closed:  # its reader is gone and wants no more
             _report(CommandError(str(error)))
         return FAILED
     except KeyboardInterrupt:

@@ -88,7 +88,7 @@ def _locked(path: Path, when_held: Callable[[str], None]) -> FileIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # its holder removed it while it was waited for: the next one is another file
+        file.close()  # its holder removed it meanwhile: the next one is another file
 
 
 def _flock(file: FileIO, path: Path, when_held: Callable[[str], None]) -> None:
@@ -101,7 +101,7 @@ def _flock(file: FileIO, path: Path, when_held: Callable[[str], None]) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         print(
-            f"warning: {path} cannot be locked ({error.strerror}): see to it that one process works in its folder",
+            f"warning: {path} cannot be locked ({error.strerror}): make sure that only one process works in its folder",
             file=sys.stderr,
             flush=True,
         )

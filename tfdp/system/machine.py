@@ -1,4 +1,4 @@
-"""What this machine has, and what each worker process gets of it: cores, GPUs, ports. It never loads TensorFlow."""
+"""The cores, GPUs and ports of this machine, and the share of each worker process. It never loads TensorFlow."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ from tfdp.system.exits import require
 
 @dataclass(frozen=True)
 class Gpu:
-    """What NVIDIA's data sheets say of a kind of GPU."""
+    """A kind of GPU, by NVIDIA's data sheet."""
 
     half_peak: float  # FLOP/s of dense matrix products in bfloat16 or float16
     float32_peak: float  # the same as TF32, which TensorFlow uses for float32
@@ -40,13 +40,13 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The kind of a GPU by what the driver calls it, such as "NVIDIA H100 80GB HBM3"; None for one not known here."""
+    """The kind of a GPU by its name in the driver, such as "NVIDIA H100 80GB HBM3"; None for one not known here."""
     return next((gpu for kind, gpu in GPUS.items() if kind in re.split(r"[\s-]", name)), None)
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker gets of the machine."""
+    """One worker's share of the machine."""
 
     cores: Collection[int]  # empty: all of them, with fewer cores than workers
     environment: Mapping[str, str]
@@ -104,7 +104,7 @@ def available_gpus() -> list[str]:
 
 
 def free_ports(count: int, avoid: Collection[int] = ()) -> list[int]:
-    """That many different free ports of 127.0.0.1, none of them in `avoid`; free until somebody else takes them."""
+    """That many different free ports of 127.0.0.1, none of them in `avoid`; free until another process takes them."""
     with contextlib.ExitStack() as held:
         ports: list[int] = []
         while len(ports) < count:
@@ -117,7 +117,7 @@ def free_ports(count: int, avoid: Collection[int] = ()) -> list[int]:
 
 
 def preparation(cores: Collection[int]) -> Callable[[], None]:
-    """What a process does between fork and exec: it takes its cores, and asks Linux to end it with its parent."""
+    """A function to call between fork and exec: pins the process to its cores, and has Linux end it with its parent."""
     parent = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -134,7 +134,7 @@ def preparation(cores: Collection[int]) -> Callable[[], None]:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees for its next step, unless a MALLOC_ variable says otherwise.
+    """Makes this process keep the memory that it frees, for its next step, unless a MALLOC_ variable says otherwise.
 
     glibc gives every large block back to the kernel when it is freed, and takes new pages, each filled with zeros, when
     the next step asks for the same block again. Without glibc nothing happens.

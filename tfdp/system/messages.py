@@ -22,7 +22,7 @@ _LONGEST_NAME = 64  # of a name that may be a typing error of a key
 
 
 def shown(value: object) -> str:
-    """A value for a message: null, text or number, on one line, its middle left out where it is long.
+    """A value for a message: null, text or number, on one line, shortened in the middle where it is long.
 
     A digest keeps its first 12 characters. Control characters, terminal escapes and bytes that are not UTF-8 become
     backslash escapes.
@@ -79,7 +79,7 @@ def _visible(char: str) -> str:
 
 
 def _typing_errors(word: str, meant: str) -> int | None:
-    """How many letters were left out, added, changed or swapped; None where too many were for a typing error."""
+    """How many letters are missing, added, changed or swapped; None where too many for a typing error."""
     most = min(3, len(meant) // 3)
     if abs(len(word) - len(meant)) > most or len(word) > _LONGEST_NAME:
         return None

@@ -1,4 +1,4 @@
-"""JSON files that carry the sha256 of their own content, so that damage is noticed where they are read."""
+"""JSON files that carry the sha256 of their own content, so that reading one notices damage."""
 
 import hashlib
 import json

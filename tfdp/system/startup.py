@@ -1,4 +1,4 @@
-"""Loads TensorFlow without its notes about itself, and without a fault of its compiler; and Keras on TensorFlow.
+"""Loads TensorFlow without its start-up notes and without a bug of its compiler; and Keras on TensorFlow.
 
 Entry points call this once they know what to run.
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 # "I0000 00:00:1795384365.191366    3059 port.cc:153] oneDNN custom operations are on. ..."
 _NOTE = re.compile(rb"(I\d{4} \d\d:\d\d:[\d.]+ .*|WARNING: All log messages before absl::InitializeLog.*)\n?")
 
-# XLA's CPU backend hands sums to YNNPACK, and makes what runs them anew while another thread does the same: both write
-# to one vector (EmitYnnSubgraph, TensorFlow 2.21). Micro-batches side by side died of it, about one run in thirty.
+# XLA's CPU backend gives sums to YNNPACK. Where two threads run one program, both build what runs the sum, and write to
+# one vector (EmitYnnSubgraph, TensorFlow 2.21). Parallel micro-batches crashed of it, about one run in thirty.
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
@@ -23,9 +23,9 @@ def load_tensorflow(without_ynn: bool = True) -> None:
     """Imports tensorflow and keras; what they write to stderr beyond informational notes is passed on.
 
     Args:
-      without_ynn: whether to take sums away from YNNPACK, unless XLA_FLAGS says something of it.
+      without_ynn: whether to keep sums from YNNPACK, unless XLA_FLAGS mentions it.
 
-    TensorFlow 2.21 writes the notes of its start from C++, before any log level is read, so for the time of
+    TensorFlow 2.21 writes the notes of its start from C++, before any log level is read, so during
     the import stderr is a file. Later notes obey TF_CPP_MIN_LOG_LEVEL, which a user's own setting overrides.
     """
     if "tensorflow" in sys.modules and "keras" in sys.modules:
@@ -42,7 +42,7 @@ def load_tensorflow(without_ynn: bool = True) -> None:
 
 @contextlib.contextmanager
 def importing(without_ynn: bool = True) -> Iterator[None]:
-    """For the time of imports that load TensorFlow and Keras, or may do so, as that of a user's recipe.
+    """Wraps imports that load TensorFlow and Keras, or may do so, such as that of a user's recipe.
 
     Args:
       without_ynn: as `load_tensorflow` has it.
@@ -101,5 +101,5 @@ def _without_keras_settings() -> Iterator[None]:
         del os.environ["KERAS_HOME"]
         os.environ.update(settings)
     if sys.modules.get("keras") is not None:
-        # Where Keras keeps what a recipe of one's own downloads; its home is read at import only.
+        # Where Keras keeps what a user's recipe downloads; it reads its home at import only.
         setattr(importlib.import_module("keras.src.backend.config"), "_KERAS_DIR", home)  # noqa: B010

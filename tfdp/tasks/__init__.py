@@ -1,4 +1,4 @@
-"""What is learned: which tokens of a row a model sees, which it is to predict, who sees whom, and what is reported.
+"""What is learned: which tokens of a row a model sees, which it predicts, who attends to whom, and the metrics.
 
 No model and no loop: a task turns rows into a batch, and sums into metrics.
 """

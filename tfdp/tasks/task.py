@@ -1,6 +1,6 @@
 """The contract of a task, and how its losses are summed.
 
-Sums add up over any split of the rows, means do not; so a task gives sums, and whoever has all of them divides.
+Sums add up over any split of the rows, means do not; so a task gives sums, which are divided once all are there.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ LossFunction = Callable[[Rows, tf.Tensor], Sums]  # (rows of one micro-batch, st
 
 
 class Batch(NamedTuple):
-    """What a model is to learn from some rows. A target may be left out, and its input stays."""
+    """What a model learns from some rows. A target can be excluded while its input stays."""
 
     inputs: tf.Tensor  # int32 (rows, time), token ids
     targets: tf.Tensor  # int32 (rows, time), token ids; negative where nothing is to be predicted
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """What is reported of some rows."""
+    """A metric of some rows."""
 
     value: float
     text: str  # with its name and unit, for people
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
 
 
 class Task(Protocol):
-    """What is learned from rows, and what is reported of it.
+    """What is learned from rows, and the metrics of it.
 
     Attributes:
       best: the metric by which the checkpoints of a run are compared.
@@ -47,11 +47,11 @@ class Task(Protocol):
     best_is_lowest: ClassVar[bool]
 
     def batch(self, rows: Rows) -> Batch:
-        """What the model sees of some rows, and what it is to predict."""
+        """The inputs and targets of some rows."""
         ...
 
     def metrics(self, totals: Mapping[str, float]) -> Mapping[str, Metric]:
-        """The metrics of some rows by name, in the order in which they are told.
+        """The metrics of some rows by name, in the order in which they are printed.
 
         Args:
           totals: over the rows. "loss": of all targets, in nats; "targets": their number, which may be 0; "bytes": of
@@ -66,7 +66,7 @@ def named_metrics(task: Task, totals: Mapping[str, float]) -> dict[str, Metric]:
 
 
 class LanguageModel(Protocol):
-    """What is scored: `gpt.GPT`, or whatever else ends in one projection to a vocabulary."""
+    """A model to score: `gpt.GPT`, or any other that ends in one projection to a vocabulary."""
 
     output_table: Any  # (vocab_size, dim)
 
