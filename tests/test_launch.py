@@ -227,7 +227,7 @@ def test_a_worker_that_stops_on_request_stops_the_job_without_a_restart(run_dir:
     code, _, stderr = finish(start(run_dir, "checkpoint(40); sys.exit(75)", num_workers=2, max_restarts=3))
     assert code == 75
     assert stderr.splitlines()[-1] == (
-        f"launch: stopped on request; the newest checkpoint is that of step 40; go on with --run_dir {run_dir}"
+        f"launch: stopped on request; the newest checkpoint is that of step 40; resume with --run_dir {run_dir}"
     )
     assert len(starts(run_dir, 0)) == 1
 
@@ -277,7 +277,7 @@ def test_restarts_without_progress_end(run_dir: Path) -> None:
     assert len(starts(run_dir, 0)) == 3  # the first one made a checkpoint, the two after it none
     assert stderr.splitlines()[-1] == (
         "launch: giving up, two attempts in a row made no new checkpoint; "
-        f"the newest checkpoint is that of step 10; go on with --run_dir {run_dir}"
+        f"the newest checkpoint is that of step 10; resume with --run_dir {run_dir}"
     )
 
 
@@ -349,7 +349,7 @@ def test_a_signal_ends_a_pause_at_once(run_dir: Path, number: signal.Signals) ->
     assert time.monotonic() - asked < 4
     assert code == 75
     assert stderr.splitlines()[-1] == (
-        f"launch: stopped on request; there is no checkpoint yet; go on with --run_dir {run_dir}"
+        f"launch: stopped on request; there is no checkpoint yet; resume with --run_dir {run_dir}"
     )
     assert len(starts(run_dir, 0)) == 4
 
@@ -384,7 +384,7 @@ def test_a_worker_that_outlives_a_failure_is_ended_after_the_grace(run_dir: Path
     started = time.monotonic()
     code, _, stderr = finish(start(run_dir, body, num_workers=2, grace_seconds=0.5))
     assert code == 76
-    assert re.findall(r"worker 1 \(pid \d+\) is still there; sending it (SIG\w+)", stderr)[-1] == last
+    assert re.findall(r"worker 1 \(pid \d+\) is still running; sending it (SIG\w+)", stderr)[-1] == last
     assert time.monotonic() - started < 0.5 + launch.TERM_SECONDS + 5
 
 

@@ -238,5 +238,5 @@ def test_a_worker_that_never_says_what_it_is_about_to_train_is_named(tmp_path: P
         assert job.processes[0].wait(timeout=120) == 76
         assert (
             "error: the start took longer than 15 s (distribution.start_timeout_seconds): "
-            f"worker 1 (127.0.0.1:{ports[1]}) has not said what it is about to train; start all" in job.output(0)
+            f"worker 1 (127.0.0.1:{ports[1]}) has not published its configuration; start all" in job.output(0)
         )

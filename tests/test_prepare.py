@@ -478,8 +478,8 @@ NO_TEXT = {
     "parquet:some.parquet:text:label=x": "2 records read, none with label=x: check the key and its value",
     "jsonl:some.jsonl:nothing": "none of its 3 documents holds text: name another source",
     "text:empty.txt": "none of its 1 documents holds text: name another source",
-    "jsonl:some.jsonl": "cleaning left out all 3 documents (2 too short, 1 too long): loosen cleaning, or name another",
-    "jsonl:some.jsonl:space": "cleaning left out all 3 documents (3 too short): loosen cleaning, or name another",
+    "jsonl:some.jsonl": "cleaning skipped all 3 documents (2 too short, 1 too long): loosen cleaning, or name another",
+    "jsonl:some.jsonl:space": "cleaning skipped all 3 documents (3 too short): loosen cleaning, or name another",
 }
 
 

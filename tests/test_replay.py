@@ -80,7 +80,7 @@ def test_any_past_step_is_replayed_to_the_bit(tiny_config: Callable[..., Config]
             assert len(one.documents) == len([part for part in one.text.split("\n\n") if part])
             num_spanning += len(one.documents) == 2
     assert num_spanning > 10
-    assert replayer._parts.train_step._run.experimental_get_tracing_count() == 1
+    assert replayer._components.train_step._run.experimental_get_tracing_count() == 1
 
 
 def test_a_canonical_run_has_the_same_bits_on_fewer_replicas(tiny_config: Callable[..., Config], letters: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_spike_that_ended_a_run_is_told(tiny_config: Callable[..., Config], 
     object.__setattr__(replayer.run, "reached", 60)  # as if it had gone on, under other rules
     found = replayer(STEP + 5)
     assert found.step == STEP + 1
-    assert "the replay ends at step 38, and does not come to step 42" in report(found, STEP + 5, replayer.run)
+    assert "the replay ends at step 38, before step 42" in report(found, STEP + 5, replayer.run)
 
 
 # --- The command -----------------------------------------------------------------------------------

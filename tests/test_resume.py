@@ -152,7 +152,7 @@ def test_a_signal_saves_and_says_how_to_go_on(corpus_dir: Path, tmp_path: Path, 
     assert time.monotonic() - asked < 10
     step = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert error == (
-        f"stopped: after step {step} of 1000000, checkpoint saved; go on with --run_dir {tmp_path / 'run'}\n"
+        f"stopped: after step {step} of 1000000, checkpoint saved; resume with --run_dir {tmp_path / 'run'}\n"
     )
     assert step > 1
 

@@ -227,7 +227,7 @@ def test_spikes_without_end_stop_the_run(tiny_config: Callable[..., Config], mon
     monkeypatch.setattr(task, "row_losses", always_nan)
     for on_spike, message in (
         ("skip", r"^training.max_spikes \(3\) is reached at step 4"),
-        ("rollback", r"^step 1: .* not finite, though its whole batch is left out"),
+        ("rollback", r"^step 1: .* not finite, though its whole batch is excluded"),
     ):
         config = tiny_config(on_spike, training={"steps": 30, "on_spike": on_spike, "max_spikes": 3})
         with pytest.raises(TrainingError, match=message):

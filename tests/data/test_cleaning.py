@@ -144,8 +144,8 @@ def test_the_fingerprint_has_what_is_on(stop_words: str, tmp_path: Path) -> None
     ("fields", "message"),
     [
         ({"unicode": "nfc"}, "cleaning.unicode (nfc) must be null or one of NFC, NFD, NFKC, NFKD: try NFC"),
-        ({"min_chars": 0}, "cleaning.min_chars (0) must be at least 1, or null for no bound"),
-        ({"max_chars": -1}, "cleaning.max_chars (-1) must be at least 1, or null for no bound"),
+        ({"min_chars": 0}, "cleaning.min_chars (0) must be at least 1, or null for no limit"),
+        ({"max_chars": -1}, "cleaning.max_chars (-1) must be at least 1, or null for no limit"),
         ({"min_chars": 9, "max_chars": 5}, "cleaning.min_chars (9) must not exceed cleaning.max_chars (5): try 5"),
         ({"stop_words": ""}, 'cleaning.stop_words ("") must be null or the path of a file of words'),
     ],

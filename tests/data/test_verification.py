@@ -233,7 +233,7 @@ def test_damaged_shards_are_prepared_again_and_said_to_be(prepared: Path, folder
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shard_writer, "TOKENS_PER_SHARD", TOKENS_PER_SHARD[prepared.name])
             assert content(prepare(recipe, folder, watcher=lines)) == expected
-        assert any(name in line and line.endswith("prepare it again: that is done now") for line in lines.lines)
+        assert any(name in line and line.endswith("prepare it again: making them again") for line in lines.lines)
 
 
 # --- Read once -------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_folder_that_cannot_be_written_is_remembered_in_the_cache(
 
 def test_what_takes_a_while_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, lines = write_large(tmp_path), []
-    monkeypatch.setattr(verification, "TELL_BYTES", 1_000_000)
+    monkeypatch.setattr(verification, "ANNOUNCED_BYTES", 1_000_000)
     (folder / "verified.json").unlink()
     for _ in range(2):
         open_shards(folder, say=lines.append)

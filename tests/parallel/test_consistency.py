@@ -163,7 +163,7 @@ def test_a_run_ends_and_goes_on_from_before_the_corruption(
     with pytest.raises(TrainingError) as caught:
         causal_lm.train(config)
     message = str(caught.value)
-    assert message.startswith("step 24: the replicas no longer hold the same, first in ")  # before it is saved
+    assert message.startswith("step 24: the replicas no longer hold the same values, first in ")  # before it is saved
     assert ": replica 1 disagrees with the others; they agreed after step 20; the last good checkpoint is " in message
     assert "step_00000020" in message
     monkeypatch.undo()
@@ -206,7 +206,7 @@ def test_all_workers_name_the_replica_and_go_on_together(tmp_path: Path, corpus_
         assert job.wait() == [1, 1], [job.output(index) for index in range(2)]
         for index in range(2):
             last = job.output(index).splitlines()[-1]
-            assert last.startswith("error: step 16: the replicas no longer hold the same, first in ")
+            assert last.startswith("error: step 16: the replicas no longer hold the same values, first in ")
             assert "replica 2 on worker 1 (127.0.0.1:" in last
             assert "disagrees with the others; they agreed after step 10" in last
             assert "step_00000008" in last

@@ -116,7 +116,10 @@ def test_a_worker_listens_at_its_own_address_alone(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("own", "why"),
     [
-        ("127.0.1.1", "is 127.0.1.1 here"),  # as Debian calls every machine itself, and reached by none of the others
+        (
+            "127.0.1.1",
+            "resolves to 127.0.1.1 here",
+        ),  # as Debian calls every machine itself, and reached by none of the others
         ("192.0.2.1", "is no address of this machine ("),  # behind a translation of addresses
         ("no-such-host.invalid", "is no address of this machine ("),
     ],

@@ -52,7 +52,7 @@ def test_rows_of_earlier_versions_are_read_and_a_torn_one_is_left_out(
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"step": 41, "lo')
     drop_rows_after(path, 30)
     assert read_rows(path) == (ROWS[:30], [])
-    assert capsys.readouterr().err == f"warning: line 41 of {path} is not as it was written: it is left out\n"
+    assert capsys.readouterr().err == f"warning: line 41 of {path} is not as it was written: it is skipped\n"
 
 
 def test_what_nobody_drops_is_not_written_again(tmp_path: Path) -> None:

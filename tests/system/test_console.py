@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOST = "note: stdout cannot be written ({}): going on without it\n"
+LOST = "note: stdout cannot be written ({}): continuing without it\n"
 FULL = "error: output could not be written: No space left on device\n"
 
 # What a shell does to the streams of `python -m ...`, which is "$@"

@@ -156,7 +156,7 @@ def test_a_run_goes_on_without_tensorboard_and_rows_where_they_cannot_be_written
     assert found["state_sha256"] == expected["state_sha256"]
     error = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in error] == ["warning"] * 3, error
-    assert error[0].startswith("warning: TensorBoard's files are not written from here on: ")
+    assert error[0].startswith("warning: TensorBoard's files are no longer written: ")
     assert error[1] == f"warning: {run}/metrics.jsonl cannot be written (No space left on device): its rows wait"
     assert error[2].startswith(f"warning: {run}/metrics.jsonl lacks the last ")
 
