@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-slow test-full check format clean
+.PHONY: train test test-slow test-full test-peers check format clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m tfdp.train $(ARGS)
 
 # Two at a time, but alone what measures how soon a worker is missed. 5: ARGS chose nothing of that part.
 test: check
-	$(BIN)/python -m pytest -m "not slow and not full and not multiworker" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not slow and not full and not peers and not multiworker" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m "not slow and not full and multiworker" $(ARGS) || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/.installed
@@ -20,6 +20,11 @@ test-slow: $(VENV)/.installed
 # Whole grids and long fuzzing, an hour and more: by hand, before a release.
 test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+# What is compared with PyTorch and transformers; installs them.
+test-peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peers]"
+	$(BIN)/python -m pytest -m peers $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

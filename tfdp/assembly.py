@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class Components:
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, excluded positions) -> from there on
     layout: "BatchLayout"
     compilation: "Compilation"
+    initialise: Callable[[], None]  # gives the model the weights that its run starts from, where those are not random
 
 
 def train(recipe: Recipe, config: Any) -> dict[str, Any]:
@@ -92,6 +93,9 @@ def _train(
 
     corpus = sources.open_corpus(config.data, sources.cache_dir(config.data))
     corpus.check_lengths(config.model.context_length)
+    rows, num_tokens = getattr(config.model, "vocab_size", None), corpus.tokenizer.vocab_size
+    rule = f"must be at least the number of tokens of the tokenizer: try {num_tokens}"
+    require(rows is None or rows >= num_tokens, "model.vocab_size", rows, rule)
 
     load_tensorflow()
     from tfdp.parallel import distribution
@@ -113,6 +117,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
     from tfdp.reporting import hardware
     from tfdp.system import console
     from tfdp.training import loop
+    from tfdp.training.identity import identity
     from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
@@ -134,6 +139,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             checkpointing=config.checkpoint,
             identity=identity(config, corpus),
             weights=components.weights,
+            initialise=components.initialise,
             train_step=components.train_step,
             batches_from=components.batches_from,
             excluded_positions=config.data.excluded_positions,
@@ -282,7 +288,15 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         batches_from,
         layout,
         compilation,
+        lambda: _initialise(config, vocab_size, model),
     )
+
+
+def _initialise(config: Any, vocab_size: int, model: Model) -> None:
+    from tfdp.interop.origin import load_weights
+
+    if (folder := getattr(config.model, "init_from", None)) is not None:
+        load_weights(folder, config.model, vocab_size, {**model.named_weights(), **model.named_frozen_weights()})
 
 
 def _checked(task: "Task", trainer: str) -> "Task":
@@ -364,12 +378,15 @@ def make_evaluator(
 
 def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> dict[str, Any]:
     """What all workers must have in common: text, code, devices, and every key but the place of the cache."""
+    from tfdp.interop.origin import digest_of
     from tfdp.parallel import distribution
 
     keys = flatten(config)
     del keys["data.cache_dir"]
+    folder = keys.get("model.init_from")
     return {
         **keys,
+        **({} if folder is None or not Path(folder).exists() else {"weights of model.init_from": digest_of(folder)}),
         "split_sha256": corpus.split_sha256,
         "code_sha256": code_sha256(*_folders_of(recipe)),
         **distribution.shared_facts(strategy),
@@ -380,21 +397,3 @@ def _folders_of(recipe: Recipe) -> list[Path]:
     """Where the code of a recipe lies: its own folder, and that of the recipes that it may import from."""
     files = (getattr(module, "__file__", None) for module in (recipe, sys.modules.get("trainers")))
     return sorted({Path(file).parent for file in files if file})
-
-
-def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
-    """What a process must have in common with a checkpoint to resume it: the shapes, the data and its order."""
-    free = {"dropout", "init_stddev"}  # may change on the way: they shape neither tensors nor data
-    model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
-    return {
-        **model,
-        "data.tokenizer": corpus.tokenizer.fingerprint,
-        "data.sequences": config.data.sequences,
-        "data.document_attention": config.data.document_attention,
-        "data.partition": config.data.partition,
-        "corpus_sha256": corpus.corpus_sha256,
-        "split_sha256": corpus.split_sha256,
-        "optimizer.name": config.optimizer.name,
-        "training.global_batch_size": config.training.global_batch_size,
-        "seed": config.seed,
-    }

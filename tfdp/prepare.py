@@ -31,7 +31,7 @@ class Config:
     output: str | None = None
     """Folder for the shards; must be named."""
     tokenizer: str = "bpe:8192"
-    """bytes, bpe:SIZE (trained on the text first), bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE."""
+    """bytes, bpe:SIZE (trained on the text), bpe:FOLDER, gpt2:FOLDER, sentencepiece:FILE or huggingface:FOLDER."""
     validation_source: str | None = None
     """Validation text, in the same notation; null: held out from source by validation_fraction."""
     validation_fraction: float = 0.02
@@ -61,7 +61,7 @@ class Config:
         )
         kind, _, address = self.tokenizer.partition(":")
         require(
-            self.tokenizer == "bytes" or (kind in ("bpe", "gpt2", "sentencepiece") and address != ""),
+            self.tokenizer == "bytes" or (kind in ("bpe", "gpt2", "sentencepiece", "huggingface") and address != ""),
             "tokenizer",
             self.tokenizer,
             f"must be one of {FORMS}",

@@ -17,7 +17,7 @@ import dataclasses
 import importlib
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -106,11 +106,16 @@ class Model(Protocol):
         ...
 
 
-def load_recipe(argv: Sequence[str], prog: str, description: str) -> tuple[Recipe, Any]:
+def load_recipe(
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: values,
+) -> tuple[Recipe, Any]:
     """The recipe that the arguments of a command name, and its configuration; see `parsing.load`."""
     trainer = find_trainer(argv)
     recipe = import_recipe(trainer)
-    return recipe, parsing.load(config_class(recipe, trainer), argv, prog, description)
+    return recipe, parsing.load(config_class(recipe, trainer), argv, prog, description, complete)
 
 
 def recipe_of_file(path: Path, wanted: Sequence[str], purpose: str) -> tuple[Recipe, Any]:

@@ -76,7 +76,14 @@ def make_model(config: Config, vocab_size: int, fuse: bool) -> "GPT":
     """A GPT with its initial weights."""
     from tfdp.models.gpt import GPT
 
-    return GPT(config.model, vocab_size, config.seed, config.training.precision, config.training.remat, fuse)
+    return GPT(
+        config.model,
+        config.model.vocab_size or vocab_size,
+        config.seed,
+        config.training.precision,
+        config.training.remat,
+        fuse,
+    )
 
 
 def make_task(config: Config, corpus: "Corpus") -> "CausalLM":

@@ -51,7 +51,7 @@ def test_no_argument_gives_the_defaults() -> None:
     config = load()
     assert config == Config()
     assert (config.seed, config.run_dir, config.trainer) == (0, None, "causal_lm")
-    assert (config.model.kv_heads, config.model.head_dim, config.model.hidden_dim) == (4, 32, 384)
+    assert (config.model.kv_heads, config.model.dim_per_head, config.model.hidden_dim) == (4, 32, 384)
     assert (config.data.source, config.data.tokenizer, config.optimizer.decay_rate) == ("python-stdlib", "auto", 0.01)
 
 
@@ -98,7 +98,7 @@ def test_the_last_of_two_yamls_wins(tmp_path: Path) -> None:
 
 def test_rules_hold_for_yaml_and_flags_together(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, "model: {model_dim: 96, num_heads: 6}")
-    assert load("--config", path, "--model.num_heads", "3").model.head_dim == 32
+    assert load("--config", path, "--model.num_heads", "3").model.dim_per_head == 32
     with pytest.raises(ConfigError, match=re.escape("model.num_heads (5) must divide model.model_dim (96): try 4")):
         load("--config", path, "--model.num_heads", "5")
 
@@ -327,7 +327,7 @@ RULES: list[tuple[type, dict[str, object], str]] = [
     (
         ModelConfig,
         {"model_dim": 12, "position": "rope"},
-        "model.position (rope) needs an even width per head (model_dim / num_heads = 3): try learned",
+        "model.position (rope) needs an even width per head (3): try learned",
     ),
     (
         ModelConfig,

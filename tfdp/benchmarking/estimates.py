@@ -27,8 +27,8 @@ def flops_per_token(config: ModelConfig, vocab_size: int) -> int:
     kernels = sum(
         math.prod(shape) for name, shape in weight_shapes(config, vocab_size).items() if name.endswith("/kernel")
     )
-    attention = 6 * config.num_layers * (config.context_length + 1) * config.model_dim
-    return 6 * (kernels + vocab_size * config.model_dim) + attention
+    attention = 6 * config.num_layers * (config.context_length + 1) * config.attention_dim
+    return 6 * (kernels + (config.vocab_size or vocab_size) * config.model_dim) + attention
 
 
 def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: int, num_rows: int) -> int:
@@ -39,7 +39,7 @@ def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: 
     block = 5 * dim + fused_width(config) + config.num_heads * num_weights // config.context_length
     block += wide_dim(config) + config.hidden_dim
     if config.qk_norm or config.position == "rope":  # queries and keys before and after
-        block += (config.num_heads + config.kv_heads) * config.head_dim
+        block += (config.num_heads + config.kv_heads) * config.dim_per_head
     kept = config.num_layers * (dim if training.remat else block) + (block if training.remat else 0)
     chunk = loss_chunk_size(training.loss_chunk_size, num_tokens, vocab_size)
     return each * num_tokens * kept + chunk * vocab_size * (4 + 4 + each)

@@ -12,7 +12,7 @@ import re
 import sys
 import typing
 from argparse import SUPPRESS
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,13 @@ SMALLEST, LARGEST = 1e-37, 1e37  # in size, of a number that float32 holds
 # ---------------------------------------------------------------------------------------------------
 
 
-def load(config_class: type[ConfigType], argv: Sequence[str], prog: str, description: str) -> ConfigType:
+def load(
+    config_class: type[ConfigType],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: values,
+) -> ConfigType:
     """Reads defaults, `--config FILE` and flags into a `config_class`.
 
     Args:
@@ -37,6 +43,7 @@ def load(config_class: type[ConfigType], argv: Sequence[str], prog: str, descrip
       argv: command-line arguments without the program's name.
       prog: the program's name for `--help`, such as "python -m tfdp.train".
       description: the first paragraph of `--help`.
+      complete: adds keys that follow from those that were given, all by dotted key.
 
     Raises:
       ConfigError: an unknown key, a wrong type, a missing file, or a rule of a section broken.
@@ -50,7 +57,7 @@ def load(config_class: type[ConfigType], argv: Sequence[str], prog: str, descrip
     for name, path in flags:
         values.update(options.of_file(Path(path), keys) if name == "config" else {})
     values.update(options.of_flags(flags, keys))
-    config = _build(config_class, values, "")
+    config = _build(config_class, complete(values), "")
     if ("print_config", "") in flags:
         print(to_yaml(config), end="")
         raise SystemExit(0)

@@ -1,11 +1,22 @@
 """The configuration that a run directory holds, and how it differs from another."""
 
+import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tfdp.config import options, strict_yaml
+from tfdp.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DistributionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from tfdp.system.exits import ConfigError
 from tfdp.system.files import follow_links
 from tfdp.system.messages import shown
@@ -80,8 +91,24 @@ def flatten_yaml(text: str) -> dict[str, Any]:
 def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ between two configurations, with both. `run_dir` is a name, and none of them."""
     old, new = flatten_yaml(old_yaml), flatten_yaml(new_yaml)
+    old |= {key: value for key, value in standard_defaults().items() if key in new and key not in old}
     keys = [key for key in {**old, **new} if key != "run_dir"]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+@functools.cache
+def standard_defaults() -> dict[str, Any]:
+    """The defaults of the sections by dotted key, as YAML and JSON have them: what a key stands for in a record from
+    before there was such a key."""
+    sections: dict[str, Any] = {
+        "model": ModelConfig(),
+        "data": DataConfig(),
+        "optimizer": OptimizerConfig(),
+        "training": TrainingConfig(),
+        "distribution": DistributionConfig(),
+        "checkpoint": CheckpointConfig(),
+    }
+    return flatten_mapping(json.loads(json.dumps({name: asdict(each) for name, each in sections.items()})))
 
 
 def changed_keys(old_yaml: str, new_yaml: str) -> list[str]:

@@ -24,12 +24,17 @@ A_DAY = 86_400  # seconds
 class ModelConfig:
     """The shape of the GPT."""
 
+    init_from: str | None = None
+    """Folder with a model to start from: one of Hugging Face (config.json and safetensors), or the directory of a run.
+    The shape of the model and the tokenizer come from there; null: start from random weights."""
     num_layers: int = 4
     """Number of transformer blocks."""
     num_heads: int = 4
-    """Number of query heads; divides model_dim."""
+    """Number of query heads; divides model_dim unless head_dim is set."""
     num_kv_heads: int | None = None
     """Number of key and value heads, which divides num_heads (grouped-query attention); null: num_heads."""
+    head_dim: int | None = None
+    """Width of each head; null: model_dim / num_heads."""
     model_dim: int = 128
     """Width of the residual stream."""
     mlp_dim: int | None = None
@@ -38,6 +43,23 @@ class ModelConfig:
     """Length of a training sequence in tokens, and the most tokens that a prediction can look back on."""
     position: Literal["learned", "sinusoidal", "rope"] = "rope"
     """How positions enter: a learned table, a fixed sinusoidal table, or rotary embedding of queries and keys."""
+    rope_theta: float = 10_000.0
+    """Base of the wavelengths of rotary positions."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary positions are stretched beyond the context of pretraining. linear: all positions are divided by
+    rope_scaling_factor; llama3: only long wavelengths are multiplied by it (Llama 3.1)."""
+    rope_scaling_factor: float = 8.0
+    """Factor of rope_scaling."""
+    rope_low_frequency_factor: float = 1.0
+    """With llama3: wavelengths above rope_original_context_length divided by this are stretched whole."""
+    rope_high_frequency_factor: float = 4.0
+    """With llama3: wavelengths below rope_original_context_length divided by this are not stretched."""
+    rope_original_context_length: int = 8192
+    """With llama3: context length of pretraining, in tokens."""
+    layers_without_rope: tuple[int, ...] = ()
+    """Layers, from 0, whose queries and keys are not rotated (NoPE), with position rope."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself included; null: all before it."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Normalisation before attention, before the MLP and before the output projection."""
     activation: Literal["gelu", "swiglu"] = "swiglu"
@@ -46,8 +68,14 @@ class ModelConfig:
     """Fraction of activations dropped after the embedding and each residual branch, in [0, 1)."""
     use_bias: bool = False
     """Whether projections and layer norms have biases, as GPT-2's do."""
+    qkv_bias: bool | None = None
+    """Whether the projection to queries, keys and values has a bias; null: as use_bias says."""
     qk_norm: bool = True
     """Whether queries and keys are RMS-normalised before their product, which allows higher learning rates."""
+    qk_norm_gain: bool = False
+    """Whether that normalisation has gains, one for each number of a head, as Qwen3's has."""
+    vocab_size: int | None = None
+    """Rows of the embedding tables; null: one for each token of the tokenizer. Further rows are never drawn."""
     tie_embeddings: bool = False
     """Whether the output projection and the token embedding are one table."""
     norm_epsilon: float = 1e-5
@@ -64,7 +92,7 @@ class ModelConfig:
         for name in ("num_layers", "num_heads", "model_dim", "context_length"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(
-            self.model_dim % self.num_heads == 0,
+            self.head_dim is not None or self.model_dim % self.num_heads == 0,
             "model.num_heads",
             self.num_heads,
             f"must divide model.model_dim ({self.model_dim}): try {_nearest_divisor(self.model_dim, self.num_heads)}",
@@ -76,6 +104,7 @@ class ModelConfig:
             f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
         )
         self._check_position()
+        self._check_attention()
         require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
         require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
         require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
@@ -83,10 +112,10 @@ class ModelConfig:
 
     def _check_position(self) -> None:
         require(
-            self.position != "rope" or self.head_dim % 2 == 0,
+            self.position != "rope" or self.dim_per_head % 2 == 0,
             "model.position",
             self.position,
-            f"needs an even width per head (model_dim / num_heads = {self.head_dim}): try learned",
+            f"needs an even width per head ({self.dim_per_head}): try learned",
         )
         require(
             self.position != "sinusoidal" or self.model_dim % 2 == 0,
@@ -95,9 +124,39 @@ class ModelConfig:
             f"needs an even model.model_dim ({self.model_dim}): try {self.model_dim + 1}",
         )
 
+    def _check_attention(self) -> None:
+        require_at_most(self, "model.", head_dim=2**20, sliding_window=MOST_TOKENS, vocab_size=2**24)
+        require_at_most(self, "model.", rope_theta=1e12, rope_scaling_factor=1e6, rope_original_context_length=MOST)
+        for name in ("head_dim", "sliding_window", "vocab_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}", value, "must be at least 1")
+        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be above 1: try 10000")
+        factor = self.rope_scaling_factor
+        require(factor >= 1, "model.rope_scaling_factor", factor, "must be at least 1: try 8")
+        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
+        rule = f"must lie between 0 and model.rope_high_frequency_factor ({high:g}): try 1"
+        require(0 < low < high, "model.rope_low_frequency_factor", low, rule)
+        length = self.rope_original_context_length
+        require(length >= 1, "model.rope_original_context_length", length, "must be at least 1: try 8192")
+        for layer in self.layers_without_rope:
+            rule = f"must list layers from 0 to {self.num_layers - 1}"
+            require(0 <= layer < self.num_layers, "model.layers_without_rope", layer, rule)
+        require(
+            self.qk_norm or not self.qk_norm_gain, "model.qk_norm_gain", self.qk_norm_gain, "needs model.qk_norm true"
+        )
+
     @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.model_dim // self.num_heads
+
+    @property
+    def attention_dim(self) -> int:
+        """Numbers of all query heads together."""
+        return self.num_heads * self.dim_per_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.use_bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def kv_heads(self) -> int:
@@ -112,7 +171,7 @@ class ModelConfig:
         return 4 * self.model_dim
 
 
-_TOKENIZERS = ("bpe", "gpt2", "sentencepiece")  # kinds that name something after a colon
+_TOKENIZERS = ("bpe", "gpt2", "sentencepiece", "huggingface")  # kinds that name something after a colon
 
 
 @dataclass(frozen=True)
@@ -129,7 +188,8 @@ class DataConfig:
     """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
     tokenizer: str = "auto"
     """bytes (one token per UTF-8 byte), bpe:SIZE (trained on the text), bpe:FOLDER, gpt2:FOLDER,
-    sentencepiece:FILE; auto: that of tokens:FOLDER, else bytes."""
+    sentencepiece:FILE, huggingface:FOLDER (with a tokenizer.json); auto: that of tokens:FOLDER or model.init_from, else
+    bytes."""
     sequences: Literal["packed", "documents"] = "packed"
     """packed: documents end to end, cut into sequences; documents: each one starts a sequence, padded at its end."""
     document_attention: bool = False
@@ -160,7 +220,7 @@ class DataConfig:
             self.tokenizer in ("auto", "bytes") or bool(kind in _TOKENIZERS and address),
             "data.tokenizer",
             self.tokenizer,
-            "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
+            "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER, sentencepiece:FILE or huggingface:FOLDER"
             + options.did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
         )
         for position in self.excluded_positions:

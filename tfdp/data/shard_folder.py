@@ -15,6 +15,7 @@ from tfdp.data.encoding import PARTS_FOLDER
 from tfdp.data.inputs import literal_start
 from tfdp.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FOLDER
 from tfdp.data.tokenizers.bpe import MERGES_FILE, VOCABULARY_FILE
+from tfdp.data.tokenizers.hugging_face import KEPT_FILES
 from tfdp.data.tokenizers.sentence_piece import MODEL_FILE
 from tfdp.data.tokenizers.tokenizer import KIND_FILE
 from tfdp.data.verification import VERIFIED_FILE
@@ -24,7 +25,7 @@ RECIPE_FILE, LOCK_FILE = "recipe.json", ".lock"
 _SCRATCH = r"\.{}\.\d+\.tmp"  # of `files.replacing`
 _RECIPE_SCRATCH = _SCRATCH.format(re.escape(RECIPE_FILE))
 _PART = r"\d{7}\.(tokens|index|json)"
-_OF_TOKENIZER = "|".join(map(re.escape, (KIND_FILE, VOCABULARY_FILE, MERGES_FILE, MODEL_FILE)))
+_OF_TOKENIZER = "|".join(map(re.escape, (KIND_FILE, VOCABULARY_FILE, MERGES_FILE, MODEL_FILE, *KEPT_FILES)))
 _SHARDS = rf"({'|'.join(SPLITS)})(-\d{{5,}}\.bin|\.documents\.npy|\.documents\.jsonl)"
 _FILES = "|".join(
     [_SHARDS, re.escape(LOCK_FILE), r"\.nfs[0-9a-f]+"]  # the last: what NFS keeps of an open file that was removed
@@ -80,7 +81,9 @@ def own_file_read_by(pattern: str, folder: Path) -> str | None:
     names = [MANIFEST_FILE, RECIPE_FILE, VERIFIED_FILE]
     names += [f"{split}{end}" for split in SPLITS for end in ("-00000.bin", ".documents.npy", ".documents.jsonl")]
     names += [f"{PARTS_FOLDER}/0000000.{end}" for end in ("tokens", "index", "json")]
-    names += [f"{TOKENIZER_FOLDER}/{name}" for name in (KIND_FILE, VOCABULARY_FILE, MERGES_FILE, MODEL_FILE)]
+    names += [
+        f"{TOKENIZER_FOLDER}/{name}" for name in (KIND_FILE, VOCABULARY_FILE, MERGES_FILE, MODEL_FILE, *KEPT_FILES)
+    ]
     pattern = os.path.abspath(os.path.expanduser(pattern))
     pattern = literal_start(pattern) + ("/**" if os.path.isdir(pattern) else "")
     with tempfile.TemporaryDirectory() as root:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.config.sections import SamplingConfig
-from tfdp.data.tokenizers.tokenizer import Tokenizer
+from tfdp.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 
 Cache = list[tuple[tf.Tensor, tf.Tensor]]  # keys and values of each block
 
@@ -39,7 +39,7 @@ class Sampler:
         """Yields the ids that continue a prompt, of which the last context_length tokens are seen."""
         generator = np.random.Generator(np.random.Philox(config.seed))
         context_length = self._model.config.context_length
-        history = [self._tokenizer.end_of_text, *self._tokenizer.encode(prompt).tolist()]
+        history = prompt_ids(self._tokenizer, prompt).tolist()
         logits, cache, filled = self._read(history[-context_length:])
         for _ in range(config.num_tokens):
             token = draw(logits, config, generator)

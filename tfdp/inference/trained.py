@@ -3,18 +3,25 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tfdp.config.options import whole_number
 from tfdp.config.parsing import to_yaml
-from tfdp.config.run_config import differing_keys, flatten_yaml
+from tfdp.config.run_config import config_records, differing_keys, flatten_yaml
+from tfdp.config.sections import ModelConfig
+from tfdp.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
+from tfdp.interop import hugging_face
+from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.models.dimensions import largest_matrix
-from tfdp.recipe import Model, Recipe, recipe_of_file
+from tfdp.recipe import Model, Recipe, import_recipe, recipe_of_file
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 from tfdp.training.run_directory import RunDirectory
-from tfdp.training.weights import Tensors, restore
+from tfdp.training.weights import Tensors, assign, restore
 
 if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
     from tfdp.training.compilation import Compilation
@@ -27,10 +34,12 @@ class TrainedGPT:
     recipe: Recipe
     config: Any
     tokenizer: Tokenizer
-    weights: Tensors
+    weights: Mapping[str, np.ndarray]  # of a folder of another library: each is read when it is asked for
     frozen: Tensors
     step: int
-    corpus_sha256: str  # of the text that it was trained on
+    corpus_sha256: str  # of the text that it was trained on; empty where that is not known
+    summary: Mapping[str, Any]  # of the run; {} where there is none
+    model_type: str | None = None  # the architecture, where it comes from Hugging Face
 
     @classmethod
     def open(
@@ -39,7 +48,7 @@ class TrainedGPT:
         """Reads a checkpoint.
 
         Args:
-          run_dir: the directory of a run.
+          run_dir: the directory of a run, or a folder of Hugging Face.
           which: "best" (by validation loss, or the metric of its task), "newest", or a step.
           purpose: what for, such as "evaluated".
           functions: that the recipe of the run must have for it.
@@ -47,13 +56,27 @@ class TrainedGPT:
         Raises:
           ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
+        if not config_records(Path(run_dir)) and hugging_face.is_folder(Path(run_dir)):
+            return cls._of_hugging_face(Path(run_dir))
         run = RunDirectory.open(run_dir)
         recipe, config = recipe_of_file(run.config_path, functions, purpose)
         saved = run.checkpoints().load(_choose_step(run, which))
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
         tokenizer = open_own_tokenizer(run, saved.state)
         corpus_sha256 = saved.state["identity"]["corpus_sha256"]
-        return cls(recipe, config, tokenizer, saved.weights, saved.frozen, saved.step, corpus_sha256)
+        summary, origin = run.read_summary(), getattr(config.model, "init_from", None)
+        model_type = hugging_face.model_type_of(Path(origin)) if origin else None
+        sets = (saved.weights, saved.frozen, saved.step)
+        return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type)
+
+    @classmethod
+    def _of_hugging_face(cls, folder: Path) -> "TrainedGPT":
+        found = HuggingFaceModel.open(folder, "run_dir")
+        recipe = import_recipe("causal_lm")
+        config = recipe.Config(model=ModelConfig(**{**found.keys, "init_from": str(folder)}))
+        tokenizer = HuggingFaceTokenizer.from_folder(folder, "run_dir")
+        weights = found.weights(config.model, tokenizer.vocab_size)
+        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type)
 
     @property
     def compilation(self) -> "Compilation":
@@ -68,7 +91,7 @@ class TrainedGPT:
     def make_model(self) -> Model:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
         model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.kernels)
-        restore(model.named_weights(), self.weights)
+        assign(model.named_weights(), self.weights)
         if self.frozen:
             restore(model.named_frozen_weights(), self.frozen)
         return model

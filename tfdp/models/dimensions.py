@@ -12,7 +12,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of each trainable variable of a `gpt.GPT`, by its name."""
-    dim, hidden, table = config.model_dim, config.hidden_dim, (vocab_size, config.model_dim)
+    dim, hidden, table = config.model_dim, config.hidden_dim, (config.vocab_size or vocab_size, config.model_dim)
     has_norm_bias = config.norm == "layer_norm" and config.use_bias
     shapes: dict[str, tuple[int, ...]] = {"token_embedding": table}
     if config.position == "learned":
@@ -25,16 +25,19 @@ def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, 
         if has_norm_bias:
             shapes[f"{name}/bias"] = (dim,)
 
-    def linear(name: str, num_inputs: int, num_outputs: int) -> None:
+    def linear(name: str, num_inputs: int, num_outputs: int, bias: bool = config.use_bias) -> None:
         shapes[f"{name}/kernel"] = (num_inputs, num_outputs)
-        if config.use_bias:
+        if bias:
             shapes[f"{name}/bias"] = (num_outputs,)
 
     for index in range(config.num_layers):
         block = f"block_{index}"
         norm(f"{block}/attention_norm")
-        linear(f"{block}/attention/query_key_value", dim, fused_width(config))
-        linear(f"{block}/attention/output_projection", dim, dim)
+        linear(f"{block}/attention/query_key_value", dim, fused_width(config), config.has_qkv_bias)
+        if config.qk_norm_gain:
+            for each in ("query", "key"):
+                shapes[f"{block}/attention/{each}_norm/gain"] = (config.dim_per_head,)
+        linear(f"{block}/attention/output_projection", config.attention_dim, dim)
         norm(f"{block}/mlp_norm")
         linear(f"{block}/mlp/expand", dim, wide_dim(config))
         linear(f"{block}/mlp/contract", hidden, dim)
@@ -53,7 +56,7 @@ def num_params(shapes: Shapes) -> int:
 
 
 def fused_width(config: ModelConfig) -> int:
-    return (config.num_heads + 2 * config.kv_heads) * config.head_dim
+    return (config.num_heads + 2 * config.kv_heads) * config.dim_per_head
 
 
 def wide_dim(config: ModelConfig) -> int:

@@ -54,7 +54,8 @@ class GPT(keras.Model):
         self.embedding_dropout = KeyedDropout(config.dropout, "embedding", name="embedding_dropout", dtype=policy)
         kernels = Kernels(fuse)
         self.blocks = [
-            Block(config, initializers, kernels, f"block_{index}", policy) for index in range(config.num_layers)
+            Block(config, initializers, kernels, f"block_{index}", policy, has_rope)
+            for index, has_rope in enumerate(_layers_with_rope(config))
         ]
         self.output_norm = Norm(config, kernels, name="output_norm", dtype=policy)
         self.build((None, config.context_length))
@@ -92,7 +93,7 @@ class GPT(keras.Model):
         self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
     ) -> tf.Tensor:
         """What the output projection sees: (batch, time, dim) in the compute dtype."""
-        positions, visible, is_causal = visibility(attention, tokens.shape[1])
+        positions, visible, is_causal = visibility(attention, tokens.shape[1], self.config.sliding_window)
         x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
         for block in self.blocks:
             if self.remat:
@@ -116,7 +117,7 @@ class GPT(keras.Model):
     def empty_cache(self, batch_size: int) -> Cache:
         """A cache of keys and values with nothing in it, for `extend`."""
         config = self.config
-        shape = (batch_size, config.kv_heads, config.context_length, config.head_dim)
+        shape = (batch_size, config.kv_heads, config.context_length, config.dim_per_head)
         return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
 
     def extend(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
@@ -165,7 +166,7 @@ class GPT(keras.Model):
             for variables in (self.trainable_variables, self.non_trainable_variables)
         )
         trained += self.vocab_size * config.model_dim
-        return 6 * trained + 4 * frozen + 6 * config.num_layers * (config.context_length + 1) * config.model_dim
+        return 6 * trained + 4 * frozen + 6 * config.num_layers * (config.context_length + 1) * config.attention_dim
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         x = tf.gather(tf.convert_to_tensor(self.token_embedding), tokens)
@@ -176,3 +177,8 @@ class GPT(keras.Model):
             table = np.concatenate([sines, cosines], axis=-1) * self.config.init_stddev
             x = x + tf.cast(tf.gather(table, positions), x.dtype)
         return tf.cast(x, self.compute_dtype)
+
+
+def _layers_with_rope(config: ModelConfig) -> list[bool]:
+    """Whether each layer rotates its queries and keys."""
+    return [config.position == "rope" and index not in config.layers_without_rope for index in range(config.num_layers)]

@@ -58,10 +58,10 @@ class Linear(keras.layers.Layer):
 class Norm(keras.layers.Layer):
     """Layer norm or RMS norm over the last axis, computed in float32 under every precision."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, **kwargs: object) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, kind: str = "", **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.epsilon = config.norm_epsilon
-        self.center = config.norm == "layer_norm"
+        self.center = (kind or config.norm) == "layer_norm"
         self.use_bias = self.center and config.use_bias
         self._kernels = kernels
 
@@ -76,11 +76,34 @@ class Norm(keras.layers.Layer):
         return self._kernels.norm(x, weights, self.center, self.epsilon)
 
 
-def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of rotary positions (Su et al. 2021, base 10,000): float32, (length, head_dim / 2) each."""
-    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+def rotary_tables(length: int, head_dim: int, frequencies: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of rotary positions (Su et al. 2021): float32, (length, head_dim / 2) each.
+
+    Args:
+      frequencies: radians per token, (head_dim / 2,); None: those of the base 10,000.
+    """
+    if frequencies is None:
+        frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
     angles = np.arange(length)[:, None] * frequencies[None, :]
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per token of each pair of numbers of a head, stretched as `rope_scaling` says, (head_dim / 2,).
+
+    linear: Chen et al. 2023, "Extending context window of large language models via positional interpolation"; llama3:
+    the Llama 3.1 models (Grattafiori et al. 2024), between whose two wavelengths the stretch grows smoothly.
+    """
+    frequencies = config.rope_theta ** (-np.arange(0, config.dim_per_head, 2) / config.dim_per_head)
+    if config.rope_scaling == "none":
+        return frequencies
+    stretched = frequencies / config.rope_scaling_factor
+    if config.rope_scaling == "linear":
+        return stretched
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    periods = config.rope_original_context_length * frequencies / (2 * math.pi)  # in the context of pretraining
+    kept = np.clip((periods - low) / (high - low), 0.0, 1.0)
+    return (1 - kept) * stretched + kept * frequencies
 
 
 def rms_normalise(x: tf.Tensor, epsilon: float) -> tf.Tensor:
@@ -113,21 +136,30 @@ class Attention(keras.layers.Layer):
         kernels: Kernels,
         name: str,
         dtype: keras.DTypePolicy,
+        has_rope: bool,
     ) -> None:
         super().__init__(name="attention", dtype=dtype)
-        self.config, self._kernels = config, kernels
-        width = (config.num_heads + 2 * config.kv_heads) * config.head_dim
+        self.config, self._kernels, self._has_rope = config, kernels, has_rope
+        width = (config.num_heads + 2 * config.kv_heads) * config.dim_per_head
         initial = initializers.normal(f"{name}/query_key_value")
-        self.query_key_value = Linear(width, config.use_bias, initial, name="query_key_value", dtype=dtype)
+        self.query_key_value = Linear(width, config.has_qkv_bias, initial, name="query_key_value", dtype=dtype)
         initial = initializers.residual(f"{name}/output")
         self.output_projection = Linear(
             config.model_dim, config.use_bias, initial, name="output_projection", dtype=dtype
         )
-        self.cosines, self.sines = rotary_tables(config.context_length, config.head_dim)
+        if config.qk_norm_gain:
+            self.query_norm, self.key_norm = (
+                Norm(config, kernels, "rms_norm", name=f"{each}_norm", dtype=dtype) for each in ("query", "key")
+            )
+        frequencies = rotary_frequencies(config)
+        self.cosines, self.sines = rotary_tables(config.context_length, config.dim_per_head, frequencies)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.query_key_value.build(input_shape)
-        self.output_projection.build((*input_shape[:-1], self.config.model_dim))
+        if self.config.qk_norm_gain:
+            for norm in (self.query_norm, self.key_norm):
+                norm.build((*input_shape[:-1], self.config.dim_per_head))
+        self.output_projection.build((*input_shape[:-1], self.config.attention_dim))
 
     def call(self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor, is_causal: bool = True) -> tf.Tensor:
         """Every token attends to those that are visible to it.
@@ -159,22 +191,27 @@ class Attention(keras.layers.Layer):
         keys = _write_slots(keys, new_keys, positions)
         values = _write_slots(values, new_values, positions)
         visible = slots[tf.newaxis, :] <= positions[:, tf.newaxis]
+        if self.config.sliding_window is not None:
+            visible &= slots[tf.newaxis, :] > positions[:, tf.newaxis] - self.config.sliding_window
         return self._attend(queries, keys, values, visible, causal=False), keys, values
 
     def _project(self, x: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, time, head_dim)."""
         config = self.config
         fused = self.query_key_value(x)
-        shape = [tf.shape(x)[0], tf.shape(x)[1], config.num_heads + 2 * config.kv_heads, config.head_dim]
+        shape = [tf.shape(x)[0], tf.shape(x)[1], config.num_heads + 2 * config.kv_heads, config.dim_per_head]
         heads = tf.transpose(tf.reshape(fused, shape), [0, 2, 1, 3])
         queries, keys, values = tf.split(heads, [config.num_heads, config.kv_heads, config.kv_heads], axis=1)
+        if config.qk_norm_gain:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
         cosines = sines = None
-        if config.position == "rope":
+        if self._has_rope:
             cosines, sines = tf.gather(self.cosines, positions), tf.gather(self.sines, positions)
             if positions.shape.rank == 2:  # all heads of a row share its positions
                 cosines, sines = cosines[:, tf.newaxis], sines[:, tf.newaxis]
-        if config.qk_norm or config.position == "rope":
-            epsilon = config.norm_epsilon if config.qk_norm else None
+        normalises = config.qk_norm and not config.qk_norm_gain
+        if normalises or self._has_rope:
+            epsilon = config.norm_epsilon if normalises else None
             queries, keys = (self._kernels.apply(prepare, x, epsilon, cosines, sines) for x in (queries, keys))
         return queries, keys, values
 
@@ -186,9 +223,9 @@ class Attention(keras.layers.Layer):
         if config.kv_heads != config.num_heads:
             keys = tf.repeat(keys, config.num_heads // config.kv_heads, axis=1)
             values = tf.repeat(values, config.num_heads // config.kv_heads, axis=1)
-        scale = 1 / math.sqrt(config.head_dim)
+        scale = 1 / math.sqrt(config.dim_per_head)
         mixed = tf.transpose(self._kernels.attention(queries, keys, values, visible, scale, causal), [0, 2, 1, 3])
-        return self.output_projection(tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.model_dim]))
+        return self.output_projection(tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.attention_dim]))
 
 
 def _write_slots(cache: tf.Tensor, new: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
@@ -238,11 +275,12 @@ class Block(keras.layers.Layer):
         kernels: Kernels,
         name: str,
         dtype: keras.DTypePolicy,
+        has_rope: bool,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
         rate, residual = config.dropout, (f"{name}/attention", f"{name}/mlp")
         self.attention_norm = Norm(config, kernels, name="attention_norm", dtype=dtype)
-        self.attention = Attention(config, initializers, kernels, residual[0], dtype)
+        self.attention = Attention(config, initializers, kernels, residual[0], dtype, has_rope)
         self.attention_dropout = KeyedDropout(rate, residual[0], name="attention_dropout", dtype=dtype)
         self.mlp_norm = Norm(config, kernels, name="mlp_norm", dtype=dtype)
         self.mlp = MLP(config, initializers, kernels, residual[1], dtype)

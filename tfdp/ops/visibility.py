@@ -46,11 +46,16 @@ class Visibility(NamedTuple):
     is_causal: bool  # whether no token sees a later one, which saves half of the products
 
 
-def visibility(kind: AttentionKind, time: int) -> Visibility:
-    """Who sees whom in rows of `time` tokens."""
+def visibility(kind: AttentionKind, time: int, window: int | None = None) -> Visibility:
+    """Who sees whom in rows of `time` tokens.
+
+    Args:
+      window: tokens that a token sees at most, itself included (Beltagy et al. 2020, Longformer); None: all.
+    """
     if isinstance(kind, ByDocument):
-        return Visibility(*within_documents(kind.starts), is_causal=True)
-    past = _past(time)
+        positions, visible = within_documents(kind.starts)
+        return Visibility(positions, visible if window is None else visible & _past(time, window), is_causal=True)
+    past = _past(time, window)
     if isinstance(kind, Prefix):
         in_prefix = tf.range(time) < kind.lengths[:, tf.newaxis]
         visible = past | in_prefix[:, tf.newaxis, :] & in_prefix[:, :, tf.newaxis]
@@ -78,6 +83,7 @@ def within_documents(starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return positions, visible[:, tf.newaxis]
 
 
-def _past(time: int) -> tf.Tensor:
-    """Each token, and those before it: bool (time, time)."""
-    return tf.constant(np.tril(np.ones((time, time), dtype=bool)))
+def _past(time: int, window: int | None = None) -> tf.Tensor:
+    """Each token, and the window before it: bool (time, time)."""
+    past = np.tril(np.ones((time, time), dtype=bool))
+    return tf.constant(past if window is None else np.triu(past, 1 - window))

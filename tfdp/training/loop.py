@@ -3,6 +3,7 @@
 It knows steps, times and files, but not what is trained: `assembly.py` gives it a `Run` of functions.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.config.run_config import changed_keys
+from tfdp.config.run_config import changed_keys, standard_defaults
 from tfdp.parallel.cluster import publish, read
 from tfdp.reporting.hardware import peak_memory
 from tfdp.reporting.timing import Throughput, Trace
@@ -96,8 +97,10 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
     progress = Progress()
     newest = load_agreed(run.cluster, folder, "resume")
     if newest is None:
+        run.initialise()
         return progress
-    refuse_differences(newest.state["identity"], run.identity)
+    wanted = json.loads(json.dumps(run.identity))  # as state.json has it: a list is no tuple
+    refuse_differences({**{key: standard_defaults().get(key) for key in wanted}, **newest.state["identity"]}, wanted)
     progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
     progress.history = newest.state.get("history", [])
     progress.earlier_yaml = newest.state.get("config")

@@ -63,6 +63,22 @@ def restore(variables: Variables, tensors: Tensors) -> None:
         variable.assign(tensors[name])
 
 
+def assign(variables: Variables, tensors: Mapping[str, np.ndarray]) -> None:
+    """Assigns tensors, each asked for once and let go before the next, to variables of the same names and shapes.
+
+    Raises:
+      ConfigError: a name is in one of them only, or shapes differ.
+    """
+    for name in sorted({*variables} ^ {*tensors}):
+        raise ConfigError(f"the model and its weights must have the same names: {name} is in one of them only")
+    for name, variable in variables.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != tuple(variable.shape):
+            shapes = f"{list(tensor.shape)} instead of {list(variable.shape)}"
+            raise ConfigError(f"the weights must have the shapes of the model: {name} has {shapes}")
+        variable.assign(tensor)
+
+
 def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises `ConfigError` that lists where a checkpoint and this run differ."""
     differing = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]

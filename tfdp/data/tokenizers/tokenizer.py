@@ -7,6 +7,7 @@ A tokenizer is named by a string:
     bpe:FOLDER             one that was trained so: vocabulary.json and merges.txt
     gpt2:FOLDER            GPT-2's own vocabulary and merges, or others of its form
     sentencepiece:FILE     a SentencePiece model
+    huggingface:FOLDER     the tokenizer.json of a Hugging Face folder, with its special tokens
 """
 
 import json
@@ -20,11 +21,12 @@ import numpy as np
 
 from tfdp.data import inputs, strict_json
 from tfdp.data.tokenizers import bpe
+from tfdp.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from tfdp.data.tokenizers.sentence_piece import MODEL_FILE, SentencePieceTokenizer
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 
-FORMS = "bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or sentencepiece:FILE"
+FORMS = "bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER, sentencepiece:FILE or huggingface:FOLDER"
 KIND_FILE = "tokenizer.tfdp.json"
 
 
@@ -57,6 +59,16 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: np.ndarray) -> str: ...
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of the beginning of a document, which generation continues: an end of text, and the text.
+
+    A tokenizer of Hugging Face begins a document in its own way, which its `prompt` knows.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.prompt(text)
+    return np.array([tokenizer.end_of_text, *tokenizer.encode(text).tolist()])
 
 
 class ByteTokenizer:
@@ -97,6 +109,8 @@ def make_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
             return bpe.load(path, "keras" if kind == "bpe" else "gpt2", key)
         if kind == "sentencepiece":
             return SentencePieceTokenizer.from_file(path, key)
+        if kind == "huggingface":
+            return HuggingFaceTokenizer.from_folder(path, key)
     raise ConfigError(f"{key} ({shown(name)}) must be one of {FORMS}")
 
 
@@ -115,13 +129,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     scratch.mkdir(parents=True)
     try:
-        kind = {"kind": "bytes"}
+        kind: dict[str, object] = {"kind": "bytes"}
         if isinstance(tokenizer, bpe.BytePairTokenizer):
             tokenizer.save(scratch)
             kind = {"kind": "bpe", "pattern": tokenizer.pattern}
         elif isinstance(tokenizer, SentencePieceTokenizer):
             tokenizer.save(scratch)
             kind = {"kind": "sentencepiece"}
+        elif isinstance(tokenizer, HuggingFaceTokenizer):
+            tokenizer.save(scratch)
+            kind = {"kind": "huggingface", "end_of_text": tokenizer.end_of_text}
         (scratch / KIND_FILE).write_text(json.dumps(kind))
         os.rename(scratch, folder)
     except OSError:
@@ -144,6 +161,8 @@ def open_tokenizer(folder: Path, key: str = "tokenizer") -> Tokenizer:
         return bpe.load(folder, pattern, key)
     if kind == "sentencepiece":
         return SentencePieceTokenizer.from_file(folder / MODEL_FILE, key)
+    if kind == "huggingface" and isinstance(told, dict) and isinstance(told.get("end_of_text"), int):
+        return HuggingFaceTokenizer.from_folder(folder, key, told["end_of_text"])
     if kind == "bytes":
         return ByteTokenizer()
     raise ConfigError(f"{where} must be a tokenizer that tfdp wrote, but {KIND_FILE} names none that there is")

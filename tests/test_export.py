@@ -1,0 +1,158 @@
+"""A run written as a folder of Hugging Face, and that folder trained on, evaluated and refused; no peers needed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SIZE = ["--model.num_layers=2", "--model.num_heads=2", "--model.model_dim=32", "--model.context_length=32"]
+SHORT = ["--training.steps=12", "--training.global_batch_size=8", "--training.sample_tokens=0"]
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def tfdp(folder: Path, command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", f"tfdp.{command}", *map(str, arguments)]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=150)
+
+
+def summary(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
+    """With a run of the default model, small, and its export."""
+    folder = tmp_path_factory.mktemp("export")
+    shutil.copytree(corpus_dir, folder / "text")
+    text = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2"]
+    done = tfdp(folder, "train", "--run_dir=run", *text, *SIZE, *SHORT)
+    assert done.returncode == 0, done.stderr
+    done = tfdp(folder, "export", "--run_dir=run", "--output=exported")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_an_export_says_what_it_is(folder: Path) -> None:
+    files = {path.name for path in (folder / "exported").iterdir()}
+    named = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert files == {*named, "model.safetensors"}
+    config = json.loads((folder / "exported" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen3", ["Qwen3ForCausalLM"])  # whose QK gains are one
+    assert config["eos_token_id"] == 255
+    card = (folder / "exported" / "README.md").read_text()
+    assert f"{summary(folder / 'run')['validation_loss']:.4f} nats per token" in card
+    assert "text:text/*.txt" in card and str(folder) not in card
+
+
+def test_training_goes_on_from_an_export_and_from_a_run(folder: Path) -> None:
+    """The first loss of both is the same, and that of a trained model; the tokenizer comes along."""
+    first: dict[str, float] = {}
+    for name, origin in (("from_folder", "exported"), ("from_run", "run")):
+        text = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2", "--training.log_every=1"]
+        done = tfdp(folder, "train", f"--run_dir={name}", f"--model.init_from={origin}", *text, *SHORT)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        first[name] = rows[0]["loss"]
+        assert rows[0]["step"] == 1
+    assert first["from_folder"] == pytest.approx(first["from_run"], rel=1e-6)
+    assert first["from_run"] < 0.8 * np.log(256)
+    replayed = tfdp(folder, "replay", "--run_dir=from_folder", "--step=3")  # from there too
+    assert replayed.stdout.count("equal") == 2, replayed.stdout + replayed.stderr
+    resumed = tfdp(folder, "train", "--run_dir=from_run", "--training.steps=16")
+    assert resumed.returncode == 0, resumed.stderr
+    assert summary(folder / "from_run")["step"] == 16
+
+
+def test_generate_continues_from_an_export_as_from_its_run(folder: Path) -> None:
+    arguments = ["--prompt=alpha ", "--num_tokens=24", "--temperature=0"]
+    texts = [tfdp(folder, "generate", f"--run_dir={each}", *arguments) for each in ("run", "exported")]
+    assert texts[0].returncode == texts[1].returncode == 0, texts[1].stderr
+    assert texts[0].stdout == texts[1].stdout and len(texts[0].stdout) > 10
+
+
+def _damage(folder: Path, name: str) -> None:
+    target = folder / name
+    if name == "pickle":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    elif name == "truncated":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif name == "no config":
+        (folder / "config.json").unlink()
+    else:
+        target = folder / "config.json"
+        config = json.loads(target.read_text())
+        config |= {
+            "unknown architecture": {"model_type": "mamba"},
+            "unknown key": {"attn_logit_softcapping": 50.0},
+            "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "shape": {"intermediate_size": 64},
+            "bias": {"attention_bias": True},
+        }[name]
+        target.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no config", "must be a folder of Hugging Face, with a config.json, or the directory of a run"),
+        ("pickle", "has pytorch_model.bin, a pickle, and to read one is to run what it says"),
+        ("truncated", "model.safetensors must be a whole safetensors file"),
+        ("unknown architecture", "must be a model of an architecture that tfdp reads"),
+        ("unknown key", "whose effect tfdp does not know: attn_logit_softcapping 50.0"),
+        ("yarn", "must have rotary positions of type default, linear or llama3, but has yarn"),
+        ("shape", "must hold model.layers.0.mlp.gate_proj.weight of shape [64, 32]"),
+        ("bias", "whose effect tfdp does not know: attention_bias true"),
+    ],
+)
+def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Path, damage: str, message: str) -> None:
+    shutil.copytree(folder / "exported", tmp_path / "bad")
+    _damage(tmp_path / "bad", damage)
+    text = f"--data.source=text:{folder}/text/*.txt"
+    done = tfdp(tmp_path, "train", "--run_dir=r", "--model.init_from=bad", text, *SHORT)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (
+            "train",
+            ["--model.init_from=exported", "--model.num_layers=3"],
+            "model.num_layers (3) must be 2, as model.init_from (exported) has it: leave it out",
+        ),
+        (
+            "train",
+            ["--model.init_from=exported", "--model.context_length=64"],
+            "model.context_length (64) must be at most 32, as model.init_from (exported) has it: leave it out",
+        ),
+        ("export", ["--run_dir=run"], "output (null) must name a folder: try --output exported"),
+        ("export", ["--run_dir=run", "--output=exported"], "output (exported) must not exist, or be an empty folder"),
+        ("export", ["--run_dir=nowhere", "--output=new"], "run_dir (nowhere) must be the directory of a run"),
+    ],
+)
+def test_a_mistake_is_one_line(folder: Path, command: str, arguments: list[str], message: str) -> None:
+    done = tfdp(folder, command, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (folder / "new").exists()
+
+
+def test_a_model_that_no_architecture_equals_names_the_keys_in_the_way(folder: Path) -> None:
+    text = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2", "--model.norm=layer_norm"]
+    assert tfdp(folder, "train", "--run_dir=odd", *text, *SIZE, *SHORT).returncode == 0
+    done = tfdp(folder, "export", "--run_dir=odd", "--output=odd_exported")
+    assert done.returncode == 2
+    assert (
+        "no architecture for this model; the nearest is qwen3: model.norm (layer_norm) must be rms_norm" in done.stderr
+    )
+    assert sorted(path.name for path in folder.iterdir() if "odd" in path.name) == ["odd"]  # nothing half-written

@@ -1,0 +1,137 @@
+"""What a run starts from: a folder with a model that it takes over (`model.init_from`).
+
+The folder is Hugging Face's, or the directory of a run of tfdp. Its shape becomes the run's: the keys of section
+`model` come from there, and so does the tokenizer unless another is named.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfdp.config.run_config import config_records, flatten_yaml, is_begun
+from tfdp.config.sections import ModelConfig
+from tfdp.data.inputs import path_of
+from tfdp.interop import hugging_face
+from tfdp.interop.hugging_face import HuggingFaceModel
+from tfdp.system.exits import ConfigError
+from tfdp.system.messages import shown
+from tfdp.training.checkpoint import CheckpointFolder
+from tfdp.training.weights import assign
+
+INIT_FROM = "model.init_from"
+_OWN_CHOICE = ("init_from", "dropout", "init_stddev", "zero_init")  # keys that no folder decides about
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The best checkpoint of a run of tfdp, as an origin."""
+
+    folder: Path
+    keys: Mapping[str, Any]
+    model_type = None
+
+    @classmethod
+    def open(cls, folder: Path) -> "RunModel":
+        content: dict[str, Any] = {}
+        for path in config_records(folder):
+            content |= flatten_yaml(path.read_text(encoding="utf-8"))
+        keys = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
+        return cls(folder, {key: tuple(each) if isinstance(each, list) else each for key, each in keys.items()})
+
+    @property
+    def tokenizer(self) -> str:
+        return f"bpe:{self.folder / 'tokenizer'}"  # of whatever kind: the folder says
+
+    @property
+    def files(self) -> Sequence[Path]:
+        checkpoints = CheckpointFolder(self.folder / "checkpoints")
+        step = checkpoints.best_step() or max(checkpoints.steps(), default=None)
+        if step is None:
+            raise ConfigError(f"{INIT_FROM} ({shown(self.folder)}) must hold a checkpoint: there is none yet")
+        return [checkpoints.path(step) / "weights.safetensors"]
+
+    def weights(self, model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarray]:
+        (path,) = self.files
+        checkpoints = CheckpointFolder(self.folder / "checkpoints")
+        return checkpoints.load(int(path.parent.name.partition("_")[2])).weights
+
+
+Origin = HuggingFaceModel | RunModel
+
+
+def open_origin(name: str) -> Origin:
+    """The model of a folder, whose weights are not read yet.
+
+    Raises:
+      ConfigError: no such folder, or one that holds no model that is read here.
+    """
+    folder = path_of(name)
+    if config_records(folder):
+        return RunModel.open(folder)
+    if (folder / hugging_face.CONFIG_FILE).is_file():
+        return HuggingFaceModel.open(folder, INIT_FROM)
+    raise ConfigError(
+        f"{INIT_FROM} ({shown(folder)}) must be a folder of Hugging Face, with a {hugging_face.CONFIG_FILE}, or the "
+        f"directory of a run"
+    )
+
+
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration, with those that the folder of `model.init_from` decides about.
+
+    A shorter context than the folder's may be chosen, unless its positions are learned.
+
+    Args:
+      values: by dotted key, without defaults.
+
+    Raises:
+      ConfigError: a key was given another value than the folder has.
+    """
+    found, name = dict(values), values.get(INIT_FROM)
+    if name is None or (not path_of(name).exists() and _is_resumed(values)):
+        return found
+    origin = open_origin(name)
+    for own, value in origin.keys.items():
+        key = f"model.{own}"
+        if own in _OWN_CHOICE:
+            continue
+        given = found.setdefault(key, value)
+        is_shorter = own == "context_length" and origin.keys["position"] != "learned" and given <= value
+        if given != value and not is_shorter:
+            rule = f"at most {value}" if own == "context_length" and given > value else shown(value)
+            raise ConfigError(
+                f"{key} ({shown(given)}) must be {rule}, as {INIT_FROM} ({shown(path_of(name))}) has it: leave it out"
+            )
+    if isinstance(origin, HuggingFaceModel):  # damage and other shapes show now, before TensorFlow is loaded
+        origin.weights(ModelConfig(**origin.keys), origin.keys["vocab_size"])
+    reads_shards = "tokens:" in str(values.get("data.source", ""))
+    if found.get("data.tokenizer", "auto") == "auto" and not reads_shards:
+        found["data.tokenizer"] = origin.tokenizer
+    return found
+
+
+def _is_resumed(values: Mapping[str, Any]) -> bool:
+    """Whether a run goes on that has begun: it has its keys, and its checkpoints the weights."""
+    return bool(values.get("run_dir")) and is_begun(Path(values["run_dir"]))
+
+
+def load_weights(name: str, model: ModelConfig, vocab_size: int, variables: Mapping[str, Any]) -> None:
+    """Assigns the weights of a folder to variables of the same names, tensor by tensor.
+
+    Raises:
+      ConfigError: a weight is missing, or has another shape.
+    """
+    assign(variables, open_origin(name).weights(model, vocab_size))
+
+
+def digest_of(name: str) -> str:
+    """The sha256 of the files that weights are read from: the same on all workers."""
+    total = hashlib.sha256()
+    for path in open_origin(name).files:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

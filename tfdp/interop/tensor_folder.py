@@ -1,0 +1,151 @@
+"""Tensors by name in a folder of safetensors: `model.safetensors`, or several files and `model.safetensors.index.json`.
+
+Read by memory map, tensor by tensor; nothing else of a file comes into memory. Pickles (`.bin`, `.pt`) are refused: to
+read one is to run what it says.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfdp.data import strict_json
+from tfdp.system.exits import ConfigError
+from tfdp.system.messages import shown
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+class TensorFolder:
+    """The tensors of a folder.
+
+    Args:
+      folder: with the files.
+      where: what to blame: the configuration key and the folder, as "model.init_from (FOLDER)".
+
+    Raises:
+      ConfigError: there is no such file, or one is damaged, is no safetensors, or lacks a tensor of the index.
+    """
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self._where = where
+        self._tensors: dict[str, tuple[np.ndarray, str]] = {}  # as stored, and the type of its numbers
+        for path, wanted in _files(folder, where).items():
+            found = dict(_mapped(path, f"{where}: {path.name}"))
+            missing = [name for name in wanted if name not in found]
+            if missing:
+                raise ConfigError(f"{where}: {path.name} must hold {missing[0]}, as {INDEX_FILE} says")
+            self._tensors |= {name: found[name] for name in wanted or found}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name][0].shape
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as float32; a view of the file where it is float32 there."""
+        stored, kind = self._tensors[name]
+        if kind == "BF16":  # the upper half of a float32
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32, copy=False)
+
+
+def _files(folder: Path, where: str) -> dict[Path, list[str]]:
+    """The files, and the tensors to take from each; none named: all."""
+    if (folder / INDEX_FILE).is_file():
+        try:
+            index: Any = strict_json.parse((folder / INDEX_FILE).read_bytes())
+            names = index["weight_map"]
+            files: dict[Path, list[str]] = {}
+            for name, file in names.items():
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} is not a file of this folder")
+                files.setdefault(folder / file, []).append(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{where}: {INDEX_FILE} must map tensors to files (weight_map): {reason}") from None
+        return files
+    if not (folder / WEIGHTS_FILE).exists():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        pickle = f", but has {pickles[0]}, a pickle, and to read one is to run what it says" if pickles else ""
+        fix = "; save it again with save_pretrained(safe_serialization=True)" if pickles else ""
+        raise ConfigError(f"{where} must hold {WEIGHTS_FILE} or {INDEX_FILE}{pickle}{fix}")
+    return {folder / WEIGHTS_FILE: []}
+
+
+def _mapped(path: Path, where: str) -> Iterator[tuple[str, tuple[np.ndarray, str]]]:
+    """(name, (array over the memory map, type)) of each tensor of a file that is whole."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(
+            path, framework="np"
+        ) as checked:  # the header, and that the file is as long as it says
+            del checked
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where} must be a whole safetensors file: {reason}") from None
+    length = int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8 : 8 + length]).items():
+        if name == "__metadata__":
+            continue
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if kind not in _DTYPES:
+            raise ConfigError(
+                f"{where} must hold numbers in {', '.join(_DTYPES)}, but {shown(name)} is in {shown(kind)}"
+            )
+        dtype = np.dtype(_DTYPES[kind])
+        flat = np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, 8 + length + begin)
+        yield name, (flat.reshape(shape), kind)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str, most_bytes: int) -> None:
+    """Writes tensors in order, in as many files as it takes to have at most `most_bytes` in one.
+
+    Args:
+      folder: an empty one.
+      tensors: float32, by name; each is taken only when its turn has come.
+      dtype: float32, float16 or bfloat16, as which they are written.
+      most_bytes: of a file, unless one tensor has more.
+    """
+    import ml_dtypes  # NumPy has no bfloat16 of its own
+    from safetensors.numpy import save_file
+
+    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    files: list[list[str]] = []
+    share: dict[str, np.ndarray] = {}  # of the file that comes next
+    total, size = 0, 0
+
+    def close() -> None:
+        path = folder / f".{len(files)}.safetensors"
+        save_file(share, path, metadata={"format": "pt"})  # transformers asks for it
+        files.append(list(share))
+        share.clear()
+
+    for name, tensor in tensors:
+        converted = np.ascontiguousarray(tensor, kind)
+        if share and size + converted.nbytes > most_bytes:
+            close()
+            size = 0
+        share[name] = converted
+        size, total = size + converted.nbytes, total + converted.nbytes
+    close()
+    if len(files) == 1:
+        os.rename(folder / ".0.safetensors", folder / WEIGHTS_FILE)
+        return
+    names: dict[str, str] = {}
+    for index, held in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        os.rename(folder / f".{index}.safetensors", folder / file)
+        names |= dict.fromkeys(held, file)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2)
+    (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
