@@ -20,7 +20,7 @@ class CachedModel(Protocol):
     """What is sampled, such as `gpt.GPT`, which says what the methods take and give."""
 
     config: Any  # has context_length
-    empty_cache: Callable[[int], Cache]
+    empty_cache: Callable[[int, int], Cache]  # (batch size, tokens)
     extend: Callable[[tf.Tensor, Cache, tf.Tensor], tuple[tf.Tensor, Cache]]
 
 
@@ -38,9 +38,10 @@ class Sampler:
     def tokens(self, prompt: str, config: SamplingConfig) -> Iterator[int]:
         """Yields the ids that continue a prompt, of which the last context_length tokens are seen."""
         generator = np.random.Generator(np.random.Philox(config.seed))
-        context_length = self._model.config.context_length
         history = prompt_ids(self._tokenizer, prompt).tolist()
-        logits, cache, filled = self._read(history[-context_length:])
+        # No longer than the text will be: an attention over 8,192 empty places costs as much as over full ones.
+        context_length = min(self._model.config.context_length, len(history) + config.num_tokens)
+        logits, cache, filled = self._read(history[-context_length:], context_length)
         for _ in range(config.num_tokens):
             token = draw(logits, config, generator)
             if token == self._tokenizer.end_of_text:
@@ -48,14 +49,14 @@ class Sampler:
             yield token
             history.append(token)
             if filled == context_length:
-                logits, cache, filled = self._read(history[-max(1, context_length // 2) :])
+                logits, cache, filled = self._read(history[-max(1, context_length // 2) :], context_length)
             else:
                 logits, cache = self._extend(tf.constant([[token]]), cache, tf.constant(filled))
                 filled += 1
 
-    def _read(self, tokens: list[int]) -> tuple[tf.Tensor, Cache, int]:
-        """Fills an empty cache with tokens."""
-        cache = self._model.empty_cache(1)
+    def _read(self, tokens: list[int], length: int) -> tuple[tf.Tensor, Cache, int]:
+        """Fills an empty cache of a length with tokens."""
+        cache = self._model.empty_cache(1, length)
         logits, cache = self._extend(tf.constant([tokens]), cache, tf.constant(0))
         return logits, cache, len(tokens)
 

@@ -16,6 +16,7 @@ from tfdp.system.messages import shown
 
 # Keys of `config.json` that change no logit: bookkeeping, special tokens, and what only training looks at.
 _WITHOUT_EFFECT = {
+    "_model_name_or_path",
     "_name_or_path",
     "architectures",
     "attention_dropout",
@@ -42,6 +43,7 @@ _WITHOUT_EFFECT = {
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
+    "unk_token_id",
     "use_cache",
 }
 # Keys that are understood with these values only.

@@ -114,16 +114,16 @@ class GPT(keras.Model):
         """The output projection's rows, one per token id: (vocab_size, dim)."""
         return self.token_embedding if self.config.tie_embeddings else self.output_embedding
 
-    def empty_cache(self, batch_size: int) -> Cache:
-        """A cache of keys and values with nothing in it, for `extend`."""
+    def empty_cache(self, batch_size: int, length: int | None = None) -> Cache:
+        """A cache of keys and values with nothing in it, for `extend`: of `length` tokens; None: of context_length."""
         config = self.config
-        shape = (batch_size, config.kv_heads, config.context_length, config.dim_per_head)
+        shape = (batch_size, config.kv_heads, length or config.context_length, config.dim_per_head)
         return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
 
     def extend(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
         """Logits of new tokens (batch, time) that follow the `start` cached ones, and the longer cache.
 
-        start + time must not exceed context_length.
+        start + time must not exceed the length of the cache.
         """
         x = self._embed(tokens, start + tf.range(tf.shape(tokens)[1]))
         longer = []

@@ -187,7 +187,7 @@ class Attention(keras.layers.Layer):
         """
         positions = start + tf.range(tf.shape(x)[1])
         queries, new_keys, new_values = self._project(x, positions)
-        slots = tf.range(self.config.context_length)
+        slots = tf.range(tf.shape(keys)[2])
         keys = _write_slots(keys, new_keys, positions)
         values = _write_slots(values, new_values, positions)
         visible = slots[tf.newaxis, :] <= positions[:, tf.newaxis]
