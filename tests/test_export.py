@@ -135,6 +135,11 @@ def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Pat
             ["--model.init_from=exported", "--model.context_length=64"],
             "model.context_length (64) must be at most 32, as model.init_from (exported) has it: leave it out",
         ),
+        (
+            "evaluate",
+            ["--run_dir=exported"],
+            "run_dir (exported) must be the directory of a run to be evaluated, and is a folder of Hugging Face",
+        ),
         ("export", ["--run_dir=run"], "output (null) must name a folder: try --output exported"),
         ("export", ["--run_dir=run", "--output=exported"], "output (exported) must not exist, or be an empty folder"),
         ("export", ["--run_dir=nowhere", "--output=new"], "run_dir (nowhere) must be the directory of a run"),

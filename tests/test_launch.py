@@ -245,7 +245,7 @@ def test_without_restarts_the_code_tells_a_failure_from_a_lost_worker(run_dir: P
     how = "was killed by SIGKILL" if expected == 76 else r"ended with exit code 1 \(it failed\)"
     assert re.search(rf"^launch: worker 1 \(pid \d+\) {how}; waiting up to 15 s for the others$", stderr, re.MULTILINE)
     assert re.search(r"^launch: worker 0 \(pid \d+\) ended with exit code 76 \(it lost a peer\)$", stderr, re.MULTILINE)
-    assert "launch: the job failed, --max_restarts is 0; there is no checkpoint yet; go on with" in stderr
+    assert "launch: the job failed, --max_restarts is 0; there is no checkpoint yet; resume with" in stderr
 
 
 # --- Restarts --------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_a_signal_reaches_every_worker_once_and_ends_the_job(run_dir: Path, numb
     assert code == 75
     assert [(run_dir / f"received{index}").read_text() for index in range(3)] == [str(int(number))] * 3
     assert f"launch: {number.name}: passed on to 3 workers\n" in stderr
-    assert "launch: stopped on request; there is no checkpoint yet; go on with" in stderr
+    assert "launch: stopped on request; there is no checkpoint yet; resume with" in stderr
 
 
 def test_a_terminal_that_is_lost_stops_the_job_unless_nohup_says_otherwise(run_dir: Path) -> None:
@@ -505,7 +505,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             ["--numworkers", "2"],
             r"unknown key numworkers on the command line: did you mean num_workers\?; .* after --, .*",
         ),
-        (["--training.steps", "2"], r"unknown key training\.steps .*; what is for tfdp\.train stands after --, .*"),
+        (["--training.steps", "2"], r"unknown key training\.steps .*; arguments of tfdp\.train go after --, .*"),
         (["--num_workers", "2", "foo"], "unrecognized arguments: foo"),
         (["--num_workers", "1000000"], r"num_workers \(1000000\) must be at most 256 on one machine: .*"),
         (["--max_restarts", "-1", "--"], r"max_restarts \(-1\) must not be negative: try 0"),

@@ -56,7 +56,6 @@ class Components:
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # (step, excluded positions) -> from there on
     layout: "BatchLayout"
     compilation: "Compilation"
-    initialise: Callable[[], None]  # gives the model the weights that its run starts from, where those are not random
 
 
 def train(recipe: Recipe, config: Any) -> dict[str, Any]:
@@ -139,7 +138,6 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             checkpointing=config.checkpoint,
             identity=identity(config, corpus),
             weights=components.weights,
-            initialise=components.initialise,
             train_step=components.train_step,
             batches_from=components.batches_from,
             excluded_positions=config.data.excluded_positions,
@@ -155,12 +153,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             bytes_per_token=corpus.bytes_per_token,
             flops_per_token=components.model.flops_per_token(),
             matrix_peak=matrix_peak,
-            layout={
-                "num_workers": cluster.num_workers,
-                "num_replicas": int(strategy.num_replicas_in_sync),
-                "microbatch_size": components.layout.microbatch_size,
-                "parallel_microbatches": components.layout.parallel_microbatches,
-            },
+            layout=_layout(cluster, strategy, components.layout),
             facts={
                 "num_params": components.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
@@ -216,6 +209,16 @@ def _introduction(
         count, megabytes = step.num_reductions, step.reduction_bytes / 1e6
         lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}")
     return lines
+
+
+def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[str, int]:
+    """What a run runs on, as its checkpoints record it."""
+    return {
+        "num_workers": cluster.num_workers,
+        "num_replicas": int(strategy.num_replicas_in_sync),
+        "microbatch_size": layout.microbatch_size,
+        "parallel_microbatches": layout.parallel_microbatches,
+    }
 
 
 def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
@@ -288,15 +291,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         batches_from,
         layout,
         compilation,
-        lambda: _initialise(config, vocab_size, model),
     )
-
-
-def _initialise(config: Any, vocab_size: int, model: Model) -> None:
-    from tfdp.interop.origin import load_weights
-
-    if (folder := getattr(config.model, "init_from", None)) is not None:
-        load_weights(folder, config.model, vocab_size, {**model.named_weights(), **model.named_frozen_weights()})
 
 
 def _checked(task: "Task", trainer: str) -> "Task":
@@ -386,7 +381,7 @@ def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -
     folder = keys.get("model.init_from")
     return {
         **keys,
-        **({} if folder is None or not Path(folder).exists() else {"weights of model.init_from": digest_of(folder)}),
+        **({} if folder is None else {"weights of model.init_from": digest_of(folder)}),
         "split_sha256": corpus.split_sha256,
         "code_sha256": code_sha256(*_folders_of(recipe)),
         **distribution.shared_facts(strategy),

@@ -180,9 +180,10 @@ def _with_layers(run: Any, num_layers: int, num_workers: int) -> Any:
     """The run of one worker by itself, with so many layers, on text that need not be there."""
     training = replace(run.training, global_batch_size=run.training.global_batch_size // num_workers)
     strategy = "one_device" if run.distribution.strategy == "one_device" else "auto"
+    own = {"init_from": None} if hasattr(run.model, "init_from") else {}  # whose weights have another depth
     return replace(
         run,
-        model=replace(run.model, num_layers=num_layers),
+        model=replace(run.model, num_layers=num_layers, **own),
         data=DataConfig(document_attention=run.data.document_attention),
         training=training,
         distribution=replace(run.distribution, strategy=strategy),

@@ -208,7 +208,6 @@ class Replayer:
         self.strategy = distribution.make_strategy(self.config.distribution, parallel_microbatches=parallel)
         self._components = assembly.build(run.recipe, self.config, corpus, self.strategy, parallel)
         self._weights = self._components.weights
-        self._components.initialise()
         trainable, optimizer = self._weights.snapshot()
         self._initial = Checkpoint(trainable, optimizer, {"step": 0})
 

@@ -73,17 +73,12 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def make_model(config: Config, vocab_size: int, fuse: bool) -> "GPT":
-    """A GPT with its initial weights."""
+    """A GPT with its initial weights: random ones, or those of `model.init_from`."""
+    from tfdp.interop.origin import given_weights
     from tfdp.models.gpt import GPT
 
-    return GPT(
-        config.model,
-        config.model.vocab_size or vocab_size,
-        config.seed,
-        config.training.precision,
-        config.training.remat,
-        fuse,
-    )
+    training, given = config.training, given_weights(config.model, vocab_size)
+    return GPT(config.model, vocab_size, config.seed, training.precision, training.remat, fuse, given)
 
 
 def make_task(config: Config, corpus: "Corpus") -> "CausalLM":

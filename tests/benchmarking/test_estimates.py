@@ -23,6 +23,7 @@ SHAPE = {"num_layers": 2, "num_heads": 2, "model_dim": 16, "context_length": 8}
         {"norm": "layer_norm", "use_bias": True, "position": "learned", "tie_embeddings": True, "qk_norm": False},
         {"activation": "swiglu", "num_kv_heads": 1, "norm": "layer_norm"},
         {"mlp_dim": 40, "position": "sinusoidal", "use_bias": True},
+        {"head_dim": 12, "num_kv_heads": 1, "qkv_bias": True, "qk_norm_gain": True, "vocab_size": 40},
     ],
 )
 def test_shapes_and_operations_are_those_of_the_model(changes: dict[str, object]) -> None:

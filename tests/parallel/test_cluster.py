@@ -76,7 +76,7 @@ def test_whom_the_start_waits_for_is_told_and_has_an_end(
                 time.sleep(0.05)
     absent = (
         f"worker 2 ({addresses[1]}) answers, but as another program, worker 3 ({addresses[2]}) refuses connections, "
-        "worker 4 (no-such-host.invalid:1) has a name that is not known here"
+        "worker 4 (no-such-host.invalid:1) has a host name that cannot be resolved here"
     )
     limit = "4 s (distribution.start_timeout_seconds): "
     assert re.fullmatch(f"waiting    [23] s of {re.escape(limit + absent)}\n", capsys.readouterr().err)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from tfdp.interop import hugging_face
 from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.models.dimensions import largest_matrix
 from tfdp.recipe import Model, Recipe, import_recipe, recipe_of_file
-from tfdp.system.exits import ConfigError
+from tfdp.system.exits import ConfigError, require
 from tfdp.system.messages import shown
 from tfdp.training.run_directory import RunDirectory
 from tfdp.training.weights import Tensors, assign, restore
@@ -57,6 +57,8 @@ class TrainedGPT:
           ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
         if not config_records(Path(run_dir)) and hugging_face.is_folder(Path(run_dir)):
+            rule = f"must be the directory of a run to be {purpose}, and is a folder of Hugging Face"
+            require("make_task" not in functions, "run_dir", run_dir, rule)
             return cls._of_hugging_face(Path(run_dir))
         run = RunDirectory.open(run_dir)
         recipe, config = recipe_of_file(run.config_path, functions, purpose)
@@ -90,8 +92,12 @@ class TrainedGPT:
 
     def make_model(self) -> Model:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
-        model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.kernels)
-        assign(model.named_weights(), self.weights)
+        config, is_origin = self.config, self.step == 0 and self.model_type is not None
+        if not is_origin and getattr(config.model, "init_from", None) is not None:  # what it started from is not needed
+            config = replace(config, model=replace(config.model, init_from=None))
+        model = self.recipe.make_model(config, self.tokenizer.vocab_size, self.compilation.kernels)
+        if not is_origin:  # else make_model has read them
+            assign(model.named_weights(), self.weights)
         if self.frozen:
             restore(model.named_frozen_weights(), self.frozen)
         return model

@@ -93,6 +93,7 @@ class Architecture:
       names: keys of `config.json`, and the keys of section `model` that they are.
       defaults: of `config.json`, where transformers has others than nothing.
       biases: whether attention_bias and mlp_bias are its keys.
+      optional: keys of section `model` that follow from others where `config.json` lacks them.
     """
 
     model_type: str
@@ -101,6 +102,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     biases: bool = False
+    optional: tuple[str, ...] = ("head_dim",)
 
     @property
     def is_rotary(self) -> bool:
@@ -111,7 +113,7 @@ def _free(*keys: str) -> dict[str, tuple[Any, ...]]:
     return {key: values for key, values in _ROTARY.items() if key not in keys}
 
 
-_EPSILON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0}
+_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0}
 
 # In the order in which a model is compared with them.
 ARCHITECTURES = {
@@ -139,21 +141,29 @@ ARCHITECTURES = {
                 "layer_norm_epsilon": "norm_epsilon",
             },
             {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+            optional=("mlp_dim",),
         ),
-        Architecture("llama", "LlamaForCausalLM", _free("use_bias", "qkv_bias"), defaults=_EPSILON, biases=True),
-        Architecture("mistral", "MistralForCausalLM", _free("sliding_window"), defaults=_EPSILON),
-        Architecture("qwen2", "Qwen2ForCausalLM", {**_free("sliding_window"), "qkv_bias": (True,)}, defaults=_EPSILON),
+        Architecture(
+            "llama",
+            "LlamaForCausalLM",
+            _free("use_bias", "qkv_bias"),
+            defaults=_DEFAULTS,
+            biases=True,
+            optional=("head_dim", "num_kv_heads"),
+        ),
+        Architecture("mistral", "MistralForCausalLM", _free("sliding_window"), defaults=_DEFAULTS),
+        Architecture("qwen2", "Qwen2ForCausalLM", {**_free("sliding_window"), "qkv_bias": (True,)}, defaults=_DEFAULTS),
         Architecture(
             "qwen3",
             "Qwen3ForCausalLM",
             {**_free("sliding_window"), "qk_norm": (True,)},
-            defaults={**_EPSILON, "head_dim": 128},
+            defaults={**_DEFAULTS, "head_dim": 128},
         ),
         Architecture(
             "smollm3",
             "SmolLM3ForCausalLM",
             _free("sliding_window", "layers_without_rope"),
-            defaults={**_EPSILON, "tie_word_embeddings": True, "rope_theta": 2_000_000.0},
+            defaults={**_DEFAULTS, "tie_word_embeddings": True, "rope_theta": 2_000_000.0},
         ),
     )
 }
@@ -176,10 +186,12 @@ def model_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     architecture = _architecture_named(config, where)
     _refuse_unknown(config, architecture, where)
+    if not isinstance(config.get("vocab_size"), int):
+        raise ConfigError(f"{where} must have vocab_size in its config.json")
     given = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
     keys: dict[str, Any] = {own: given.get(name) for name, own in architecture.names.items()}
     for name, own in architecture.names.items():
-        if keys[own] is None and own not in ("mlp_dim", "num_kv_heads", "head_dim"):
+        if keys[own] is None and own not in architecture.optional:
             raise ConfigError(f"{where} must have {name} in its config.json")
     only = {key: values[0] for key, values in architecture.allows.items() if len(values) == 1}
     keys = {**only, **keys, "tie_embeddings": given["tie_word_embeddings"], "vocab_size": given.get("vocab_size")}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.config.run_config import config_records, flatten_yaml, is_begun
+from tfdp.config.run_config import config_records, flatten_yaml, standard_defaults
 from tfdp.config.sections import ModelConfig
 from tfdp.data.inputs import path_of
 from tfdp.interop import hugging_face
@@ -20,7 +20,6 @@ from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 from tfdp.training.checkpoint import CheckpointFolder
-from tfdp.training.weights import assign
 
 INIT_FROM = "model.init_from"
 _OWN_CHOICE = ("init_from", "dropout", "init_stddev", "zero_init")  # keys that no folder decides about
@@ -39,6 +38,7 @@ class RunModel:
         content: dict[str, Any] = {}
         for path in config_records(folder):
             content |= flatten_yaml(path.read_text(encoding="utf-8"))
+        content = {**standard_defaults(), **content}  # an earlier run lacks later keys
         keys = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
         return cls(folder, {key: tuple(each) if isinstance(each, list) else each for key, each in keys.items()})
 
@@ -92,7 +92,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
       ConfigError: a key was given another value than the folder has.
     """
     found, name = dict(values), values.get(INIT_FROM)
-    if name is None or (not path_of(name).exists() and _is_resumed(values)):
+    if name is None:
         return found
     origin = open_origin(name)
     for own, value in origin.keys.items():
@@ -114,18 +114,15 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _is_resumed(values: Mapping[str, Any]) -> bool:
-    """Whether a run goes on that has begun: it has its keys, and its checkpoints the weights."""
-    return bool(values.get("run_dir")) and is_begun(Path(values["run_dir"]))
-
-
-def load_weights(name: str, model: ModelConfig, vocab_size: int, variables: Mapping[str, Any]) -> None:
-    """Assigns the weights of a folder to variables of the same names, tensor by tensor.
+def given_weights(model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarray] | None:
+    """The weights of `model.init_from`, read when they are asked for; None where nothing is named.
 
     Raises:
-      ConfigError: a weight is missing, or has another shape.
+      ConfigError: there is no such folder, or a weight is missing or has another shape.
     """
-    assign(variables, open_origin(name).weights(model, vocab_size))
+    if model.init_from is None:
+        return None
+    return open_origin(model.init_from).weights(model, vocab_size)
 
 
 def digest_of(name: str) -> str:

@@ -7,7 +7,7 @@ read one is to run what it says.
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ class TensorFolder:
     def __init__(self, folder: Path, where: str) -> None:
         self._where = where
         self._tensors: dict[str, tuple[np.ndarray, str]] = {}  # as stored, and the type of its numbers
+        self._maps: list[mmap.mmap] = []
         for path, wanted in _files(folder, where).items():
-            found = dict(_mapped(path, f"{where}: {path.name}"))
+            data, found = _mapped(path, f"{where}: {path.name}")
+            self._maps.append(data)
             missing = [name for name in wanted if name not in found]
             if missing:
                 raise ConfigError(f"{where}: {path.name} must hold {missing[0]}, as {INDEX_FILE} says")
@@ -50,7 +52,12 @@ class TensorFolder:
         return self._tensors[name][0].shape
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as float32; a view of the file where it is float32 there."""
+        """A tensor as float32; a view of the file where it is float32 there.
+
+        What was read before leaves the memory of this process, and comes back only if it is used again.
+        """
+        for data in self._maps:
+            data.madvise(mmap.MADV_DONTNEED)
         stored, kind = self._tensors[name]
         if kind == "BF16":  # the upper half of a float32
             return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -80,8 +87,8 @@ def _files(folder: Path, where: str) -> dict[Path, list[str]]:
     return {folder / WEIGHTS_FILE: []}
 
 
-def _mapped(path: Path, where: str) -> Iterator[tuple[str, tuple[np.ndarray, str]]]:
-    """(name, (array over the memory map, type)) of each tensor of a file that is whole."""
+def _mapped(path: Path, where: str) -> tuple[mmap.mmap, dict[str, tuple[np.ndarray, str]]]:
+    """The memory map of a file that is whole; and of each tensor, by name, an array over it and its type."""
     import safetensors
 
     try:
@@ -94,6 +101,7 @@ def _mapped(path: Path, where: str) -> Iterator[tuple[str, tuple[np.ndarray, str
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(f"{where} must be a whole safetensors file: {reason}") from None
+    found: dict[str, tuple[np.ndarray, str]] = {}
     length = int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8 : 8 + length]).items():
         if name == "__metadata__":
@@ -105,7 +113,8 @@ def _mapped(path: Path, where: str) -> Iterator[tuple[str, tuple[np.ndarray, str
             )
         dtype = np.dtype(_DTYPES[kind])
         flat = np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, 8 + length + begin)
-        yield name, (flat.reshape(shape), kind)
+        found[name] = (flat.reshape(shape), kind)
+    return data, found
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str, most_bytes: int) -> None:

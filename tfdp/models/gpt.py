@@ -6,6 +6,7 @@ attention (Ainslie et al. 2023). Nothing here knows of strategies, steps or file
 """
 
 import math
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from tfdp.models.dropout import KeyedDropout
 from tfdp.models.layers import Block, Initializers, Norm, rematerialised, rotary_tables
 from tfdp.ops.kernels import Kernels
 from tfdp.ops.visibility import CAUSAL, AttentionKind, visibility
+from tfdp.system.exits import ConfigError
 
 Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, context_length, head_dim)
 
@@ -30,11 +32,15 @@ class GPT(keras.Model):
 
     Args:
       config: the shape.
-      vocab_size: number of token ids.
+      vocab_size: number of token ids; the tables have more rows where the config says so.
       seed: of the initial weights.
       precision: of the products: float32, bfloat16 or float16; weights are float32 always.
       remat: whether backward computes each block's activations again instead of keeping them.
       fuse: whether XLA compiles what lies between the matrix products, where it does not compile the whole.
+      given: weights to start from, by path; each is read when its variable is made.
+
+    Raises:
+      ConfigError: a given weight is missing, has another shape, or has no place in the model.
     """
 
     def __init__(
@@ -45,11 +51,12 @@ class GPT(keras.Model):
         precision: str = "float32",
         remat: bool = False,
         fuse: bool = False,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         policy = keras.DTypePolicy("float32" if precision == "float32" else f"mixed_{precision}")
         super().__init__(name="gpt", dtype=policy)
-        self.config, self.vocab_size, self.remat = config, vocab_size, remat
-        initializers = Initializers(config, seed)
+        self.config, self.vocab_size, self.remat = config, config.vocab_size or vocab_size, remat
+        initializers = Initializers(config, seed, given)
         self._initializers = initializers
         self.embedding_dropout = KeyedDropout(config.dropout, "embedding", name="embedding_dropout", dtype=policy)
         kernels = Kernels(fuse)
@@ -59,6 +66,17 @@ class GPT(keras.Model):
         ]
         self.output_norm = Norm(config, kernels, name="output_norm", dtype=policy)
         self.build((None, config.context_length))
+        if given is not None:
+            self._assign_vectors(given)
+
+    def _assign_vectors(self, given: Mapping[str, np.ndarray]) -> None:
+        """Assigns gains and biases, which no initializer has taken from the given weights."""
+        weights = {**self.named_weights(), **self.named_frozen_weights()}
+        for name in sorted({*weights} ^ {*given}):
+            raise ConfigError(f"the model and its weights must have the same names: {name} is in one of them only")
+        for name, variable in weights.items():
+            if len(variable.shape) == 1:
+                variable.assign(given[name])
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         config, normal = self.config, self._initializers.normal
@@ -71,7 +89,8 @@ class GPT(keras.Model):
                 name="position_embedding",
             )
         if not config.tie_embeddings:
-            initial = keras.initializers.Zeros() if config.zero_init else normal("output_embedding")
+            starts_at_zero = config.zero_init and not self._initializers.are_given
+            initial = keras.initializers.Zeros() if starts_at_zero else normal("output_embedding")
             self.output_embedding = self.add_weight(shape=table, initializer=initial, name="output_embedding")
         for block in self.blocks:
             block.build((None, input_shape[1], config.model_dim))

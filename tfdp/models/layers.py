@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfdp.config.sections import ModelConfig
 from tfdp.models.dropout import KeyedDropout
 from tfdp.ops.kernels import Kernels
+from tfdp.system.exits import ConfigError
 
 # ---------------------------------------------------------------------------------------------------
 # Parts
@@ -18,20 +19,50 @@ from tfdp.ops.kernels import Kernels
 
 
 class Initializers:
-    """Initial weights that depend on the seed and the weight's name, not on the order of creation."""
+    """Initial weights that depend on the seed and the weight's name, not on the order of creation.
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._config, self._seed = config, seed
+    Args:
+      given: weights by their path in the model, to start from instead; read one by one, when each variable is made.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int, given: Mapping[str, np.ndarray] | None = None) -> None:
+        self._config, self._seed, self._given = config, seed, given
+        self.are_given = given is not None
 
     def normal(self, name: str, scale: float = 1.0) -> keras.initializers.Initializer:
+        if self._given is not None:
+            return _Given(self._given, _path_of(name))
         seed = zlib.crc32(f"{self._seed}/{name}".encode()) & 0x7FFFFFFF
         return keras.initializers.RandomNormal(stddev=self._config.init_stddev * scale, seed=seed)
 
     def residual(self, name: str) -> keras.initializers.Initializer:
         """For the projections that write into the residual stream: zero, or scaled down by depth as in GPT-2."""
-        if self._config.zero_init:
+        if self._config.zero_init and self._given is None:
             return keras.initializers.Zeros()
         return self.normal(name, 1 / math.sqrt(2 * self._config.num_layers))
+
+
+class _Given(keras.initializers.Initializer):
+    """A weight that exists."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray], path: str) -> None:
+        self._weights, self._path = weights, path
+
+    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
+        weight = self._weights[self._path]
+        if tuple(weight.shape) != tuple(shape):
+            sizes = f"{list(weight.shape)} instead of {list(shape)}"
+            raise ConfigError(f"the weights must have the shapes of the model: {self._path} has {sizes}")
+        return tf.convert_to_tensor(np.ascontiguousarray(weight), dtype or "float32")
+
+
+def _path_of(name: str) -> str:
+    """The path of the weight that an initializer is named after."""
+    if name == "embedding":
+        return "token_embedding"
+    if name.endswith("_embedding"):
+        return name
+    return f"{name.removesuffix('/output')}/output_projection/kernel" if name.endswith("/output") else f"{name}/kernel"
 
 
 class Linear(keras.layers.Layer):

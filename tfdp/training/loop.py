@@ -97,7 +97,6 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
     progress = Progress()
     newest = load_agreed(run.cluster, folder, "resume")
     if newest is None:
-        run.initialise()
         return progress
     wanted = json.loads(json.dumps(run.identity))  # as state.json has it: a list is no tuple
     refuse_differences({**{key: standard_defaults().get(key) for key in wanted}, **newest.state["identity"]}, wanted)

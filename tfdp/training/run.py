@@ -26,7 +26,6 @@ class Run:
     checkpointing: CheckpointConfig
     identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
     weights: WeightSets
-    initialise: Callable[[], None]  # gives the weights the values that the run starts from, where those are not random
     train_step: TrainStep
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
     excluded_positions: Collection[int]  # of the global order, by the configuration

@@ -67,7 +67,7 @@ def test_broken_utf8_decodes_to_replacement_characters(ids: list[int], text: str
 
 def test_an_unknown_tokenizer_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"^data.tokenizer \(words\) must be one of bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER or "
+        ConfigError, match=r"^data.tokenizer \(words\) must be one of bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER, "
     ):
         make_tokenizer("words")
 

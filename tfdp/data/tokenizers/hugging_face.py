@@ -39,15 +39,9 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, files: Mapping[str, bytes], end_of_text: int, key: str) -> None:
-        import tokenizers
-
         self.files, self.end_of_text = dict(files), end_of_text
-        try:
-            self._facts: Any = strict_json.parse(files[TOKENIZER_FILE])
-            self._documents, self._prompts = (tokenizers.Tokenizer.from_buffer(files[TOKENIZER_FILE]) for _ in range(2))
-        except Exception as error:  # the library raises nothing more special
-            reason = one_line(" ".join(str(error).split()))
-            raise ConfigError(f"{key} must hold a {TOKENIZER_FILE} of the library tokenizers: {reason}") from None
+        self._documents, self._prompts = (_library_tokenizer(files[TOKENIZER_FILE], key) for _ in range(2))
+        self._facts: Any = strict_json.parse(files[TOKENIZER_FILE])
         for each in (self._documents, self._prompts):
             each.no_truncation()
             each.no_padding()
@@ -135,9 +129,21 @@ class HuggingFaceTokenizer:
         return np.array(ids, dtype=np.uint32)
 
 
+def _library_tokenizer(content: bytes, where: str) -> Any:
+    import tokenizers
+
+    try:
+        strict_json.parse(content)
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more special
+        reason = one_line(" ".join(str(error).split()))
+        raise ConfigError(f"{where} must hold a {TOKENIZER_FILE} of the library tokenizers: {reason}") from None
+
+
 def _find_end_of_text(files: Mapping[str, bytes], others: Mapping[str, bytes], where: str) -> int:
     """By the name in the files of the tokenizer, or else by the id in those of the model; of several the first."""
     ids: dict[str, int] = {}
+    _library_tokenizer(files[TOKENIZER_FILE], where)
     try:
         facts: Any = strict_json.parse(files[TOKENIZER_FILE])
         ids = {**facts["model"].get("vocab", {})} if isinstance(facts["model"].get("vocab"), dict) else {}
