@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
-        "peers": ["torch>=2.13", "transformers>=5"],  # what `tfdp.benchmark` measures besides KerasNLP
+        "peers": ["torch>=2.13", "transformers>=5"],  # what tfdp is measured beside, and compared with
         "dev": [
             "pytest",
             "pytest-timeout",

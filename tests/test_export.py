@@ -49,6 +49,7 @@ def test_an_export_says_what_it_is(folder: Path) -> None:
     assert "text:text/*.txt" in card and str(folder) not in card
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_export_and_from_a_run(folder: Path) -> None:
     """The first loss of both is the same, and that of a trained model; the tokenizer comes along."""
     first: dict[str, float] = {}
@@ -152,6 +153,25 @@ def test_a_mistake_is_one_line(folder: Path, command: str, arguments: list[str],
     assert not (folder / "new").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.multiworker
+def test_a_run_that_starts_from_a_folder_is_one_run_in_any_layout(folder: Path) -> None:
+    keys = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2", "--model.init_from=exported", *SHORT]
+    keys += ["--distribution.reduction=canonical", "--training.microbatch_size=2"]
+    runs = {
+        "one": ("train", []),
+        "replicas": ("train", ["--distribution.num_replicas=2"]),
+        "workers": ("launch", ["--num_workers=2", "--"]),
+    }
+    found = {}
+    for name, (command, own) in runs.items():
+        done = tfdp(folder, command, *own, f"--run_dir={name}", *keys)
+        assert done.returncode == 0, done.stderr
+        found[name] = summary(folder / name)["state_sha256"]
+    assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.slow
 def test_a_model_that_no_architecture_equals_names_the_keys_in_the_way(folder: Path) -> None:
     text = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2", "--model.norm=layer_norm"]
     assert tfdp(folder, "train", "--run_dir=odd", *text, *SIZE, *SHORT).returncode == 0

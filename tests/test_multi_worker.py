@@ -164,7 +164,13 @@ def wait_for_server(job: Job, port: int, worker: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "index"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGHUP, 0), (signal.SIGTERM, 1)]
+    ("number", "index"),
+    [
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, 1),
+    ],
 )
 def test_a_worker_that_waits_for_others_obeys_signals(
     tmp_path: Path, corpus_dir: Path, number: signal.Signals, index: int
