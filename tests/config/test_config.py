@@ -405,6 +405,7 @@ def test_values_at_the_edge_of_a_rule_are_right() -> None:
 LIMITS: list[tuple[type, str, float, float]] = [
     (ModelConfig, "num_layers", 10_000, 10**9),
     (ModelConfig, "mlp_dim", 2**24, 2**40),
+    (ModelConfig, "vocab_size", 2**24, 2**40),
     (OptimizerConfig, "learning_rate", 1000, 1e30),
     (OptimizerConfig, "adam_learning_rate", 1000, 1e30),
     (OptimizerConfig, "weight_decay", 1000, 1e30),
@@ -443,6 +444,17 @@ def test_the_nearest_divisor_is_found_at_once() -> None:
     assert sections._nearest_divisor(3 * 2**38, 100) == 96
     assert sections._nearest_divisor(96, 5) == 4
     assert sections._nearest_divisor(7, 0) == 1
+
+
+@pytest.mark.timeout(60)
+def test_too_many_heads_of_a_given_width_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"^model.num_heads \(100000000000000000\) must be at most 1,048,576$"):
+        load("--model.head_dim", "64", "--model.num_heads", str(10**17))
+
+
+def test_a_head_without_width_is_the_mistake_that_is_reported() -> None:
+    with pytest.raises(ConfigError, match=r"^model.head_dim \(-1\) must be at least 1$"):
+        ModelConfig(head_dim=-1)
 
 
 # --- Recipes ---------------------------------------------------------------------------------------

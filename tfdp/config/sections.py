@@ -88,7 +88,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_at_most(self, "model.", num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
-        require_at_most(self, "model.", norm_epsilon=1000, init_stddev=1000)
+        # Bounded before its nearest divisor is searched for: with head_dim, num_heads need not divide model_dim.
+        require_at_most(self, "model.", num_heads=2**20, norm_epsilon=1000, init_stddev=1000)
         for name in ("num_layers", "num_heads", "model_dim", "context_length"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(
@@ -103,8 +104,8 @@ class ModelConfig:
             self.num_kv_heads,
             f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
         )
+        self._check_attention()  # first: a width per head below 1 is no reason to try other positions
         self._check_position()
-        self._check_attention()
         require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
         require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
         require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
