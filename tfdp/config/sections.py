@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tfdp.config import options, source_syntax
 from tfdp.system.exits import require, require_at_most
@@ -20,13 +20,29 @@ A_DAY = 86_400  # seconds
 # ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)  # else jsonargparse asks for a subclass of each section instead of its keys
+class _Section:
+    """The checks of a section: each names its key once."""
+
+    _PREFIX: ClassVar[str] = ""  # of the section's dotted keys
+
+    def _require(self, condition: bool, name: str, rule: str) -> None:
+        """Raises `ConfigError` "key (value) rule" unless `condition` holds."""
+        require(condition, f"{self._PREFIX}{name}", getattr(self, name), rule)
+
+    def _require_at_most(self, **limits: float) -> None:
+        require_at_most(self, self._PREFIX, **limits)
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The shape of the GPT."""
 
+    _PREFIX = "model."
+
     init_from: str | None = None
-    """Folder with a model to start from: one of Hugging Face (config.json and safetensors), or the directory of a run.
-    The shape of the model and the tokenizer come from there; null: start from random weights."""
+    """Folder with a model to start from: a Hugging Face model (config.json and safetensors) or a run directory. The
+    model's shape and the tokenizer come from there; null: start from random weights."""
     num_layers: int = 4
     """Number of transformer blocks."""
     num_heads: int = 4
@@ -44,22 +60,22 @@ class ModelConfig:
     position: Literal["learned", "sinusoidal", "rope"] = "rope"
     """How positions enter: a learned table, a fixed sinusoidal table, or rotary embedding of queries and keys."""
     rope_theta: float = 10_000.0
-    """Base of the wavelengths of rotary positions."""
+    """Base of the rotary frequencies."""
     rope_scaling: Literal["none", "linear", "llama3"] = "none"
-    """How rotary positions are stretched beyond the context of pretraining. linear: all positions are divided by
-    rope_scaling_factor; llama3: only long wavelengths are multiplied by it (Llama 3.1)."""
+    """How rotary embedding is extended beyond the context length of pretraining. none: not at all; linear: every
+    position is divided by rope_scaling_factor; llama3: only long wavelengths are multiplied by it (as in Llama 3.1)."""
     rope_scaling_factor: float = 8.0
-    """Factor of rope_scaling."""
+    """With linear and llama3: the factor by which the context is extended."""
     rope_low_frequency_factor: float = 1.0
-    """With llama3: wavelengths above rope_original_context_length divided by this are stretched whole."""
+    """With llama3: wavelengths above rope_original_context_length / this are multiplied by the full factor."""
     rope_high_frequency_factor: float = 4.0
-    """With llama3: wavelengths below rope_original_context_length divided by this are not stretched."""
+    """With llama3: wavelengths below rope_original_context_length / this stay as they are."""
     rope_original_context_length: int = 8192
-    """With llama3: context length of pretraining, in tokens."""
+    """With llama3: the context length of pretraining, in tokens."""
     layers_without_rope: tuple[int, ...] = ()
-    """Layers, from 0, whose queries and keys are not rotated (NoPE), with position rope."""
+    """With position rope: layers, counted from 0, that have no rotary embedding (NoPE)."""
     sliding_window: int | None = None
-    """Tokens that a token attends to, itself included; null: all before it."""
+    """Number of most recent tokens that each token attends to, itself included; null: no limit."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Normalisation before attention, before the MLP and before the output projection."""
     activation: Literal["gelu", "swiglu"] = "swiglu"
@@ -69,13 +85,13 @@ class ModelConfig:
     use_bias: bool = False
     """Whether projections and layer norms have biases, as GPT-2's do."""
     qkv_bias: bool | None = None
-    """Whether the projection to queries, keys and values has a bias; null: as use_bias says."""
+    """Whether the projection to queries, keys and values has a bias; null: the value of use_bias."""
     qk_norm: bool = True
     """Whether queries and keys are RMS-normalised before their product, which allows higher learning rates."""
     qk_norm_gain: bool = False
-    """Whether that normalisation has gains, one for each number of a head, as Qwen3's has."""
+    """Whether qk_norm has learned gains, one per dimension of a head, as in Qwen3."""
     vocab_size: int | None = None
-    """Rows of the embedding tables; null: one for each token of the tokenizer. Further rows are never drawn."""
+    """Rows of the embedding tables; null: one per token of the tokenizer. Rows beyond its tokens are never sampled."""
     tie_embeddings: bool = False
     """Whether the output projection and the token embedding are one table."""
     norm_epsilon: float = 1e-5
@@ -87,64 +103,58 @@ class ModelConfig:
     """Whether projections into the residual stream, and the output projection if not tied, start at zero instead."""
 
     def __post_init__(self) -> None:
-        require_at_most(self, "model.", num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
+        self._require_at_most(num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
         # Bounded before its nearest divisor is searched for: with head_dim, num_heads need not divide model_dim.
-        require_at_most(self, "model.", num_heads=2**20, norm_epsilon=1000, init_stddev=1000)
+        self._require_at_most(num_heads=2**20, norm_epsilon=1000, init_stddev=1000)
         for name in ("num_layers", "num_heads", "model_dim", "context_length"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
-        require(
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        self._require(
             self.head_dim is not None or self.model_dim % self.num_heads == 0,
-            "model.num_heads",
-            self.num_heads,
+            "num_heads",
             f"must divide model.model_dim ({self.model_dim}): try {_nearest_divisor(self.model_dim, self.num_heads)}",
         )
-        require(
+        self._require(
             self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
+            "num_kv_heads",
             f"must divide model.num_heads ({self.num_heads}): try {_nearest_divisor(self.num_heads, self.kv_heads)}",
         )
         self._check_attention()  # first: a width per head below 1 is no reason to try other positions
         self._check_position()
-        require(self.hidden_dim >= 1, "model.mlp_dim", self.mlp_dim, "must be at least 1")
-        require(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must lie in [0, 1): try 0.1")
-        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive: try 1e-5")
-        require(self.init_stddev > 0, "model.init_stddev", self.init_stddev, "must be positive: try 0.02")
+        self._require(self.hidden_dim >= 1, "mlp_dim", "must be at least 1")
+        self._require(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1): try 0.1")
+        self._require(self.norm_epsilon > 0, "norm_epsilon", "must be positive: try 1e-5")
+        self._require(self.init_stddev > 0, "init_stddev", "must be positive: try 0.02")
 
     def _check_position(self) -> None:
-        require(
+        self._require(
             self.position != "rope" or self.dim_per_head % 2 == 0,
-            "model.position",
-            self.position,
+            "position",
             f"needs an even width per head ({self.dim_per_head}): try learned",
         )
-        require(
+        self._require(
             self.position != "sinusoidal" or self.model_dim % 2 == 0,
-            "model.position",
-            self.position,
+            "position",
             f"needs an even model.model_dim ({self.model_dim}): try {self.model_dim + 1}",
         )
 
     def _check_attention(self) -> None:
-        require_at_most(self, "model.", head_dim=2**20, sliding_window=MOST_TOKENS, vocab_size=2**24)
-        require_at_most(self, "model.", rope_theta=1e12, rope_scaling_factor=1e6, rope_original_context_length=MOST)
+        self._require_at_most(head_dim=2**20, sliding_window=MOST_TOKENS, vocab_size=2**24)
+        self._require_at_most(rope_theta=1e12, rope_scaling_factor=1e6, rope_original_context_length=MOST)
         for name in ("head_dim", "sliding_window", "vocab_size"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"model.{name}", value, "must be at least 1")
-        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be above 1: try 10000")
-        factor = self.rope_scaling_factor
-        require(factor >= 1, "model.rope_scaling_factor", factor, "must be at least 1: try 8")
+            self._require(value is None or value >= 1, name, "must be at least 1")
+        self._require(self.rope_theta > 1, "rope_theta", "must be above 1: try 10000")
+        self._require(self.rope_scaling_factor >= 1, "rope_scaling_factor", "must be at least 1: try 8")
         low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
         rule = f"must lie between 0 and model.rope_high_frequency_factor ({high:g}): try 1"
-        require(0 < low < high, "model.rope_low_frequency_factor", low, rule)
-        length = self.rope_original_context_length
-        require(length >= 1, "model.rope_original_context_length", length, "must be at least 1: try 8192")
+        self._require(0 < low < high, "rope_low_frequency_factor", rule)
+        self._require(
+            self.rope_original_context_length >= 1, "rope_original_context_length", "must be at least 1: try 8192"
+        )
         for layer in self.layers_without_rope:
             rule = f"must list layers from 0 to {self.num_layers - 1}"
             require(0 <= layer < self.num_layers, "model.layers_without_rope", layer, rule)
-        require(
-            self.qk_norm or not self.qk_norm_gain, "model.qk_norm_gain", self.qk_norm_gain, "needs model.qk_norm true"
-        )
+        self._require(self.qk_norm or not self.qk_norm_gain, "qk_norm_gain", "needs model.qk_norm true")
 
     @property
     def dim_per_head(self) -> int:
@@ -152,7 +162,7 @@ class ModelConfig:
 
     @property
     def attention_dim(self) -> int:
-        """Numbers of all query heads together."""
+        """Width of all query heads together."""
         return self.num_heads * self.dim_per_head
 
     @property
@@ -176,8 +186,10 @@ _TOKENIZERS = ("bpe", "gpt2", "sentencepiece", "huggingface")  # kinds that name
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """The text, and how it is tokenised."""
+
+    _PREFIX = "data."
 
     source: str = "python-stdlib"
     """Training text: python-stdlib (the source code of Python's standard library), text:GLOB (UTF-8 files),
@@ -202,46 +214,40 @@ class DataConfig:
     cache_dir: str | None = None
     """Where token shards are kept between runs; null: $XDG_CACHE_HOME/tfdp or ~/.cache/tfdp."""
     excluded_positions: tuple[int, ...] = ()
-    """Positions in the order of training (step * global_batch_size + row, both from 0) that are skipped: nothing is
-    learned
-    from their sequences."""
+    """Positions in the order of training (step * global_batch_size + row, both from 0) whose sequences are
+    skipped."""
 
     def __post_init__(self) -> None:
         num_sources = len(source_syntax.parse(self.source))
-        require(
+        self._require(
             self.partition != "block" or num_sources == 1,
-            "data.partition",
-            self.partition,
+            "partition",
             f"must be shuffled or row with {num_sources} sources, which take turns in each row",
         )
         kind, _, address = self.tokenizer.partition(":")
-        require(self.cache_dir != "", "data.cache_dir", self.cache_dir, "must name a folder: try null")
+        self._require(self.cache_dir != "", "cache_dir", "must name a folder: try null")
         kinds = (*_TOKENIZERS, "auto", "bytes")
-        require(
+        self._require(
             self.tokenizer in ("auto", "bytes") or bool(kind in _TOKENIZERS and address),
-            "data.tokenizer",
-            self.tokenizer,
+            "tokenizer",
             "must be auto, bytes, bpe:SIZE, bpe:FOLDER, gpt2:FOLDER, sentencepiece:FILE or huggingface:FOLDER"
             + options.did_you_mean(nearest(kind, kinds) if kind not in kinds else None),
         )
         for position in self.excluded_positions:
-            require(
-                0 <= position < 2**63,
-                "data.excluded_positions",
-                position,
-                "must hold positions from 0 to 2**63 - 1: try [448]",
-            )
-        require(
+            rule = "must hold positions from 0 to 2**63 - 1: try [448]"
+            require(0 <= position < 2**63, "data.excluded_positions", position, rule)
+        self._require(
             self.validation_source is not None or 0.0 < self.validation_fraction < 1.0,
-            "data.validation_fraction",
-            self.validation_fraction,
+            "validation_fraction",
             "must lie between 0 and 1 unless data.validation_source is given: try 0.05",
         )
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """The update rule and its learning rate."""
+
+    _PREFIX = "optimizer."
 
     name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "lion", "adafactor", "muon"] = "muon"
     """Update rule; muon is Muon for the matrices of the blocks and AdamW for everything else."""
@@ -261,8 +267,7 @@ class OptimizerConfig:
     """Fraction of the steps, at the end, over which wsd decays."""
     weight_decay: float | None = None
     """Decoupled weight decay, multiplied by the learning rate at each step; null: 0.1 for adamw and lion, 0.01 for
-    muon,
-    else 0."""
+    muon, else 0."""
     decay_embeddings: bool = False
     """Whether weight decay applies to embedding tables; it never applies to gains and biases."""
     beta_1: float = 0.9
@@ -277,38 +282,25 @@ class OptimizerConfig:
     """Largest global norm of the gradient, applied after the reduction over replicas; null: no clipping."""
 
     def __post_init__(self) -> None:
-        require_at_most(
-            self, "optimizer.", learning_rate=1000, adam_learning_rate=1000, weight_decay=1000, epsilon=1000
-        )
-        require_at_most(self, "optimizer.", warmup_steps=MOST, schedule_steps=MOST)
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive: try 1e-3")
+        self._require_at_most(learning_rate=1000, adam_learning_rate=1000, weight_decay=1000, epsilon=1000)
+        self._require_at_most(warmup_steps=MOST, schedule_steps=MOST)
+        self._require(self.learning_rate > 0, "learning_rate", "must be positive: try 1e-3")
         adam_rate = self.adam_learning_rate
-        require(adam_rate is None or adam_rate > 0, "optimizer.adam_learning_rate", adam_rate, "must be positive")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative: try 0")
+        self._require(adam_rate is None or adam_rate > 0, "adam_learning_rate", "must be positive")
+        self._require(self.warmup_steps >= 0, "warmup_steps", "must not be negative: try 0")
         for name in ("beta_1", "beta_2", "momentum"):
             value = getattr(self, name)
-            require(0.0 <= value < 1.0, f"optimizer.{name}", value, "must lie in [0, 1): try 0.9")
-        require(
-            self.name != "lion" or self.beta_1 > 0,
-            "optimizer.beta_1",
-            self.beta_1,
-            "must be positive for lion: try 0.9",
-        )
+            self._require(0.0 <= value < 1.0, name, "must lie in [0, 1): try 0.9")
+        self._require(self.name != "lion" or self.beta_1 > 0, "beta_1", "must be positive for lion: try 0.9")
         for name in ("final_fraction", "decay_fraction"):
             value = getattr(self, name)
-            require(0.0 <= value <= 1.0, f"optimizer.{name}", value, "must lie in [0, 1]: try 0.1")
-        require(self.decay_rate >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative: try 0")
-        require(
-            self.schedule_steps is None or self.schedule_steps >= 1,
-            "optimizer.schedule_steps",
-            self.schedule_steps,
-            "must be at least 1",
-        )
-        require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be positive: try 1e-8")
-        require(
+            self._require(0.0 <= value <= 1.0, name, "must lie in [0, 1]: try 0.1")
+        self._require(self.decay_rate >= 0, "weight_decay", "must not be negative: try 0")
+        self._require(self.schedule_steps is None or self.schedule_steps >= 1, "schedule_steps", "must be at least 1")
+        self._require(self.epsilon > 0, "epsilon", "must be positive: try 1e-8")
+        self._require(
             self.clip_norm is None or self.clip_norm > 0,
-            "optimizer.clip_norm",
-            self.clip_norm,
+            "clip_norm",
             "must be positive, or null for no clipping: try 1.0",
         )
 
@@ -320,8 +312,10 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(_Section):
     """Length, batch sizes and precision of training, and what is reported and checked on the way."""
+
+    _PREFIX = "training."
 
     steps: int = 350
     """Optimizer steps of the whole run."""
@@ -332,12 +326,10 @@ class TrainingConfig:
     parallel_microbatches."""
     parallel_microbatches: int | None = None
     """Micro-batches that a replica computes in parallel, each on its own cores; a power of two; null: on CPUs one per
-    core
-    where that is faster, else 1."""
+    core where that is faster, else 1."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward and backward pass; weights, optimizer state and sums are always float32. float16 scales
-    the
-    loss, and repeats a step at half the scale if its gradient overflows."""
+    the loss, and repeats a step at half the scale if its gradient overflows."""
     jit_compile: bool | Literal["auto"] = "auto"
     """Whether XLA compiles the step; auto: yes, but on CPUs, in bfloat16 or with large matrices, only what lies between
     the matrix products, which oneDNN computes faster."""
@@ -351,7 +343,8 @@ class TrainingConfig:
     evaluate_every: int = 150
     """Steps between two evaluations on the whole validation split (there is one at the end too); 0: only at the end."""
     evaluation_rows: int | None = None
-    """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, else at most 16."""
+    """Sequences per forward pass of an evaluation on each replica; null: microbatch_size, or if that is
+    null too, global_batch_size, but at most 16."""
     sample_tokens: int = 256
     """Tokens of the text that is sampled after each evaluation; 0: none."""
     profile_steps: str | None = None
@@ -363,9 +356,10 @@ class TrainingConfig:
     """What to do about a step whose loss jumps or is not finite. stop: end the run; skip: continue without its update;
     rollback: go back to the last checkpoint and exclude the sequences that caused it."""
     spike_threshold: float | None = 10.0
-    """A loss jumps if it is this many robust standard deviations above the last ones; null: no loss does."""
+    """A loss jumps if it is this many robust standard deviations above recent ones; null: only a loss or gradient that
+    is not finite is a spike."""
     max_spikes: int = 20
-    """Number of spikes in a run at which skip and rollback end it too."""
+    """With skip and rollback: the number of spikes that ends the run."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -378,49 +372,40 @@ class TrainingConfig:
             "loss_chunk_size",
         )
         rows = ("global_batch_size", "microbatch_size", "evaluation_rows")
-        require_at_most(self, "training.", **dict.fromkeys(counts, MOST), **dict.fromkeys(rows, MOST_TOKENS))
-        require_at_most(self, "training.", parallel_microbatches=MOST_DEVICES)
-        if self.spike_threshold is not None:
-            require(self.spike_threshold > 0, "training.spike_threshold", self.spike_threshold, "must be positive")
+        self._require_at_most(**dict.fromkeys(counts, MOST), **dict.fromkeys(rows, MOST_TOKENS))
+        self._require_at_most(parallel_microbatches=MOST_DEVICES)
+        self._require(self.spike_threshold is None or self.spike_threshold > 0, "spike_threshold", "must be positive")
         for name in ("steps", "global_batch_size", "log_every"):
-            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "must be at least 1")
-        require(
-            self.evaluation_rows is None or self.evaluation_rows >= 1,
-            "training.evaluation_rows",
-            self.evaluation_rows,
-            "must be at least 1",
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        self._require(
+            self.evaluation_rows is None or self.evaluation_rows >= 1, "evaluation_rows", "must be at least 1"
         )
-        require(
+        self._require(
             self.loss_chunk_size is None or self.loss_chunk_size >= 0,
-            "training.loss_chunk_size",
-            self.loss_chunk_size,
+            "loss_chunk_size",
             "must not be negative: try 0 for all tokens at once",
         )
         if self.profile_steps is not None:
-            right = (
-                re.fullmatch(r"[0-9]{1,10}:[0-9]{1,10}", self.profile_steps) is not None
-                and self.profiled[0] < self.profiled[1]
-            )
-            require(right, "training.profile_steps", self.profile_steps, "must be A:B with A < B: try 20:25")
+            is_pair = re.fullmatch(r"[0-9]{1,10}:[0-9]{1,10}", self.profile_steps) is not None
+            is_range = is_pair and self.profiled[0] < self.profiled[1]
+            self._require(is_range, "profile_steps", "must be A:B with A < B: try 20:25")
         for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
-            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "must not be negative: try 0")
+            self._require(getattr(self, name) >= 0, name, "must not be negative: try 0")
         self._check_microbatches()
 
     def _check_microbatches(self) -> None:
         parallel = self.parallel_microbatches
-        require(
+        self._require(
             parallel is None or (parallel >= 1 and parallel & (parallel - 1) == 0),
-            "training.parallel_microbatches",
-            parallel,
+            "parallel_microbatches",
             "must be a power of two: try 2",
         )
         if self.microbatch_size is not None:
             size = self.microbatch_size
-            require(size >= 1, "training.microbatch_size", size, "must be at least 1")
-            require(
+            self._require(size >= 1, "microbatch_size", "must be at least 1")
+            self._require(
                 self.global_batch_size % size == 0,
-                "training.global_batch_size",
-                self.global_batch_size,
+                "global_batch_size",
                 f"must be a multiple of training.microbatch_size ({size}): "
                 f"try {-(-self.global_batch_size // size) * size}",
             )
@@ -436,8 +421,10 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class DistributionConfig:
+class DistributionConfig(_Section):
     """Replicas and workers, and how gradients are summed over them."""
+
+    _PREFIX = "distribution."
 
     strategy: Literal["auto", "one_device", "mirrored", "multi_worker_mirrored"] = "auto"
     """auto: multi_worker_mirrored if TF_CONFIG or SLURM names several workers, else mirrored."""
@@ -449,95 +436,75 @@ class DistributionConfig:
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are sent between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
     transport: Literal["auto", "tcp", "tensorflow"] = "auto"
-    """How gradients get from worker to worker. tcp: plain connections, for CPUs with one replica per worker;
-    tensorflow:
-    its collectives over NCCL or gRPC; auto: tcp where possible, unless bytes_per_pack is set."""
+    """How workers exchange gradients. tcp: plain TCP connections, for CPUs with one replica per worker; tensorflow: its
+    collectives over NCCL or gRPC; auto: tcp where possible, unless bytes_per_pack is set."""
     bytes_per_pack: int | None = None
-    """Bytes of gradients that are reduced together; 0: each tensor by itself; null: all of them over TCP, 32 MiB
-    between
-    GPUs, 0 between two replicas of one process, else 16 MiB."""
+    """Bytes of gradients that are reduced together; 0: each tensor separately; null: all together over TCP, 32 MiB
+    between GPUs, 0 between two replicas of one process, else 16 MiB."""
     peer_timeout_seconds: float = 60.0
     """Seconds that another worker may be silent before it counts as lost (exit code 76)."""
     start_timeout_seconds: float = 600.0
-    """Seconds that a worker waits at its start until all others are there and agree (exit code 76)."""
+    """Seconds that a worker waits at startup for the others to join and agree (exit code 76 if they do not)."""
 
     def __post_init__(self) -> None:
-        limits = {"num_replicas": MOST_DEVICES, "bytes_per_pack": MOST, "peer_timeout_seconds": A_DAY}
-        require_at_most(self, "distribution.", **limits)
-        require(
-            self.num_replicas is None or self.num_replicas >= 1,
-            "distribution.num_replicas",
-            self.num_replicas,
-            "must be at least 1",
-        )
-        require(
+        self._require_at_most(num_replicas=MOST_DEVICES, bytes_per_pack=MOST, peer_timeout_seconds=A_DAY)
+        self._require(self.num_replicas is None or self.num_replicas >= 1, "num_replicas", "must be at least 1")
+        self._require(
             self.strategy != "one_device" or self.num_replicas in (None, 1),
-            "distribution.num_replicas",
-            self.num_replicas,
+            "num_replicas",
             "must be 1 with distribution.strategy one_device: try mirrored",
         )
-        require(
+        self._require(
             self.wire_dtype == "float32" or self.reduction == "fast",
-            "distribution.wire_dtype",
-            self.wire_dtype,
+            "wire_dtype",
             "must be float32 with distribution.reduction canonical: rounded sums of replicas differ by layout",
         )
-        require(
+        self._require(
             self.bytes_per_pack is None or self.bytes_per_pack >= 0,
-            "distribution.bytes_per_pack",
-            self.bytes_per_pack,
+            "bytes_per_pack",
             "must not be negative: try 16777216",
         )
-        require(
-            self.peer_timeout_seconds >= 1,
-            "distribution.peer_timeout_seconds",
-            self.peer_timeout_seconds,
-            "must be at least 1: try 60",
-        )
-        require(
+        self._require(self.peer_timeout_seconds >= 1, "peer_timeout_seconds", "must be at least 1: try 60")
+        self._require(
             1 <= self.start_timeout_seconds <= 3600,
-            "distribution.start_timeout_seconds",
-            self.start_timeout_seconds,
+            "start_timeout_seconds",
             "must lie in [1, 3600]: try 600; after an hour TensorFlow gives up",
         )
-        self._check_transport()
-
-    def _check_transport(self) -> None:
-        require(
+        self._require(
             self.transport != "tcp" or self.num_replicas in (None, 1),
-            "distribution.num_replicas",
-            self.num_replicas,
+            "num_replicas",
             "must be 1 with distribution.transport tcp: try distribution.transport auto",
         )
-        require(
+        self._require(
             self.transport != "tcp" or self.bytes_per_pack is None,
-            "distribution.bytes_per_pack",
-            self.bytes_per_pack,
+            "bytes_per_pack",
             "must be null with distribution.transport tcp, which sends all in one piece",
         )
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Section):
     """When checkpoints are saved, and how many are kept."""
+
+    _PREFIX = "checkpoint."
 
     every_steps: int = 250
     """Steps between two checkpoints (there is one at the end too); 0: only at the end."""
     keep: int = 3
-    """Number of newest checkpoints kept; the best one, by validation loss or the metric of its task, is kept too."""
+    """Number of newest checkpoints to keep; the best one, by validation loss or the task's metric, is kept as well."""
 
     def __post_init__(self) -> None:
-        require_at_most(self, "checkpoint.", every_steps=MOST, keep=MOST)
-        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "must not be negative: try 0")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        self._require_at_most(every_steps=MOST, keep=MOST)
+        self._require(self.every_steps >= 0, "every_steps", "must not be negative: try 0")
+        self._require(self.keep >= 1, "keep", "must be at least 1")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(_Section):
     """How text is sampled from a model."""
 
     num_tokens: int = 256
-    """Most tokens to generate; an end-of-text token ends the text earlier."""
+    """Most tokens to generate; an end-of-text token ends the text sooner."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int | None = None
@@ -548,12 +515,12 @@ class SamplingConfig:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        require_at_most(self, num_tokens=MOST, top_k=MOST, seed=2**63 - 1, temperature=1000)
-        require(self.num_tokens >= 1, "num_tokens", self.num_tokens, "must be at least 1")
-        require(self.seed >= 0, "seed", self.seed, "must not be negative: try 0")
-        require(self.temperature >= 0, "temperature", self.temperature, "must not be negative: try 0.8")
-        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "must be at least 1: try 40")
-        require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "must lie in (0, 1]: try 0.95")
+        self._require_at_most(num_tokens=MOST, top_k=MOST, seed=2**63 - 1, temperature=1000)
+        self._require(self.num_tokens >= 1, "num_tokens", "must be at least 1")
+        self._require(self.seed >= 0, "seed", "must not be negative: try 0")
+        self._require(self.temperature >= 0, "temperature", "must not be negative: try 0.8")
+        self._require(self.top_k is None or self.top_k >= 1, "top_k", "must be at least 1: try 40")
+        self._require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "must lie in (0, 1]: try 0.95")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
