@@ -1,7 +1,7 @@
 """Flags and YAML files as values by dotted key, each of the type that its key has.
 
-Every mistake is a `ConfigError` of one line. What a type means on the command line and in YAML is decided here for
-numbers, truth values, text, choices and lists of them; jsonargparse reads every other type, and prints `--help`.
+Every mistake is a `ConfigError` of one line. This module itself reads numbers, booleans, text, choices and lists of
+them, so that flags and YAML agree; jsonargparse reads every other type, and prints `--help`.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def split(argv: Sequence[str], keys: Mapping[str, Any]) -> list[tuple[str, str]]
 
 
 def values_of(flag: str, argv: Sequence[str]) -> list[str]:
-    """What follows each `--flag` or stands in each `--flag=`, in order, of a command line that may be wrong."""
+    """The value of each `--flag VALUE` and `--flag=VALUE`, in order, in a command line that need not be valid."""
     values = []
     for argument, following in itertools.zip_longest(argv, argv[1:]):
         if argument == flag and following is not None:
@@ -60,7 +60,7 @@ def values_of(flag: str, argv: Sequence[str]) -> list[str]:
 
 
 def without(flag: str, argv: Sequence[str]) -> list[str]:
-    """A command line that may be wrong, without a `--flag` and what follows it, and without `--flag=VALUE`."""
+    """A command line, which need not be valid, without each `--flag VALUE` and `--flag=VALUE`."""
     kept, arguments = [], list(argv)
     while arguments:
         argument = arguments.pop(0)
@@ -87,11 +87,11 @@ def of_flags(flags: Iterable[tuple[str, str]], keys: Mapping[str, Any]) -> dict[
 
 
 def read(key: str, kind: Any, value: Any) -> Any:
-    """A value of YAML as one of type `kind`. Text where a number or a truth value belongs is read as a flag is."""
+    """A YAML value as type `kind`. Text in place of a number or a boolean is read as on the command line."""
     found = _fit(kind, value, None)
     if found is not _UNFIT:
         return found
-    return read_text(key, kind, value) if isinstance(value, str) else _otherwise(key, kind, value)
+    return read_text(key, kind, value) if isinstance(value, str) else _read_other_type(key, kind, value)
 
 
 def read_text(key: str, kind: Any, text: str) -> Any:
@@ -104,7 +104,7 @@ def read_text(key: str, kind: Any, text: str) -> Any:
             raise ConfigError(f"{key} ({shown(text)}) must be {describe(kind)}: {error}") from None
         value = text
     found = _fit(kind, value, text)
-    return found if found is not _UNFIT else _otherwise(key, kind, value)
+    return found if found is not _UNFIT else _read_other_type(key, kind, value)
 
 
 def whole_number(text: str) -> int | None:
@@ -113,7 +113,7 @@ def whole_number(text: str) -> int | None:
 
 
 def describe(kind: Any) -> str:
-    """A type for people."""
+    """A type in words, for messages."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if kind in names:
         return names[kind]
@@ -128,7 +128,7 @@ def describe(kind: Any) -> str:
 
 
 def _current(name: str, keys: Mapping[str, Any]) -> str:
-    """The name of a key today; one line on stderr tells it where another was used."""
+    """The current name of a key; prints a note on stderr if `name` is an earlier one."""
     new = RENAMED.get(name, name)
     if new == name or new not in keys:
         return name
@@ -137,7 +137,7 @@ def _current(name: str, keys: Mapping[str, Any]) -> str:
 
 
 def suggestion(name: str, keys: Iterable[str]) -> str:
-    """The key that a name may mean, as the end of a message."""
+    """The end of a message about an unknown key: the key that its user may have meant."""
     return did_you_mean(nearest_key(name, keys)) or ": --help lists the keys"
 
 
@@ -161,7 +161,7 @@ def _reject_repetitions(flags: Sequence[tuple[str, str]]) -> None:
 def _flat(
     content: Mapping[str, Any], keys: Mapping[str, Any], path: Path, above: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of what a YAML file holds."""
+    """Yields (dotted key, value) for each value in a YAML file."""
     for name, value in content.items():
         key = _current(f"{above}{name}", keys)
         if key in keys:
@@ -190,7 +190,7 @@ def _fit(kind: Any, value: Any, text: str | None) -> Any:
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if _is_union(kind):
-        ordered = sorted(parts, key=lambda part: part is str)  # null is nothing, unless only text is wanted
+        ordered = sorted(parts, key=lambda part: part is str)  # `null` is text only if nothing else fits
         return next((found for part in ordered if (found := _fit(part, value, text)) is not _UNFIT), _UNFIT)
     if origin is Literal:
         fits = (choice for choice in parts if choice == text or (type(choice) is type(value) and choice == value))
@@ -206,8 +206,8 @@ def _fit(kind: Any, value: Any, text: str | None) -> Any:
     return value if kind in (int, bool, type(None)) and type(value) is kind else _UNFIT
 
 
-def _otherwise(key: str, kind: Any, value: Any) -> Any:
-    """A value of another type, which a recipe of one's own may have. Raises `ConfigError` if it does not fit."""
+def _read_other_type(key: str, kind: Any, value: Any) -> Any:
+    """A value of a type unknown to `_fit`, as a user's recipe may have. Raises `ConfigError` if it does not fit."""
     if not _is_plain(kind):
         import jsonargparse
 

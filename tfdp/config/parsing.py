@@ -2,8 +2,8 @@
 
 Precedence: defaults < the YAML of `--config` < flags, whatever their order on the command line.
 
-This module knows the standard library and jsonargparse only: every mistake that can be found without
-touching a device is found here, as a `ConfigError` of one line that names key, value, rule and fix.
+It does not need TensorFlow: every mistake that can be found without a device is found here, as a `ConfigError` of one
+line that names key, value, rule and fix.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from tfdp.config.run_config import flatten_mapping
 from tfdp.system.exits import require
 
 ConfigType = TypeVar("ConfigType")
-SMALLEST, LARGEST = 1e-37, 1e37  # in size, of a number that float32 holds
+SMALLEST, LARGEST = 1e-37, 1e37  # magnitude of a number that float32 can hold
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -70,7 +70,8 @@ def load_file(config_class: type[ConfigType], path: Path) -> ConfigType:
 
 
 def to_yaml(config: object, without: Collection[str] = ()) -> str:
-    """The resolved configuration as YAML: what `--config` reads back to an equal object, but for keys left out."""
+    """The resolved configuration as YAML, which `--config` reads back to an equal object; the keys in `without` are
+    omitted."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -86,7 +87,7 @@ def to_yaml(config: object, without: Collection[str] = ()) -> str:
 
 
 def known_keys(config_class: type) -> dict[str, Any]:
-    """Maps every dotted key of a config class to its type, sections themselves left out."""
+    """Maps every dotted key of a config class to its type; sections themselves are omitted."""
     keys: dict[str, Any] = {}
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -112,10 +113,9 @@ def _make_parser(config_class: type, prog: str, description: str) -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; flags win over it")
     parser.add_class_arguments(config_class, nested_key=None)
+    hints = typing.get_type_hints(config_class)
     for action in parser._actions:
-        if action.dest in typing.get_type_hints(config_class) and dataclasses.is_dataclass(
-            typing.get_type_hints(config_class)[action.dest]
-        ):
+        if dataclasses.is_dataclass(hints.get(action.dest)):
             action.help = SUPPRESS  # `--model FILE`: one way to name a file is enough, and that is --config
     return parser
 
@@ -146,11 +146,13 @@ def _default_of(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _check_value(key: str, value: object) -> None:
-    """What holds for every number and every text."""
+    """Checks the rules that all numbers and all text share."""
     if isinstance(value, float):
         require(math.isfinite(value), key, value, "must be a finite number")
-        held = value == 0 or SMALLEST <= abs(value) <= LARGEST
-        require(held, key, value, f"must be 0 or of a size from {SMALLEST:g} to {LARGEST:g}, which float32 can hold")
+        is_float32 = value == 0 or SMALLEST <= abs(value) <= LARGEST
+        require(
+            is_float32, key, value, f"must be 0 or of a size from {SMALLEST:g} to {LARGEST:g}, which float32 can hold"
+        )
     if isinstance(value, str):
         require("\0" not in value, key, value, "must not hold the character NUL")
         with_help = "" if sys.getfilesystemencoding() == "utf-8" else ": try PYTHONUTF8=1 in the environment"
@@ -158,7 +160,7 @@ def _check_value(key: str, value: object) -> None:
 
 
 def _can_be_written(text: str) -> bool:
-    """Whether a file can hold the text, and a path be called so."""
+    """Whether the text can be written into a file and used as a path."""
     try:
         text.encode("utf-8")
         text.encode(sys.getfilesystemencoding())

@@ -1,4 +1,4 @@
-"""The configuration that a run directory holds, and how it differs from another."""
+"""The configuration stored in a run directory, and how two configurations differ."""
 
 import functools
 import hashlib
@@ -8,29 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tfdp.config import options, strict_yaml
-from tfdp.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    DistributionConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
+from tfdp.config import options, sections, strict_yaml
 from tfdp.system.exits import ConfigError
 from tfdp.system.files import follow_links
 from tfdp.system.messages import shown
 
 CONFIG_FILE = "config.yaml"  # of a run directory: the configuration of the run
-RESOLVED_FILE = "resolved.yaml"  # that configuration, where a user's own config.yaml stands there
+RESOLVED_FILE = "resolved.yaml"  # the same, if the user has put a config.yaml of their own there
 
 
 def with_run_config(argv: Sequence[str]) -> list[str]:
-    """Puts the configuration of the run directory that `argv` names below `--config` and flags, if there is one.
+    """Adds the configuration stored in the run directory that `argv` names, if any; `--config` and flags win over it.
 
-    So a run is resumed as it was by its `--run_dir` alone, and what is named besides is what changes. The directory is
-    named by a flag or by a `--config`, but not by the config.yaml of another run, whose keys are taken without it. A
-    link such as runs/latest is followed here, once: it may name another run a moment later.
+    So `--run_dir` alone resumes a run as it was, and everything else on the command line is a change. A flag or a
+    `--config` names the directory, but not the config.yaml of another run, which is read without its `run_dir`. A link
+    such as runs/latest is followed here, once: it may name another run a moment later.
     """
     flags, paths = options.values_of("--run_dir", argv), [Path(path) for path in options.values_of("--config", argv)]
     in_files = {path: str(run_dir) for path in paths if (run_dir := strict_yaml.read(path).get("run_dir")) is not None}
@@ -50,9 +42,9 @@ def with_run_config(argv: Sequence[str]) -> list[str]:
 
 
 def config_records(run_dir: Path) -> list[Path]:
-    """The files that tell the configuration of a run, what wins last; [] for a directory without.
+    """The files with the configuration of a run, later ones winning; [] for a directory without a configuration.
 
-    A user's own config.yaml counts through resolved.yaml, and by itself again once it has been changed since.
+    resolved.yaml includes a user's own config.yaml, which is read again on top of it only if it has changed since.
     """
     own, resolved = run_dir / CONFIG_FILE, run_dir / RESOLVED_FILE
     if not resolved.is_file():
@@ -62,7 +54,7 @@ def config_records(run_dir: Path) -> list[Path]:
 
 
 def is_record(path: Path) -> bool:
-    """Whether a YAML file is the configuration of a run, by where it lies: not where a user keeps his own."""
+    """Whether a YAML file is the stored configuration of a run, by its location, and not a file that a user wrote."""
     folder = path.parent
     if path.name not in (CONFIG_FILE, RESOLVED_FILE):
         return False
@@ -80,7 +72,7 @@ def file_sha256(path: Path) -> str:
 
 
 def flatten_yaml(text: str) -> dict[str, Any]:
-    """The values of a configuration in YAML by dotted key, under the names of today; {} where it is none."""
+    """The values of a configuration in YAML by dotted key, under their current names; {} if it is no mapping."""
     import yaml
 
     content = yaml.safe_load(text)
@@ -89,7 +81,7 @@ def flatten_yaml(text: str) -> dict[str, Any]:
 
 
 def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ between two configurations, with both. `run_dir` is a name, and none of them."""
+    """The keys whose values differ between two configurations, with both values; `run_dir`, only a name, is ignored."""
     old, new = flatten_yaml(old_yaml), flatten_yaml(new_yaml)
     old |= {key: value for key, value in standard_defaults().items() if key in new and key not in old}
     keys = [key for key in {**old, **new} if key != "run_dir"]
@@ -98,17 +90,17 @@ def differing_keys(old_yaml: str, new_yaml: str) -> dict[str, tuple[Any, Any]]:
 
 @functools.cache
 def standard_defaults() -> dict[str, Any]:
-    """The defaults of the sections by dotted key, as YAML and JSON have them: what a key stands for in a record from
-    before there was such a key."""
-    sections: dict[str, Any] = {
-        "model": ModelConfig(),
-        "data": DataConfig(),
-        "optimizer": OptimizerConfig(),
-        "training": TrainingConfig(),
-        "distribution": DistributionConfig(),
-        "checkpoint": CheckpointConfig(),
+    """The defaults of the sections by dotted key, as YAML and JSON write them: the value of a key in a run from before
+    the key existed."""
+    defaults: dict[str, Any] = {
+        "model": sections.ModelConfig(),
+        "data": sections.DataConfig(),
+        "optimizer": sections.OptimizerConfig(),
+        "training": sections.TrainingConfig(),
+        "distribution": sections.DistributionConfig(),
+        "checkpoint": sections.CheckpointConfig(),
     }
-    return flatten_mapping(json.loads(json.dumps({name: asdict(each) for name, each in sections.items()})))
+    return flatten_mapping(json.loads(json.dumps({name: asdict(each) for name, each in defaults.items()})))
 
 
 def changed_keys(old_yaml: str, new_yaml: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""YAML that says one thing: no key twice, and no text that turns into a number or a truth value by surprise.
+"""Strict YAML: no repeated key, and no text that unexpectedly becomes a number or a boolean.
 
 PyYAML follows YAML 1.1, where 1:2 is 62, 012 is 10, `on` is true and the last of two equal keys wins. Here a whole
-number is decimal digits (1_000 is one), a truth value is true or false, and everything else is text. What YAML can do
-besides (anchors, aliases, merge keys, quotes, blocks) works as ever, but for tags.
+number is decimal digits (1_000 is one), a boolean is true or false, and everything else is text. The rest of YAML
+(anchors, aliases, merge keys, quotes, blocks) works as usual, except tags.
 """
 
 import re
@@ -17,37 +17,44 @@ if TYPE_CHECKING:
     import yaml
 
 
-_MOST_VALUES = 100_000  # of one file, aliases counted as often as they are named
+_MOST_VALUES = 100_000  # in one file; an alias counts each time it is used
 _DEEPEST = 20
-_MOST_DIGITS = 400  # more than any number that is meant; Python refuses to read 4,300
-_NAMES = ("null", "bool", "int", "float", "timestamp", "value", "str", "seq", "map")  # that PyYAML gives by itself
+_MOST_DIGITS = 400  # more than any real number needs; Python refuses to read 4,300
+_NAMES = (
+    "null",
+    "bool",
+    "int",
+    "float",
+    "timestamp",
+    "value",
+    "str",
+    "seq",
+    "map",
+)  # tags that PyYAML assigns by itself
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in _NAMES}
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
 _FLOAT = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN")
-_DIGITS = re.compile(r"[-+]?[0-9]+")  # where they are no whole number, such as 012, they are no float either
+_DIGITS = re.compile(r"[-+]?[0-9]+")  # digits that are no whole number, such as 012, are no float either
 
 
 def read(path: Path) -> dict[str, Any]:
     """The keys and values of a configuration file; {} where it has none.
 
     Raises:
-      ConfigError: no file, no YAML, no mapping, a key twice (naming both lines); a key may stand below its section or
-        be dotted.
+      ConfigError: no file, no YAML, no mapping, or a key twice, also once dotted and once below its
+        section; the message names both lines.
     """
     try:
-        if not path.is_file():
-            raise ConfigError(f"--config ({shown(path)}) must be an existing YAML file")
-        text = path.read_text(encoding="utf-8")
+        is_file = path.is_file()
+        content = loads(path.read_text(encoding="utf-8")) if is_file else None
     except OSError as error:
         raise ConfigError(f"--config ({shown(path)}) must be readable: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # no UTF-8, or no YAML
         raise ConfigError(f"--config ({shown(path)}) must be valid YAML: {error}") from None
-    try:
-        content = loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--config ({shown(path)}) must be valid YAML: {error}") from None
+    if not is_file:
+        raise ConfigError(f"--config ({shown(path)}) must be an existing YAML file")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -72,7 +79,7 @@ def loads(text: str) -> Any:
 
 
 def scalar(text: str) -> bool | int | float | str | None:
-    """What a plain word stands for."""
+    """The value of an unquoted word."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -138,7 +145,7 @@ class _Reader:
         return {**merged, **found}
 
     def _to_merge(self, node: "yaml.Node", key: str, depth: int) -> dict[str, Any]:
-        """What `<<` brings: keys that stand elsewhere too, and that those beside it win over."""
+        """The mapping that `<<` merges in. Its keys are no repetitions, though they are defined elsewhere too."""
         lines, self._lines = self._lines, {}
         value = self.value(node, key, depth + 1)
         self._lines = lines

@@ -1,14 +1,11 @@
-"""The code that runs, as one digest."""
+"""The digest of the code that runs."""
 
 import hashlib
 from pathlib import Path
 
 
 def code_sha256(*folders: Path) -> str:
-    """A digest of the Python files of tfdp and of further folders, and of all folders in them: the code of a run.
-
-    It must be the same on all workers.
-    """
+    """A digest of all Python files in tfdp and further folders: the code of a run, which all workers must share."""
     digest = hashlib.sha256()
     for folder in (Path(__file__).parents[1], *folders):
         for path in sorted(folder.rglob("*.py")):

@@ -24,12 +24,11 @@ def prepare(is_result: bool) -> None:
     """Makes stdout and stderr safe to write to, for Python and for native libraries. Call it before files are opened.
 
     Args:
-      is_result: whether `print` raises `OutputLost` where stdout cannot be written; otherwise it discards its output,
-      after
-        a note on stderr.
+      is_result: whether `print` raises `OutputLost` if stdout cannot be written; otherwise it discards its output,
+        after a note on stderr.
 
     A closed descriptor becomes /dev/null: the next file to be opened would take its number, and receive what is
-    printed. What the encoding of the terminal does not have is written as backslash escapes.
+    printed. Characters outside the terminal's encoding become backslash escapes.
     """
     _open_closed_descriptors()
     sys.stdout = _safe(sys.stdout, 1, is_result)
@@ -55,7 +54,7 @@ class _Output(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self._is_result = is_result
 
-    def write(self, data: Any) -> int:  # the whole of a buffer of bytes
+    def write(self, data: Any) -> int:  # all of it, unlike FileIO
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -65,14 +64,14 @@ class _Output(io.FileIO):
                     select.select([], [self.fileno()], [])
                 rest = rest[written or 0 :]
         except OSError as error:
-            self._set_aside()
+            self._discard_output()
             if self._is_result:
                 raise OutputLost(error) from None
             if self.fileno() == 1:
                 print(f"note: stdout cannot be written ({error.strerror}): continuing without it", file=sys.stderr)
         return size
 
-    def _set_aside(self) -> None:
+    def _discard_output(self) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.fileno())
         os.close(null)
@@ -87,7 +86,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _safe(stream: TextIO | None, descriptor: int, is_result: bool) -> TextIO:
-    """The stream over `_Output`; one that writes elsewhere, as in tests, stays as it is."""
+    """The stream, writing through `_Output`; one that writes elsewhere, as in tests, is returned unchanged."""
     if stream is not None and not _writes_to(stream, descriptor):
         return stream
     output = _Output(descriptor, is_result)

@@ -33,7 +33,7 @@ class ConfigError(CommandError, ValueError):
 
 
 class TrainingError(CommandError):
-    """The run cannot continue, for a reason that its user should know: a gradient that is not finite, say."""
+    """The run cannot continue, for a reason that the user should know, such as a gradient that is not finite."""
 
 
 class StopRequested(CommandError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks that end with their process, whenever it or the machine dies."""
+"""Files that appear complete or not at all, and locks that end with their process, even if it or the machine dies."""
 
 import contextlib
 import errno
@@ -48,7 +48,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def follow_links(path: Path) -> Path:
-    """What a path names, where it is a symbolic link itself; relative as it was. Raises OSError for a loop of links."""
+    """The target of a path that is a symbolic link; relative if it was. Raises OSError for a loop of links."""
     for _ in range(_MOST_LINKS):
         if not path.is_symlink():
             return path
@@ -58,16 +58,16 @@ def follow_links(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locking(path: Path, when_held: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Holds a lock on a file, which is made, while the block runs; it ends with this process, however that ends.
+    """Holds a lock on a file, which it creates, while the block runs; the lock ends with this process at the latest.
 
-    It is a `flock`, which Linux carries over NFS too. Where the file system has no locks, a line on stderr says so, and
-    the block runs without.
+    It is a `flock`, which on Linux works over NFS too. If the file system has no locks, a line on stderr says so, and
+    the block runs without one.
 
     Args:
       path: of the file; its text names the process that holds it.
-      when_held: called with that text where another holds it; where it returns, the lock is waited for.
+      when_held: called with that text if another process holds the lock; if it returns, the lock is waited for.
 
-    Yields a function: whether the locked file still lies at `path`, and was not removed with its folder.
+    Yields a function that says whether the locked file is still at `path`, and was not removed with its folder.
     """
     with _locked(path, when_held) as file:
         yield lambda: _lies_at(file, path)

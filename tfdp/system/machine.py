@@ -55,7 +55,7 @@ class Share:
 def share_machine(num_workers: int) -> list[Share]:
     """Cuts the cores and GPUs that this process may use into equal parts, one for each worker.
 
-    What the user has set of the variables named here stays as it is.
+    Thread counts that the user has set in the environment stay as they are.
 
     Raises:
       ConfigError: there are GPUs, but fewer than workers.
@@ -117,7 +117,7 @@ def free_ports(count: int, avoid: Collection[int] = ()) -> list[int]:
 
 
 def preparation(cores: Collection[int]) -> Callable[[], None]:
-    """A function to call between fork and exec: pins the process to its cores, and has Linux end it with its parent."""
+    """A function to call between fork and exec: pins the process to its cores, and on Linux ends it with its parent."""
     parent = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>

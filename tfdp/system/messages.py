@@ -1,4 +1,4 @@
-"""Error messages of one line: values, shortened and escaped, and the name that a wrong one may mean."""
+"""Parts of one-line error messages: values, shortened and escaped, and the name that a misspelt one may mean."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 38s, 4m05s, 2h10m."""
+    """Seconds in a readable form: 38s, 4m05s, 2h10m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 _VALUE_WIDTH, _PATH_WIDTH = 80, 200  # characters; a path is there to be copied
 _DIGEST = re.compile(r"(?=[0-9]*[a-f])[0-9a-f]{40,128}")
 _DIGEST_WIDTH = 12
-_LONGEST_NAME = 64  # of a name that may be a typing error of a key
+_LONGEST_NAME = 64  # that is compared with the keys
 
 
 def shown(value: object) -> str:
@@ -36,7 +36,7 @@ def shown(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with its line breaks and all else that a terminal would not print as backslash escapes."""
+    """The text with line breaks and other unprintable characters as backslash escapes."""
     return text if text.isprintable() else "".join(map(_visible, text))
 
 

@@ -13,7 +13,7 @@ def make_pool(num_processes: int) -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """Leaves interrupts to the parent, which passes on its end by ending."""
+    """Ignores SIGINT, which the parent handles, and ends this process as soon as the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

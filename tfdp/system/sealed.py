@@ -1,4 +1,4 @@
-"""JSON files that carry the sha256 of their own content, so that reading one notices damage."""
+"""JSON files that contain the sha256 of their own content, so that reading one detects damage."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def read_sealed(path: Path, needs_seal: bool = True) -> dict[str, Any]:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not a JSON object, or not as it was written.
+      ValueError: it is not a JSON object, or has changed since it was written.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

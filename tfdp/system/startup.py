@@ -1,6 +1,6 @@
-"""Loads TensorFlow without its start-up notes and without a bug of its compiler; and Keras on TensorFlow.
+"""Loads TensorFlow, without its start-up notes and around a bug of its compiler, and Keras on top of it.
 
-Entry points call this once they know what to run.
+Entry points call `load_tensorflow` once they know what to run.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 _NOTE = re.compile(rb"(I\d{4} \d\d:\d\d:[\d.]+ .*|WARNING: All log messages before absl::InitializeLog.*)\n?")
 
 # XLA's CPU backend gives sums to YNNPACK. Where two threads run one program, both build what runs the sum, and write to
-# one vector (EmitYnnSubgraph, TensorFlow 2.21). Parallel micro-batches crashed of it, about one run in thirty.
+# one vector (EmitYnnSubgraph, TensorFlow 2.21). It crashed about one run in thirty with parallel micro-batches.
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
@@ -25,8 +25,8 @@ def load_tensorflow(without_ynn: bool = True) -> None:
     Args:
       without_ynn: whether to keep sums from YNNPACK, unless XLA_FLAGS mentions it.
 
-    TensorFlow 2.21 writes the notes of its start from C++, before any log level is read, so during
-    the import stderr is a file. Later notes obey TF_CPP_MIN_LOG_LEVEL, which a user's own setting overrides.
+    TensorFlow 2.21 writes its start-up notes from C++, before it reads any log level, so stderr is a file during the
+    import. Later notes obey TF_CPP_MIN_LOG_LEVEL, which a user's own setting overrides.
     """
     if "tensorflow" in sys.modules and "keras" in sys.modules:
         _settle_environment(without_ynn)  # XLA reads its flags when it first compiles
