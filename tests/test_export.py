@@ -95,6 +95,10 @@ def _damage(folder: Path, name: str) -> None:
             "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "shape": {"intermediate_size": 64},
             "bias": {"attention_bias": True},
+            "text for a number": {"hidden_size": "wide"},
+            "fraction of a layer": {"num_hidden_layers": 2.5},
+            "list for a table": {"rope_parameters": [1]},
+            "factor of 0": {"logit_scale": 0.0},
         }[name]
         target.write_text(json.dumps(config))
 
@@ -110,6 +114,10 @@ def _damage(folder: Path, name: str) -> None:
         ("yarn", "must have rotary positions of type default, linear or llama3, but has yarn"),
         ("shape", "must hold model.layers.0.mlp.gate_proj.weight of shape [64, 32]"),
         ("bias", "whose effect tfdp does not know: attention_bias true"),
+        ("text for a number", "a value of its config.json is not of its type: "),
+        ("fraction of a layer", "a value of its config.json is not of its type: "),
+        ("list for a table", "a value of its config.json is not of its type: "),
+        ("factor of 0", "whose effect tfdp does not know: logit_scale 0.0"),
     ],
 )
 def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Path, damage: str, message: str) -> None:

@@ -103,7 +103,8 @@ def _train(
     with FailureDetector(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
         parallel = parallel_microbatches(recipe, config, corpus, cluster.num_workers)
         strategy = distribution.make_strategy(layout, cluster, parallel, watch.wait_for_start)
-        require_agreement(cluster, shared_facts(recipe, config, corpus, strategy), watch.wait_for_start)
+        if cluster.num_workers > 1:  # the facts include digests of large files
+            require_agreement(cluster, shared_facts(recipe, config, corpus, strategy), watch.wait_for_start)
         distribution.connect_workers(strategy, layout, cluster)
         process = Process(directory, cluster, watch, stop, started)
         return _fit(config, corpus, strategy, build(recipe, config, corpus, strategy, parallel), process)

@@ -233,11 +233,13 @@ def best_against_best(rows: Sequence[Row]) -> list[str]:
 
 
 def describe_devices() -> str:
-    """The GPUs, or the processor with those of its instructions that set the speed of matrix products."""
-    gpus = available_gpus()
-    if gpus:
-        return f"{len(gpus)} x {gpus[0]}"
-    fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    """The number of GPUs, or the processor with those of its instructions that set the speed of matrix products."""
+    num_gpus = len(available_gpus())
+    if num_gpus:
+        return f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
     found = [name for name in fields.get("flags", "").split() if name in MATRIX_FLAGS]
     return f"{len(available_cores())} cores of {fields.get('model name', 'an unknown processor')}: {' '.join(found)}"
 

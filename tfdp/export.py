@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tfdp.config.parsing import load
-from tfdp.config.sections import MOST
+from tfdp.config.sections import MOST, ModelConfig
 from tfdp.system.exits import ConfigError, require, require_at_most, run_command
 
 
@@ -49,6 +49,8 @@ def main() -> None:
     is_free = not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir()))
     require(is_free, "output", output, "must not exist, or be an empty folder: name a new one")
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "exported")
+    is_gpt = isinstance(trained.config.model, ModelConfig)
+    require(is_gpt, "run_dir", config.run_dir, "must be a run whose section model is that of the GPT to be exported")
     scratch = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir(parents=True)

@@ -12,6 +12,7 @@ from tfdp.config.options import whole_number
 from tfdp.config.parsing import to_yaml
 from tfdp.config.run_config import config_records, differing_keys, flatten_yaml
 from tfdp.config.sections import ModelConfig
+from tfdp.data.inputs import path_of
 from tfdp.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 from tfdp.interop import hugging_face
@@ -21,7 +22,7 @@ from tfdp.recipe import Model, Recipe, import_recipe, recipe_of_file
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.messages import shown
 from tfdp.training.run_directory import RunDirectory
-from tfdp.training.weights import Tensors, assign, restore
+from tfdp.training.weights import Tensors, restore
 
 if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
     from tfdp.training.compilation import Compilation
@@ -66,8 +67,10 @@ class TrainedGPT:
         refuse_other_keys(run, config, list(run.checkpoints().states()[0].values())[-1])
         tokenizer = open_own_tokenizer(run, saved.state)
         corpus_sha256 = saved.state["identity"]["corpus_sha256"]
-        summary, origin = run.read_summary(), getattr(config.model, "init_from", None)
-        model_type = hugging_face.model_type_of(Path(origin)) if origin else None
+        summary, model_type = run.read_summary(), None
+        if (origin := getattr(config.model, "init_from", None)) is not None:
+            model_type = hugging_face.model_type_of(path_of(origin))
+            config = replace(config, model=replace(config.model, init_from=None))  # the checkpoint has the weights
         sets = (saved.weights, saved.frozen, saved.step)
         return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type)
 
@@ -92,12 +95,9 @@ class TrainedGPT:
 
     def make_model(self) -> Model:
         """The model with its trained weights; call it inside the scope of the strategy that will use it."""
-        config, is_origin = self.config, self.step == 0 and self.model_type is not None
-        if not is_origin and getattr(config.model, "init_from", None) is not None:  # what it started from is not needed
-            config = replace(config, model=replace(config.model, init_from=None))
-        model = self.recipe.make_model(config, self.tokenizer.vocab_size, self.compilation.kernels)
-        if not is_origin:  # else make_model has read them
-            assign(model.named_weights(), self.weights)
+        model = self.recipe.make_model(self.config, self.tokenizer.vocab_size, self.compilation.kernels)
+        if getattr(self.config.model, "init_from", None) is None:  # else the model was made with them
+            restore(model.named_weights(), self.weights)
         if self.frozen:
             restore(model.named_frozen_weights(), self.frozen)
         return model
@@ -148,7 +148,7 @@ def _choose_step(run: RunDirectory, which: str) -> int:
     if which == "best":
         for line in folder.states()[1]:
             print(f"warning: {line}: it is not among those of which the best is chosen", file=sys.stderr, flush=True)
-        return folder.best_step() or steps[-1]
+        return folder.best_or_newest_step() or steps[-1]
     step = whole_number(which)
     if step is None or step not in steps:
         listed = ", ".join(map(str, steps))

@@ -194,6 +194,7 @@ def model_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if keys[own] is None and own not in architecture.optional:
             raise ConfigError(f"{where} must have {name} in its config.json")
     only = {key: values[0] for key, values in architecture.allows.items() if len(values) == 1}
+    only = {key: list(value) if isinstance(value, tuple) else value for key, value in only.items()}
     keys = {**only, **keys, "tie_embeddings": given["tie_word_embeddings"], "vocab_size": given.get("vocab_size")}
     if architecture.biases:
         keys["use_bias"] = keys["qkv_bias"] = _common_bias(given, where)
@@ -219,11 +220,15 @@ def _refuse_unknown(config: Mapping[str, Any], architecture: Architecture, where
     if architecture.biases:
         known |= {"attention_bias", "mlp_bias"}
     for key, value in config.items():
-        if key in known or value in (None, False, [], {}) or value in _EXPECTED.get(key, ()):
-            continue
-        if key in _EXPECTED:
-            raise ConfigError(f"{where} must have {key} {_EXPECTED[key][0]} in its config.json, but has {_json(value)}")
-        raise ConfigError(f"{where} has a key in its config.json whose effect tfdp does not know: {key} {_json(value)}")
+        if key in _EXPECTED and value is not None and value not in _EXPECTED[key]:
+            raise ConfigError(
+                f"{where} must have {key} {_json(_EXPECTED[key][0])} in its config.json, but has {_json(value)}"
+            )
+        is_off = value is None or value is False or value in ([], {})  # but not 0, which may be a factor
+        if key not in known and key not in _EXPECTED and not is_off:
+            raise ConfigError(
+                f"{where} has a key in its config.json whose effect tfdp does not know: {key} {_json(value)}"
+            )
 
 
 def _json(value: Any) -> str:
@@ -273,7 +278,7 @@ def _window_keys(given: Mapping[str, Any], num_layers: int, architecture: Archit
     found: dict[str, Any] = {"sliding_window": window if kinds == {"sliding_attention"} else None}
     if "layers_without_rope" not in architecture.allows:
         with_rope = given.get("no_rope_layers") or [(layer + 1) % 4 != 0 for layer in range(num_layers)]
-        found["layers_without_rope"] = tuple(layer for layer, has_rope in enumerate(with_rope) if not has_rope)
+        found["layers_without_rope"] = [layer for layer, has_rope in enumerate(with_rope) if not has_rope]
     return found
 
 

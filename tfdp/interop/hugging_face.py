@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tfdp.config import options
+from tfdp.config.parsing import known_keys
 from tfdp.config.sections import ModelConfig
 from tfdp.data import strict_json
 from tfdp.interop import architectures
@@ -63,7 +65,16 @@ class HuggingFaceModel:
             raise ConfigError(f"{where} must hold a {CONFIG_FILE}: {reason}") from None
         if not isinstance(config, dict):
             raise ConfigError(f"{where} must hold a {CONFIG_FILE} that is an object")
-        return cls(folder, where, str(config.get("model_type")), architectures.model_keys(config, where))
+        try:
+            found, kinds = architectures.model_keys(config, where), known_keys(ModelConfig)
+            keys = {own: options.read(f"model.{own}", kinds[own], value) for own, value in found.items()}
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            if isinstance(error, ConfigError) and str(error).startswith(where):
+                raise
+            raise ConfigError(
+                f"{where}: a value of its {CONFIG_FILE} is not of its type: {one_line(str(error))}"
+            ) from None
+        return cls(folder, where, str(config.get("model_type")), keys)
 
     @property
     def tokenizer(self) -> str:
@@ -141,7 +152,9 @@ def write_model(
       ConfigError: no architecture equals the model.
     """
     architecture = architectures.architecture_of(model, preferred)
-    vocab_size = len(weights["token_embedding"])
+    vocab_size = len(weights["token_embedding"]) if "token_embedding" in weights else 0
+    for name in sorted({*weights} ^ {*weight_shapes(model, vocab_size)}):
+        raise ConfigError(f"format (huggingface) is for the GPT of section model: {name} is no weight of both")
     config = architectures.config_json(model, architecture, vocab_size, end_of_text, dtype)
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     for name, content in ((CONFIG_FILE, config), ("generation_config.json", generation)):

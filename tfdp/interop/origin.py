@@ -5,16 +5,19 @@ The folder is Hugging Face's, or the directory of a run of tfdp. Its shape becom
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tfdp.config import options, source_syntax
+from tfdp.config.parsing import known_keys
 from tfdp.config.run_config import config_records, flatten_yaml, standard_defaults
-from tfdp.config.sections import ModelConfig
+from tfdp.config.sections import DataConfig, ModelConfig
 from tfdp.data.inputs import path_of
+from tfdp.data.sources import TOKENS
 from tfdp.interop import hugging_face
 from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.system.exits import ConfigError
@@ -40,24 +43,33 @@ class RunModel:
             content |= flatten_yaml(path.read_text(encoding="utf-8"))
         content = {**standard_defaults(), **content}  # an earlier run lacks later keys
         keys = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
-        return cls(folder, {key: tuple(each) if isinstance(each, list) else each for key, each in keys.items()})
+        kinds = known_keys(ModelConfig)
+        return cls(folder, {key: options.read(f"model.{key}", kinds[key], keys[key]) for key in keys if key in kinds})
 
     @property
     def tokenizer(self) -> str:
         return f"bpe:{self.folder / 'tokenizer'}"  # of whatever kind: the folder says
 
     @property
-    def files(self) -> Sequence[Path]:
-        checkpoints = CheckpointFolder(self.folder / "checkpoints")
-        step = checkpoints.best_step() or max(checkpoints.steps(), default=None)
-        if step is None:
-            raise ConfigError(f"{INIT_FROM} ({shown(self.folder)}) must hold a checkpoint: there is none yet")
-        return [checkpoints.path(step) / "weights.safetensors"]
+    def files(self) -> list[Path]:
+        """That hold the weights which every step changes."""
+        return [self._checkpoints.path(self._step) / "weights.safetensors"]
 
     def weights(self, model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarray]:
-        (path,) = self.files
-        checkpoints = CheckpointFolder(self.folder / "checkpoints")
-        return checkpoints.load(int(path.parent.name.partition("_")[2])).weights
+        """The weights of the model by name. Raises `ConfigError` where there is no whole checkpoint."""
+        saved = self._checkpoints.load(self._step)
+        return {**saved.weights, **saved.frozen}
+
+    @property
+    def _checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.folder / "checkpoints")
+
+    @property
+    def _step(self) -> int:
+        step = self._checkpoints.best_or_newest_step()
+        if step is None:
+            raise ConfigError(f"{INIT_FROM} ({shown(self.folder)}) must hold a checkpoint: there is none yet")
+        return step
 
 
 Origin = HuggingFaceModel | RunModel
@@ -108,8 +120,9 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
             )
     if isinstance(origin, HuggingFaceModel):  # damage and other shapes show now, before TensorFlow is loaded
         origin.weights(ModelConfig(**origin.keys), origin.keys["vocab_size"])
-    reads_shards = "tokens:" in str(values.get("data.source", ""))
-    if found.get("data.tokenizer", "auto") == "auto" and not reads_shards:
+    sources = source_syntax.parse(values.get("data.source", DataConfig().source))
+    brings_tokenizer = any(source.startswith(TOKENS) for source, _ in sources)
+    if found.get("data.tokenizer", "auto") == "auto" and not brings_tokenizer:
         found["data.tokenizer"] = origin.tokenizer
     return found
 

@@ -252,6 +252,10 @@ class CheckpointFolder:
         known = {step: sign * value for step, value in values.items() if isinstance(value, float)}
         return min(known, key=lambda step: known[step]) if known else None
 
+    def best_or_newest_step(self) -> int | None:
+        """`best_step`, or the newest where none was evaluated; None where there is no checkpoint."""
+        return self.best_step() or max(self.steps(), default=None)
+
     def _prune(self) -> None:
         kept = {*self.steps()[-self._keep :], self.best_step()}
         for step in self.steps():

@@ -50,7 +50,7 @@ def snapshot(variables: Variables) -> Tensors:
     return {name: np.asarray(variable.numpy()) for name, variable in variables.items()}
 
 
-def restore(variables: Variables, tensors: Tensors) -> None:
+def restore(variables: Variables, tensors: Mapping[str, np.ndarray]) -> None:
     """Assigns tensors to variables of the same names and shapes, on every replica of this worker.
 
     Raises:
@@ -61,22 +61,6 @@ def restore(variables: Variables, tensors: Tensors) -> None:
     refuse_differences({name: list(shape) for name, shape in saved.items()}, {n: list(s) for n, s in shapes.items()})
     for name, variable in variables.items():
         variable.assign(tensors[name])
-
-
-def assign(variables: Variables, tensors: Mapping[str, np.ndarray]) -> None:
-    """Assigns tensors, each asked for once and let go before the next, to variables of the same names and shapes.
-
-    Raises:
-      ConfigError: a name is in one of them only, or shapes differ.
-    """
-    for name in sorted({*variables} ^ {*tensors}):
-        raise ConfigError(f"the model and its weights must have the same names: {name} is in one of them only")
-    for name, variable in variables.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != tuple(variable.shape):
-            shapes = f"{list(tensor.shape)} instead of {list(variable.shape)}"
-            raise ConfigError(f"the weights must have the shapes of the model: {name} has {shapes}")
-        variable.assign(tensor)
 
 
 def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -40,11 +40,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, files: Mapping[str, bytes], end_of_text: int, key: str) -> None:
         self.files, self.end_of_text = dict(files), end_of_text
-        self._documents, self._prompts = (_library_tokenizer(files[TOKENIZER_FILE], key) for _ in range(2))
-        self._facts: Any = strict_json.parse(files[TOKENIZER_FILE])
-        for each in (self._documents, self._prompts):
-            each.no_truncation()
-            each.no_padding()
+        self._documents = _library_tokenizer(files[TOKENIZER_FILE], key)
         self._documents.encode_special_tokens = True
         self._ids: dict[str, int] = self._documents.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._ids.values(), default=-1) + 1
@@ -100,10 +96,15 @@ class HuggingFaceTokenizer:
         return "\n\n".join(self._documents.decode(part.tolist(), skip_special_tokens=True) for part in parts)
 
     @cached_property
+    def _prompts(self) -> Any:
+        return _library_tokenizer(self.files[TOKENIZER_FILE], TOKENIZER_FILE)
+
+    @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for; none for special tokens, and for an id without a token."""
-        added = {each["id"]: each for each in self._facts.get("added_tokens", [])}
-        is_byte_level = "ByteLevel" in _kinds(self._facts.get("decoder"))
+        facts: Any = strict_json.parse(self.files[TOKENIZER_FILE])
+        added = {each["id"]: each for each in facts.get("added_tokens", [])}
+        is_byte_level = "ByteLevel" in _kinds(facts.get("decoder"))
         table = [b""] * self.vocab_size
         for token, index in self._ids.items():
             if index in added:
@@ -130,24 +131,24 @@ class HuggingFaceTokenizer:
 
 
 def _library_tokenizer(content: bytes, where: str) -> Any:
+    """The tokenizer of a `tokenizer.json`, which neither cuts nor fills up a text."""
     import tokenizers
 
     try:
         strict_json.parse(content)
-        return tokenizers.Tokenizer.from_buffer(content)
+        made = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more special
         reason = one_line(" ".join(str(error).split()))
         raise ConfigError(f"{where} must hold a {TOKENIZER_FILE} of the library tokenizers: {reason}") from None
+    made.no_truncation()
+    made.no_padding()
+    return made
 
 
 def _find_end_of_text(files: Mapping[str, bytes], others: Mapping[str, bytes], where: str) -> int:
     """By the name in the files of the tokenizer, or else by the id in those of the model; of several the first."""
-    ids: dict[str, int] = {}
-    _library_tokenizer(files[TOKENIZER_FILE], where)
+    ids: dict[str, int] = _library_tokenizer(files[TOKENIZER_FILE], where).get_vocab(with_added_tokens=True)
     try:
-        facts: Any = strict_json.parse(files[TOKENIZER_FILE])
-        ids = {**facts["model"].get("vocab", {})} if isinstance(facts["model"].get("vocab"), dict) else {}
-        ids |= {each["content"]: each["id"] for each in facts.get("added_tokens", [])}
         for name in _NAMING_FILES:
             named: Any = strict_json.parse(files[name]) if name in files else {}
             token = named.get("eos_token")
