@@ -147,7 +147,7 @@ def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Pat
         (
             "evaluate",
             ["--run_dir=exported"],
-            "run_dir (exported) must be the directory of a run to be evaluated, and is a folder of Hugging Face",
+            "run_dir (exported) must be the directory of a run to be evaluated, and is a folder of another library",
         ),
         ("export", ["--run_dir=run"], "output (null) must name a folder: try --output exported"),
         ("export", ["--run_dir=run", "--output=exported"], "output (exported) must not exist, or be an empty folder"),
@@ -177,6 +177,91 @@ def test_a_run_that_starts_from_a_folder_is_one_run_in_any_layout(folder: Path) 
         assert done.returncode == 0, done.stderr
         found[name] = summary(folder / name)["state_sha256"]
     assert len(set(found.values())) == 1, found
+
+
+ADAPTERS = ["--model.init_from=run", "--model.lora_rank=2", "--model.lora_dropout=0.1", "--training.log_every=1"]
+TEXT = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2"]
+
+
+def test_adapters_alone_are_trained_sent_and_saved_and_go_out_again(folder: Path) -> None:
+    done = tfdp(folder, "train", "--run_dir=adapted", *ADAPTERS, *TEXT, *SHORT, "--distribution.num_replicas=2")
+    assert done.returncode == 0, done.stderr
+    num_trained = summary(folder / "adapted")["num_params"]
+    assert f"{num_trained:,} parameters trained, {summary(folder / 'run')['num_params']:,} frozen" in done.stdout
+    rows = [json.loads(line) for line in (folder / "adapted" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-2]["loss"] < rows[0]["loss"] < 0.8 * np.log(256)
+    assert 4 * num_trained < rows[0]["reduction_bytes"] < 4.5 * num_trained  # and statistics and digests
+    saved = {path.name: path.stat().st_size for path in (folder / "adapted" / "checkpoints").rglob("*.safetensors")}
+    assert saved["weights.safetensors"] < 5 * num_trained + 4000
+
+    refused = tfdp(folder, "export", "--run_dir=adapted", "--output=out")
+    assert refused.returncode == 2
+    rule = "format (huggingface) has no place for the adapters of this run: try --merge true, or --format peft"
+    assert rule in refused.stderr
+    for output, own in (("merged", ["--merge=true"]), ("adapter", ["--format=peft"])):
+        done = tfdp(folder, "export", "--run_dir=adapted", f"--output={output}", *own)
+        assert done.returncode == 0, done.stderr
+    arguments = ["--prompt=alpha ", "--num_tokens=24", "--temperature=0"]
+    texts = {tfdp(folder, "generate", f"--run_dir={each}", *arguments).stdout for each in ("adapted", "merged")}
+    assert len(texts) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+def test_a_run_with_adapters_is_one_run_in_any_layout_and_after_a_stop(folder: Path) -> None:
+    """From an adapter of PEFT's form too; with dropout of the adapters' inputs."""
+    keys = [*ADAPTERS, *TEXT, *SHORT, "--distribution.reduction=canonical", "--training.microbatch_size=2"]
+    keys[0] = "--model.init_from=exported"
+    runs = {
+        "of_one": ("train", []),
+        "of_replicas": ("train", ["--distribution.num_replicas=2"]),
+        "of_workers": ("launch", ["--num_workers=2", "--"]),
+        "in_halves": ("train", ["--training.steps=6"]),
+    }
+    found = {}
+    for name, (command, own) in runs.items():
+        changed = [key for key in keys if not own or key.partition("=")[0] != own[0].partition("=")[0]]
+        done = tfdp(folder, command, *own, f"--run_dir={name}", *changed, "--optimizer.schedule_steps=12")
+        assert done.returncode == 0, done.stderr
+    assert tfdp(folder, "train", "--run_dir=in_halves", "--training.steps=12").returncode == 0
+    found = {name: summary(folder / name)["state_sha256"] for name in runs}
+    assert len(set(found.values())) == 1, found
+
+    assert tfdp(folder, "export", "--run_dir=of_one", "--output=peft", "--format=peft").returncode == 0
+    arguments = ["--prompt=alpha ", "--num_tokens=24", "--temperature=0"]
+    texts = {tfdp(folder, "generate", f"--run_dir={each}", *arguments).stdout for each in ("of_one", "peft")}
+    assert len(texts) == 1
+    first = []
+    for origin in ("of_one", "peft"):  # the adapters come along, from a run and from PEFT's folder
+        done = tfdp(
+            folder, "train", f"--run_dir=on_{origin}", f"--model.init_from={origin}", *TEXT, *SHORT, *ADAPTERS[3:]
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (folder / f"on_{origin}" / "metrics.jsonl").read_text().splitlines()]
+        first.append(rows[0]["loss"])
+        assert "lora_rank: 2" in (folder / f"on_{origin}" / "config.yaml").read_text()
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["--model.lora_alpha=8"], "model.lora_alpha (8.0) needs model.lora_rank: try lora_rank 8"),
+        (["--model.lora_rank=0"], "model.lora_rank (0) must be at least 1: try 8"),
+        (
+            ["--model.lora_rank=2", "--model.lora_targets=[query, quarry]"],
+            "(['query', 'quarry']) must be a list of query, key,",
+        ),
+        (
+            ["--model.lora_rank=2", "--model.activation=gelu", "--model.lora_targets=[gate]"],
+            "has gate with swiglu only",
+        ),
+    ],
+)
+def test_a_mistake_in_adapters_is_one_line(tmp_path: Path, keys: list[str], message: str) -> None:
+    done = tfdp(tmp_path, "train", *keys)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.slow

@@ -224,14 +224,14 @@ def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[st
 
 def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
     """Micro-batches that each replica computes at the same time."""
-    from tfdp.models.dimensions import num_params
+    from tfdp.models.dimensions import num_params, trained
     from tfdp.parallel import batch_layout, distribution
 
     return batch_layout.parallel_microbatches(
         config.distribution,
         config.training,
         num_workers,
-        num_params(recipe.weight_shapes(config, corpus.tokenizer.vocab_size)),
+        num_params(trained(recipe.weight_shapes(config, corpus.tokenizer.vocab_size))),
         config.model.context_length,
         distribution.num_gpus(),
     )

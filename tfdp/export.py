@@ -1,7 +1,7 @@
 """Writes a trained model in the format of another library: `python -m tfdp.export --run_dir DIR --output FOLDER`.
 
 `--format huggingface` makes a folder that transformers loads without code of ours: `AutoModelForCausalLM` and
-`AutoTokenizer`. The folder appears whole or not at all.
+`AutoTokenizer`. `--format peft` writes the adapters alone, for PEFT. The folder appears whole or not at all.
 """
 
 import os
@@ -25,12 +25,15 @@ class Config:
     """Directory of the run, or a folder of Hugging Face."""
     checkpoint: str = "best"
     """Which checkpoint: best (by validation loss, or the metric of its task), newest, or a step."""
-    format: Literal["huggingface"] = "huggingface"
-    """huggingface: a folder for transformers (config.json, model.safetensors, tokenizer.json and a model card)."""
+    format: Literal["huggingface", "peft"] = "huggingface"
+    """huggingface: a folder for transformers (config.json, model.safetensors, tokenizer.json and a model card); peft:
+    the adapters of a run with model.lora_rank."""
     output: str | None = None
     """Folder to write; must be named, and must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the numbers; all but float32 round the weights."""
+    merge: bool = False
+    """Whether adapters are added to the weights, which every format but peft needs."""
     file_megabytes: int = 5000
     """Most megabytes of a file of weights; a larger model is written as several files and an index."""
 
@@ -51,6 +54,7 @@ def main() -> None:
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "exported")
     is_gpt = isinstance(trained.config.model, ModelConfig)
     require(is_gpt, "run_dir", config.run_dir, "must be a run whose section model is that of the GPT to be exported")
+    _check_adapters(trained, config)
     scratch = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir(parents=True)
@@ -65,17 +69,35 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"exported   {output}, step {trained.step} of {config.run_dir}")
-    print(f'next       transformers.AutoModelForCausalLM.from_pretrained("{output}")')
+    loader = {"huggingface": "transformers.AutoModelForCausalLM", "peft": "peft.AutoPeftModelForCausalLM"}
+    print(f'next       {loader[config.format]}.from_pretrained("{output}")')
+
+
+def _check_adapters(trained: Any, config: Config) -> None:
+    has_adapters = trained.config.model.lora_rank is not None
+    if config.format == "peft":
+        require(has_adapters, "format", config.format, "is for a run with model.lora_rank: try huggingface")
+        require(not config.merge, "merge", config.merge, "must be false with format peft, which has adapters alone")
+        require(config.dtype == "float32", "dtype", config.dtype, "must be float32 with format peft")
+    else:
+        rule = "has no place for the adapters of this run: try --merge true, or --format peft"
+        require(config.merge or not has_adapters, "format", config.format, rule)
 
 
 def _write(folder: Path, trained: Any, config: Config) -> None:
-    from tfdp.interop.hugging_face import write_model
+    from tfdp.interop import hugging_face, origin, peft
     from tfdp.interop.tokenizer_json import write_tokenizer
+    from tfdp.models import lora
 
     model, weights = trained.config.model, {**trained.weights, **trained.frozen}
-    origin = trained.model_type
-    most = config.file_megabytes * 1_000_000
-    write_model(folder, model, weights, trained.tokenizer.end_of_text, origin, config.dtype, most)
+    if config.format == "peft":
+        base = None if trained.started_from is None else origin.base_of(trained.started_from)
+        peft.write_adapter(folder, model, weights, base, trained.model_type)
+    else:
+        model, weights = lora.merged_model(model), lora.merged(model, weights)
+        most = config.file_megabytes * 1_000_000
+        end_of_text = trained.tokenizer.end_of_text
+        hugging_face.write_model(folder, model, weights, end_of_text, trained.model_type, config.dtype, most)
     write_tokenizer(folder, trained.tokenizer, model.context_length)
     (folder / "README.md").write_text(_model_card(trained, config), encoding="utf-8")
 
@@ -96,7 +118,8 @@ def _model_card(trained: Any, config: Config) -> str:
         "tokenizer": trained.tokenizer.name,
         "made by": f"`python -m tfdp.export --run_dir {Path(config.run_dir).name} --checkpoint {config.checkpoint}`",
     }
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Model card", ""]
+    library = "peft" if config.format == "peft" else "transformers"
+    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---", "", "# Model card", ""]
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join([*head, *table, ""])
 

@@ -105,14 +105,16 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         batch,
         f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
     )
-    num_params, num_state = dimensions.num_params(shapes), estimates.num_state_numbers(run.optimizer, shapes)
+    trained = dimensions.trained(shapes)
+    num_params, num_trained = dimensions.num_params(shapes), dimensions.num_params(trained)
+    num_state = estimates.num_state_numbers(run.optimizer, trained)
     num_gpus = num_local if config.device else num_here
     parallel = batch_layout.parallel_microbatches(
-        run.distribution, run.training, config.num_workers, num_params, run.model.context_length, num_gpus
+        run.distribution, run.training, config.num_workers, num_trained, run.model.context_length, num_gpus
     )
     size = batch_layout.cut_batch(num_replicas, run.training, run.distribution.reduction, parallel).microbatch_size
     activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)
-    reduced = estimates.reduction_bytes(run.distribution, shapes, num_replicas)
+    reduced = estimates.reduction_bytes(run.distribution, trained, num_replicas)
     network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)
     if config.device is None:
         found = _measure(run, vocab_size, config)
@@ -125,20 +127,20 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         reachable = ASSUMED_MFU * gpu.matrix_peak(run.training.precision) * num_replicas
         step_seconds, first_step, memory = flops / reachable + network, None, round(gpu.memory_bytes)
         num_gradients = parallel + (parallel * size * num_replicas < batch)  # and their sum, where there are more
-        peak = 4 * (num_params * (1 + num_gradients) + num_state) + activations + LIBRARY_BYTES
+        peak = 4 * (num_params + num_trained * num_gradients + num_state) + activations + LIBRARY_BYTES
     return Plan(
         num_params=num_params,
         num_replicas=num_replicas,
         num_workers=config.num_workers,
         weight_bytes=4 * num_params,
         optimizer_bytes=4 * num_state,
-        gradient_bytes=4 * num_params,
+        gradient_bytes=4 * num_trained,
         activation_bytes=activations,
         peak_memory_bytes=peak,
         memory_bytes=memory,
         reduction_bytes=reduced,
         network_seconds=network,
-        checkpoint_bytes=4 * (num_params + num_state),
+        checkpoint_bytes=4 * (num_trained + num_state),
         step_seconds=step_seconds,
         tokens_per_second=batch * run.model.context_length / step_seconds,
         first_step_seconds=first_step,

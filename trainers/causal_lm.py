@@ -19,7 +19,7 @@ from tfdp.config.sections import (
     TrainingConfig,
 )
 from tfdp.data.sequences import Sequences, sequences_of
-from tfdp.models import dimensions
+from tfdp.models import dimensions, lora
 from tfdp.recipe import import_recipe
 from tfdp.system.exits import require
 
@@ -94,5 +94,5 @@ def make_sequences(config: Config, split: "Split") -> Sequences:
 
 
 def weight_shapes(config: Config, vocab_size: int) -> Mapping[str, tuple[int, ...]]:
-    """Those of the GPT."""
-    return dimensions.weight_shapes(config.model, vocab_size)
+    """Those of the GPT, and of its adapters."""
+    return {**dimensions.weight_shapes(config.model, vocab_size), **lora.adapter_shapes(config.model)}

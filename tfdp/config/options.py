@@ -119,7 +119,8 @@ def describe(kind: Any) -> str:
         return names[kind]
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (tuple, list):
-        return "a list such as [1, 2]"
+        choices = [str(choice) for choice in typing.get_args(parts[0])] if parts else []
+        return f"a list of {', '.join(choices)}, such as [{choices[0]}]" if choices else "a list such as [1, 2]"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in parts)
     if _is_union(kind):

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from tfdp.config import options, source_syntax
 from tfdp.system.exits import require, require_at_most
@@ -32,6 +32,9 @@ class _Section:
 
     def _require_at_most(self, **limits: float) -> None:
         require_at_most(self, self._PREFIX, **limits)
+
+
+LoraTarget = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,18 @@ class ModelConfig(_Section):
     sqrt(2 * num_layers)."""
     zero_init: bool = True
     """Whether projections into the residual stream, and the output projection if not tied, start at zero instead."""
+    lora_rank: int | None = None
+    """Rank of low-rank adapters (LoRA), which alone are trained then; all other weights are frozen. null: none, all
+    weights are trained."""
+    lora_alpha: float | None = None
+    """Adapters are multiplied by lora_alpha / lora_rank; null: 2 * lora_rank."""
+    lora_rank_stabilised: bool = False
+    """Whether adapters are multiplied by lora_alpha / sqrt(lora_rank) instead (rsLoRA), as high ranks need."""
+    lora_targets: tuple[LoraTarget, ...] | None = None
+    """Matrix products of a block that have adapters: query, key, value, output (of attention), gate, up, down (of the
+    MLP; gate with swiglu only); null: all of them."""
+    lora_dropout: float = 0.0
+    """Fraction of the inputs of adapters dropped in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
         self._require_at_most(num_layers=10_000, model_dim=2**20, mlp_dim=2**24, context_length=MOST_TOKENS)
@@ -120,6 +135,7 @@ class ModelConfig(_Section):
         )
         self._check_attention()  # first: a width per head below 1 is no reason to try other positions
         self._check_position()
+        self._check_adapters()
         self._require(self.hidden_dim >= 1, "mlp_dim", "must be at least 1")
         self._require(0.0 <= self.dropout < 1.0, "dropout", "must lie in [0, 1): try 0.1")
         self._require(self.norm_epsilon > 0, "norm_epsilon", "must be positive: try 1e-5")
@@ -155,6 +171,30 @@ class ModelConfig(_Section):
             rule = f"must list layers from 0 to {self.num_layers - 1}"
             require(0 <= layer < self.num_layers, "model.layers_without_rope", layer, rule)
         self._require(self.qk_norm or not self.qk_norm_gain, "qk_norm_gain", "needs model.qk_norm true")
+
+    def _check_adapters(self) -> None:
+        self._require_at_most(lora_rank=2**16, lora_alpha=1e6)
+        self._require(self.lora_rank is None or self.lora_rank >= 1, "lora_rank", "must be at least 1: try 8")
+        for name in ("lora_alpha", "lora_rank_stabilised", "lora_targets", "lora_dropout"):
+            given = getattr(self, name) not in (None, False, 0.0)
+            self._require(self.lora_rank is not None or not given, name, "needs model.lora_rank: try lora_rank 8")
+        self._require(self.adapter_alpha > 0, "lora_alpha", "must be positive: try 16")
+        self._require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", "must lie in [0, 1): try 0.05")
+        targets = self.lora_targets
+        self._require(targets is None or len({*targets}) == len(targets) > 0, "lora_targets", "must name each one once")
+        is_gated = self.activation == "swiglu"
+        self._require(is_gated or "gate" not in (targets or ()), "lora_targets", "has gate with swiglu only: leave it")
+
+    @property
+    def adapted_targets(self) -> tuple[str, ...]:
+        """The matrix products that have adapters; none without lora_rank."""
+        if self.lora_rank is None:
+            return ()
+        return get_args(LoraTarget) if self.lora_targets is None else self.lora_targets
+
+    @property
+    def adapter_alpha(self) -> float:
+        return 2.0 * (self.lora_rank or 1) if self.lora_alpha is None else self.lora_alpha
 
     @property
     def dim_per_head(self) -> int:

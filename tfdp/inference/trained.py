@@ -10,13 +10,11 @@ import numpy as np
 
 from tfdp.config.options import whole_number
 from tfdp.config.parsing import to_yaml
-from tfdp.config.run_config import config_records, differing_keys, flatten_yaml
+from tfdp.config.run_config import differing_keys, flatten_yaml
 from tfdp.config.sections import ModelConfig
 from tfdp.data.inputs import path_of
-from tfdp.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
-from tfdp.interop import hugging_face
-from tfdp.interop.hugging_face import HuggingFaceModel
+from tfdp.interop import hugging_face, origin
 from tfdp.models.dimensions import largest_matrix
 from tfdp.recipe import Model, Recipe, import_recipe, recipe_of_file
 from tfdp.system.exits import ConfigError, require
@@ -41,6 +39,7 @@ class TrainedGPT:
     corpus_sha256: str  # of the text that it was trained on; empty where that is not known
     summary: Mapping[str, Any]  # of the run; {} where there is none
     model_type: str | None = None  # the architecture, where it comes from Hugging Face
+    started_from: str | None = None  # the folder of its first weights
 
     @classmethod
     def open(
@@ -57,10 +56,10 @@ class TrainedGPT:
         Raises:
           ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
-        if not config_records(Path(run_dir)) and hugging_face.is_folder(Path(run_dir)):
-            rule = f"must be the directory of a run to be {purpose}, and is a folder of Hugging Face"
+        if origin.is_foreign(Path(run_dir)):
+            rule = f"must be the directory of a run to be {purpose}, and is a folder of another library"
             require("make_task" not in functions, "run_dir", run_dir, rule)
-            return cls._of_hugging_face(Path(run_dir))
+            return cls._of_folder(run_dir)
         run = RunDirectory.open(run_dir)
         recipe, config = recipe_of_file(run.config_path, functions, purpose)
         saved = run.checkpoints().load(_choose_step(run, which))
@@ -68,20 +67,21 @@ class TrainedGPT:
         tokenizer = open_own_tokenizer(run, saved.state)
         corpus_sha256 = saved.state["identity"]["corpus_sha256"]
         summary, model_type = run.read_summary(), None
-        if (origin := getattr(config.model, "init_from", None)) is not None:
-            model_type = hugging_face.model_type_of(path_of(origin))
+        if (started_from := getattr(config.model, "init_from", None)) is not None:
+            model_type = hugging_face.model_type_of(path_of(origin.base_of(started_from)))
             config = replace(config, model=replace(config.model, init_from=None))  # the checkpoint has the weights
         sets = (saved.weights, saved.frozen, saved.step)
-        return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type)
+        return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from)
 
     @classmethod
-    def _of_hugging_face(cls, folder: Path) -> "TrainedGPT":
-        found = HuggingFaceModel.open(folder, "run_dir")
+    def _of_folder(cls, name: str) -> "TrainedGPT":
+        """The model of a folder of another library."""
+        found = origin.open_origin(name, "run_dir")
         recipe = import_recipe("causal_lm")
-        config = recipe.Config(model=ModelConfig(**{**found.keys, "init_from": str(folder)}))
-        tokenizer = HuggingFaceTokenizer.from_folder(folder, "run_dir")
+        config = recipe.Config(model=ModelConfig(**{**found.keys, "init_from": name}))
+        tokenizer = make_tokenizer(found.tokenizer, "run_dir")
         weights = found.weights(config.model, tokenizer.vocab_size)
-        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type)
+        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type, name)
 
     @property
     def compilation(self) -> "Compilation":

@@ -1,7 +1,7 @@
 """What a run starts from: a folder with a model that it takes over (`model.init_from`).
 
-The folder is Hugging Face's, or the directory of a run of tfdp. Its shape becomes the run's: the keys of section
-`model` come from there, and so does the tokenizer unless another is named.
+The folder is Hugging Face's, PEFT's, or the directory of a run of tfdp. Its shape becomes the run's: the keys of
+section `model` come from there, and so does the tokenizer unless another is named.
 """
 
 import hashlib
@@ -18,14 +18,16 @@ from tfdp.config.run_config import config_records, flatten_yaml, standard_defaul
 from tfdp.config.sections import DataConfig, ModelConfig
 from tfdp.data.inputs import path_of
 from tfdp.data.sources import TOKENS
-from tfdp.interop import hugging_face
+from tfdp.interop import hugging_face, peft
 from tfdp.interop.hugging_face import HuggingFaceModel
+from tfdp.interop.peft import PeftModel
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 from tfdp.training.checkpoint import CheckpointFolder
 
 INIT_FROM = "model.init_from"
-_OWN_CHOICE = ("init_from", "dropout", "init_stddev", "zero_init")  # keys that no folder decides about
+_OWN_CHOICE = ("init_from", "dropout", "init_stddev", "zero_init", "lora_dropout")  # keys that no folder decides about
+_ADAPTER_KEYS = ("lora_rank", "lora_alpha", "lora_rank_stabilised", "lora_targets")  # that one with adapters decides
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class RunModel:
         content = {**standard_defaults(), **content}  # an earlier run lacks later keys
         keys = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
         kinds = known_keys(ModelConfig)
-        return cls(folder, {key: options.read(f"model.{key}", kinds[key], keys[key]) for key in keys if key in kinds})
+        found = {key: options.read(f"model.{key}", kinds[key], keys[key]) for key in keys if key in kinds}
+        if found.get("lora_rank") is None:  # the next run may have adapters
+            found = {key: value for key, value in found.items() if key not in _ADAPTER_KEYS}
+        return cls(folder, found)
 
     @property
     def tokenizer(self) -> str:
@@ -72,11 +77,19 @@ class RunModel:
         return step
 
 
-Origin = HuggingFaceModel | RunModel
+Origin = HuggingFaceModel | PeftModel | RunModel
 
 
-def open_origin(name: str) -> Origin:
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a model of another library."""
+    return not config_records(folder) and (peft.is_folder(folder) or hugging_face.is_folder(folder))
+
+
+def open_origin(name: str, key: str = INIT_FROM) -> Origin:
     """The model of a folder, whose weights are not read yet.
+
+    Args:
+      key: the configuration key that names it.
 
     Raises:
       ConfigError: no such folder, or one that holds no model that is read here.
@@ -84,12 +97,27 @@ def open_origin(name: str) -> Origin:
     folder = path_of(name)
     if config_records(folder):
         return RunModel.open(folder)
+    if peft.is_folder(folder):
+        return PeftModel.open(folder, key)
     if (folder / hugging_face.CONFIG_FILE).is_file():
-        return HuggingFaceModel.open(folder, INIT_FROM)
+        return HuggingFaceModel.open(folder, key)
     raise ConfigError(
-        f"{INIT_FROM} ({shown(folder)}) must be a folder of Hugging Face, with a {hugging_face.CONFIG_FILE}, or the "
+        f"{key} ({shown(folder)}) must be a folder of Hugging Face, with a {hugging_face.CONFIG_FILE}, or the "
         f"directory of a run"
     )
+
+
+def base_of(name: str) -> str:
+    """The folder of the model below the adapters that a folder may hold; the folder itself where it holds none."""
+    folder = path_of(name)
+    if peft.is_folder(folder):
+        return str(PeftModel.open(folder, INIT_FROM).base.folder)
+    for path in config_records(folder):
+        content = flatten_yaml(path.read_text(encoding="utf-8"))
+        below = content.get(INIT_FROM)
+        if content.get("model.lora_rank") is not None and below is not None:
+            return base_of(below)
+    return name
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +146,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"{key} ({shown(given)}) must be {rule}, as {INIT_FROM} ({shown(path_of(name))}) has it: leave it out"
             )
-    if isinstance(origin, HuggingFaceModel):  # damage and other shapes show now, before TensorFlow is loaded
+    if not isinstance(origin, RunModel):  # damage and other shapes show now, before TensorFlow is loaded
         origin.weights(ModelConfig(**origin.keys), origin.keys["vocab_size"])
     sources = source_syntax.parse(values.get("data.source", DataConfig().source))
     brings_tokenizer = any(source.startswith(TOKENS) for source, _ in sources)

@@ -27,16 +27,16 @@ class TensorFolder:
     Args:
       folder: with the files.
       where: what to blame: the configuration key and the folder, as "model.init_from (FOLDER)".
+      file: the one with the tensors, unless an index names several.
 
     Raises:
       ConfigError: there is no such file, or one is damaged, is no safetensors, or lacks a tensor of the index.
     """
 
-    def __init__(self, folder: Path, where: str) -> None:
-        self._where = where
+    def __init__(self, folder: Path, where: str, file: str = WEIGHTS_FILE) -> None:
         self._tensors: dict[str, tuple[np.ndarray, str]] = {}  # as stored, and the type of its numbers
         self._maps: list[mmap.mmap] = []
-        for path, wanted in _files(folder, where).items():
+        for path, wanted in _files(folder, where, file).items():
             data, found = _mapped(path, f"{where}: {path.name}")
             self._maps.append(data)
             missing = [name for name in wanted if name not in found]
@@ -64,27 +64,39 @@ class TensorFolder:
         return stored.astype(np.float32, copy=False)
 
 
-def _files(folder: Path, where: str) -> dict[Path, list[str]]:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors; {} for a file that is none."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
+def _files(folder: Path, where: str, file: str) -> dict[Path, list[str]]:
     """The files, and the tensors to take from each; none named: all."""
-    if (folder / INDEX_FILE).is_file():
+    if file == WEIGHTS_FILE and (folder / INDEX_FILE).is_file():
         try:
             index: Any = strict_json.parse((folder / INDEX_FILE).read_bytes())
             names = index["weight_map"]
             files: dict[Path, list[str]] = {}
-            for name, file in names.items():
-                if Path(file).name != file:
-                    raise ValueError(f"{file!r} is not a file of this folder")
-                files.setdefault(folder / file, []).append(name)
+            for name, part in names.items():
+                if Path(part).name != part:
+                    raise ValueError(f"{part!r} is not a file of this folder")
+                files.setdefault(folder / part, []).append(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{where}: {INDEX_FILE} must map tensors to files (weight_map): {reason}") from None
         return files
-    if not (folder / WEIGHTS_FILE).exists():
+    if not (folder / file).exists():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         pickle = f", but has {pickles[0]}, a pickle, and to read one is to run what it says" if pickles else ""
         fix = "; save it again with save_pretrained(safe_serialization=True)" if pickles else ""
-        raise ConfigError(f"{where} must hold {WEIGHTS_FILE} or {INDEX_FILE}{pickle}{fix}")
-    return {folder / WEIGHTS_FILE: []}
+        wanted = f"{file} or {INDEX_FILE}" if file == WEIGHTS_FILE else file
+        raise ConfigError(f"{where} must hold {wanted}{pickle}{fix}")
+    return {folder / file: []}
 
 
 def _mapped(path: Path, where: str) -> tuple[mmap.mmap, dict[str, tuple[np.ndarray, str]]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from tfdp.config.sections import ModelConfig
+from tfdp.models.lora import is_adapter
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -11,7 +12,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each trainable variable of a `gpt.GPT`, by its name."""
+    """The shape of each variable of a `gpt.GPT` but those of adapters (`lora.adapter_shapes`), by its name."""
     dim, hidden, table = config.model_dim, config.hidden_dim, (config.vocab_size or vocab_size, config.model_dim)
     has_norm_bias = config.norm == "layer_norm" and config.use_bias
     shapes: dict[str, tuple[int, ...]] = {"token_embedding": table}
@@ -50,8 +51,14 @@ def largest_matrix(shapes: Shapes) -> int:
     return max(math.prod(shape) for shape in shapes.values())
 
 
+def trained(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that are trained: of adapters alone, where there are any."""
+    adapters = {name: shape for name, shape in shapes.items() if is_adapter(name)}
+    return adapters or dict(shapes)
+
+
 def num_params(shapes: Shapes) -> int:
-    """How many numbers are trained."""
+    """How many numbers the shapes hold."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 

@@ -14,7 +14,9 @@ import tensorflow as tf
 
 from tfdp.config.sections import ModelConfig
 from tfdp.models.dropout import KeyedDropout
-from tfdp.models.layers import Block, Initializers, Norm, rematerialised, rotary_tables
+from tfdp.models.initializers import Initializers
+from tfdp.models.layers import Block, Norm, rematerialised, rotary_tables
+from tfdp.models.lora import is_adapter
 from tfdp.ops.kernels import Kernels
 from tfdp.ops.visibility import CAUSAL, AttentionKind, visibility
 from tfdp.system.exits import ConfigError
@@ -68,11 +70,15 @@ class GPT(keras.Model):
         self.build((None, config.context_length))
         if given is not None:
             self._assign_vectors(given)
+        if config.lora_rank is not None:
+            for variable in self.weights:
+                variable.trainable = is_adapter(variable.path)
 
     def _assign_vectors(self, given: Mapping[str, np.ndarray]) -> None:
         """Assigns gains and biases, which no initializer has taken from the given weights."""
         weights = {**self.named_weights(), **self.named_frozen_weights()}
-        for name in sorted({*weights} ^ {*given}):
+        others = {name for name in weights if is_adapter(name)}  # which may start anew
+        for name in sorted({*weights} ^ {*given, *others}):
             raise ConfigError(f"the model and its weights must have the same names: {name} is in one of them only")
         for name, variable in weights.items():
             if len(variable.shape) == 1:
@@ -162,8 +168,10 @@ class GPT(keras.Model):
     def describe(self) -> str:
         """The shape, for people."""
         config = self.config
+        num_frozen = sum(math.prod(variable.shape) for variable in self.non_trainable_variables)
+        frozen = f" trained, {num_frozen:,} frozen" if num_frozen else ""
         return (
-            f"{self.num_params():,} parameters: {config.num_layers} layers, {config.num_heads} heads, "
+            f"{self.num_params():,} parameters{frozen}: {config.num_layers} layers, {config.num_heads} heads, "
             f"{config.model_dim} wide, context {config.context_length}, vocabulary {self.vocab_size}"
         )
 
@@ -181,11 +189,16 @@ class GPT(keras.Model):
         """
         config = self.config
         trained, frozen = (
-            sum(math.prod(variable.shape) for variable in variables if variable.name == "kernel")
+            sum(
+                math.prod(variable.shape)
+                for variable in variables
+                if variable.name == "kernel" or is_adapter(variable.path)
+            )
             for variables in (self.trainable_variables, self.non_trainable_variables)
         )
-        trained += self.vocab_size * config.model_dim
-        return 6 * trained + 4 * frozen + 6 * config.num_layers * (config.context_length + 1) * config.attention_dim
+        projection = (6 if self.output_table.trainable else 4) * self.vocab_size * config.model_dim
+        attention = 6 * config.num_layers * (config.context_length + 1) * config.attention_dim
+        return 6 * trained + 4 * frozen + projection + attention
 
     def _embed(self, tokens: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         x = tf.gather(tf.convert_to_tensor(self.token_embedding), tokens)

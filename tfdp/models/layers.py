@@ -1,76 +1,36 @@
 """The layers of the GPT. Shapes: (batch, time, dim)."""
 
 import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfdp.config.sections import ModelConfig
+from tfdp.models.adapters import Adapter, make_adapter
 from tfdp.models.dropout import KeyedDropout
+from tfdp.models.initializers import Initializers
 from tfdp.ops.kernels import Kernels
-from tfdp.system.exits import ConfigError
 
 # ---------------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------------
 
 
-class Initializers:
-    """Initial weights that depend on the seed and the weight's name, not on the order of creation.
+class Linear(keras.layers.Layer):
+    """x @ kernel (+ bias) over the last axis; one matrix product whatever the leading axes.
 
     Args:
-      given: weights by their path in the model, to start from instead; read one by one, when each variable is made.
+      adapter: adds its own output; None: there is none.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, given: Mapping[str, np.ndarray] | None = None) -> None:
-        self._config, self._seed, self._given = config, seed, given
-        self.are_given = given is not None
-
-    def normal(self, name: str, scale: float = 1.0) -> keras.initializers.Initializer:
-        if self._given is not None:
-            return _Given(self._given, _path_of(name))
-        seed = zlib.crc32(f"{self._seed}/{name}".encode()) & 0x7FFFFFFF
-        return keras.initializers.RandomNormal(stddev=self._config.init_stddev * scale, seed=seed)
-
-    def residual(self, name: str) -> keras.initializers.Initializer:
-        """For the projections that write into the residual stream: zero, or scaled down by depth as in GPT-2."""
-        if self._config.zero_init and self._given is None:
-            return keras.initializers.Zeros()
-        return self.normal(name, 1 / math.sqrt(2 * self._config.num_layers))
-
-
-class _Given(keras.initializers.Initializer):
-    """A weight that exists."""
-
-    def __init__(self, weights: Mapping[str, np.ndarray], path: str) -> None:
-        self._weights, self._path = weights, path
-
-    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
-        weight = self._weights[self._path]
-        if tuple(weight.shape) != tuple(shape):
-            sizes = f"{list(weight.shape)} instead of {list(shape)}"
-            raise ConfigError(f"the weights must have the shapes of the model: {self._path} has {sizes}")
-        return tf.convert_to_tensor(np.ascontiguousarray(weight), dtype or "float32")
-
-
-def _path_of(name: str) -> str:
-    """The path of the weight that an initializer is named after."""
-    if name == "embedding":
-        return "token_embedding"
-    if name.endswith("_embedding"):
-        return name
-    return f"{name.removesuffix('/output')}/output_projection/kernel" if name.endswith("/output") else f"{name}/kernel"
-
-
-class Linear(keras.layers.Layer):
-    """x @ kernel (+ bias) over the last axis; one matrix product whatever the leading axes."""
-
-    def __init__(self, num_outputs: int, use_bias: bool, initializer: object, **kwargs: object) -> None:
+    def __init__(
+        self, num_outputs: int, use_bias: bool, initializer: object, adapter: Adapter | None = None, **kwargs: object
+    ) -> None:
         super().__init__(**kwargs)
         self.num_outputs, self.use_bias, self.initializer = num_outputs, use_bias, initializer
+        self.adapter = adapter
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.kernel = self.add_weight(
@@ -78,11 +38,15 @@ class Linear(keras.layers.Layer):
         )
         if self.use_bias:
             self.bias = self.add_weight(shape=(self.num_outputs,), initializer="zeros", name="bias")
+        if self.adapter is not None:
+            self.adapter.build(input_shape)
 
-    def call(self, x: tf.Tensor) -> tf.Tensor:
+    def call(self, x: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
         y = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), tf.convert_to_tensor(self.kernel))
         if self.use_bias:
             y = y + self.bias
+        if self.adapter is not None:
+            y = y + self.adapter(x, dropout_keys)
         return tf.reshape(y, [tf.shape(x)[0], tf.shape(x)[1], self.num_outputs])
 
 
@@ -172,11 +136,13 @@ class Attention(keras.layers.Layer):
         super().__init__(name="attention", dtype=dtype)
         self.config, self._kernels, self._has_rope = config, kernels, has_rope
         width = (config.num_heads + 2 * config.kv_heads) * config.dim_per_head
-        initial = initializers.normal(f"{name}/query_key_value")
-        self.query_key_value = Linear(width, config.has_qkv_bias, initial, name="query_key_value", dtype=dtype)
-        initial = initializers.residual(f"{name}/output")
+        initial, path = initializers.normal(f"{name}/query_key_value"), f"{name}/query_key_value"
+        adapter = make_adapter(config, initializers, path, dtype)
+        self.query_key_value = Linear(width, config.has_qkv_bias, initial, adapter, name="query_key_value", dtype=dtype)
+        initial, path = initializers.residual(f"{name}/output"), f"{name}/output_projection"
+        adapter = make_adapter(config, initializers, path, dtype)
         self.output_projection = Linear(
-            config.model_dim, config.use_bias, initial, name="output_projection", dtype=dtype
+            config.model_dim, config.use_bias, initial, adapter, name="output_projection", dtype=dtype
         )
         if config.qk_norm_gain:
             self.query_norm, self.key_norm = (
@@ -192,16 +158,25 @@ class Attention(keras.layers.Layer):
                 norm.build((*input_shape[:-1], self.config.dim_per_head))
         self.output_projection.build((*input_shape[:-1], self.config.attention_dim))
 
-    def call(self, x: tf.Tensor, positions: tf.Tensor, visible: tf.Tensor, is_causal: bool = True) -> tf.Tensor:
+    def call(
+        self,
+        x: tf.Tensor,
+        positions: tf.Tensor,
+        visible: tf.Tensor,
+        dropout_keys: tf.Tensor | None = None,
+        is_causal: bool = True,
+    ) -> tf.Tensor:
         """Every token attends to those that are visible to it.
 
         Args:
           x: (batch, time, dim).
           positions: int32 (time,), or (batch, time) where rows differ.
           visible: bool (time, time), or (batch, 1, time, time): who (rows) sees whom.
+          dropout_keys: of the adapters.
           is_causal: whether nobody sees what is later.
         """
-        return self._attend(*self._project(x, positions), visible, is_causal)
+        projected = self._project(x, positions, dropout_keys)
+        return self._attend(*projected, visible, is_causal, dropout_keys)
 
     def extend(
         self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
@@ -226,10 +201,12 @@ class Attention(keras.layers.Layer):
             visible &= slots[tf.newaxis, :] > positions[:, tf.newaxis] - self.config.sliding_window
         return self._attend(queries, keys, values, visible, causal=False), keys, values
 
-    def _project(self, x: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _project(
+        self, x: tf.Tensor, positions: tf.Tensor, dropout_keys: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, time, head_dim)."""
         config = self.config
-        fused = self.query_key_value(x)
+        fused = self.query_key_value(x, dropout_keys)
         shape = [tf.shape(x)[0], tf.shape(x)[1], config.num_heads + 2 * config.kv_heads, config.dim_per_head]
         heads = tf.transpose(tf.reshape(fused, shape), [0, 2, 1, 3])
         queries, keys, values = tf.split(heads, [config.num_heads, config.kv_heads, config.kv_heads], axis=1)
@@ -247,7 +224,13 @@ class Attention(keras.layers.Layer):
         return queries, keys, values
 
     def _attend(
-        self, queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, visible: tf.Tensor, causal: bool
+        self,
+        queries: tf.Tensor,
+        keys: tf.Tensor,
+        values: tf.Tensor,
+        visible: tf.Tensor,
+        causal: bool,
+        dropout_keys: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Softmax attention; `visible` (..., queries, keys) says who sees whom."""
         config = self.config
@@ -256,7 +239,8 @@ class Attention(keras.layers.Layer):
             values = tf.repeat(values, config.num_heads // config.kv_heads, axis=1)
         scale = 1 / math.sqrt(config.dim_per_head)
         mixed = tf.transpose(self._kernels.attention(queries, keys, values, visible, scale, causal), [0, 2, 1, 3])
-        return self.output_projection(tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.attention_dim]))
+        mixed = tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.attention_dim])
+        return self.output_projection(mixed, dropout_keys)
 
 
 def _write_slots(cache: tf.Tensor, new: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
@@ -280,20 +264,25 @@ class MLP(keras.layers.Layer):
         self.config, self._kernels = config, kernels
         self.gated = config.activation == "swiglu"
         width = config.hidden_dim * (2 if self.gated else 1)
-        self.expand = Linear(width, config.use_bias, initializers.normal(f"{name}/expand"), name="expand", dtype=dtype)
+        initial, adapter = (
+            initializers.normal(f"{name}/expand"),
+            make_adapter(config, initializers, f"{name}/expand", dtype),
+        )
+        self.expand = Linear(width, config.use_bias, initial, adapter, name="expand", dtype=dtype)
         initial = initializers.residual(f"{name}/contract")
-        self.contract = Linear(config.model_dim, config.use_bias, initial, name="contract", dtype=dtype)
+        adapter = make_adapter(config, initializers, f"{name}/contract", dtype)
+        self.contract = Linear(config.model_dim, config.use_bias, initial, adapter, name="contract", dtype=dtype)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.expand.build(input_shape)
         self.contract.build((*input_shape[:-1], self.config.hidden_dim))
 
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        hidden = self.expand(x)
+    def call(self, x: tf.Tensor, dropout_keys: tf.Tensor | None = None) -> tf.Tensor:
+        hidden = self.expand(x, dropout_keys)
         if self.gated:
             gate, value = tf.split(hidden, 2, axis=-1)
-            return self.contract(self._kernels.swiglu(gate, value))
-        return self.contract(self._kernels.gelu(hidden))
+            return self.contract(self._kernels.swiglu(gate, value), dropout_keys)
+        return self.contract(self._kernels.gelu(hidden), dropout_keys)
 
 
 class Block(keras.layers.Layer):
@@ -329,9 +318,9 @@ class Block(keras.layers.Layer):
         dropout_keys: tf.Tensor | None = None,
         is_causal: bool = True,
     ) -> tf.Tensor:
-        attended = self.attention(self.attention_norm(x), positions, visible, is_causal=is_causal)
+        attended = self.attention(self.attention_norm(x), positions, visible, dropout_keys, is_causal=is_causal)
         x = x + self.attention_dropout(attended, dropout_keys)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), dropout_keys)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), dropout_keys), dropout_keys)
 
     def extend(
         self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor

@@ -9,7 +9,12 @@ if TYPE_CHECKING:
 
 def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
     """What a process must have in common with a checkpoint to resume it: the shapes, the data and its order."""
-    free = {"dropout", "init_stddev", "init_from"}  # may change on the way: they shape neither tensors nor data
+    free = {
+        "dropout",
+        "lora_dropout",
+        "init_stddev",
+        "init_from",
+    }  # may change on the way: they shape neither tensors nor data
     model = {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
     return {
         **model,
