@@ -16,7 +16,6 @@ Or, instead of the functions, `train(config)`: a program of its own, whose runs 
 import dataclasses
 import importlib
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -25,6 +24,7 @@ from tfdp.config import parsing
 from tfdp.config.options import values_of
 from tfdp.config.strict_yaml import read as read_yaml
 from tfdp.system.exits import CommandError, ConfigError, require
+from tfdp.system.messages import what_and_where
 from tfdp.system.startup import importing
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def import_recipe(name: str) -> Recipe:
     except Exception as error:  # whatever the module of a user raises
         if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
             raise ConfigError(f"trainer ({name}) must name a module: {path} does not exist; try causal_lm") from None
-        raise CommandError(f"trainer ({name}) cannot be imported: {_what_and_where(error)}") from error
+        raise CommandError(f"trainer ({name}) cannot be imported: {what_and_where(error)}") from error
     require(hasattr(module, "Config"), "trainer", name, "must be a module that defines Config")
     require(dataclasses.is_dataclass(module.Config), "trainer", name, "must have a dataclass as its Config")
     missing = [name for name in FUNCTIONS if not callable(getattr(module, name, None))]
@@ -177,14 +177,6 @@ def require_functions(recipe: Recipe, name: str, wanted: Sequence[str], purpose:
     for function in wanted:
         rule = f"must be a recipe with a {function} function to be {purpose}"
         require(hasattr(recipe, function), "trainer", name, rule)
-
-
-def _what_and_where(error: Exception) -> str:
-    """One line: "NameError: name 'x' is not defined (recipe.py, line 3)"."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}, line {place.lineno})"
 
 
 def config_class(recipe: Recipe, trainer: str) -> type[Any]:

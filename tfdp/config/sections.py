@@ -1,5 +1,6 @@
 """The sections of a configuration: every key, its default, its help and its rules."""
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -220,6 +221,34 @@ class ModelConfig(_Section):
         if self.activation == "swiglu":
             return -(-8 * self.model_dim // (3 * 64)) * 64
         return 4 * self.model_dim
+
+
+@dataclass(frozen=True)
+class KerasModelConfig(_Section):
+    """A Keras model, and the function that builds it."""
+
+    _PREFIX = "model."
+
+    builder: str = ""
+    """MODULE:FUNCTION, a function that returns a keras.Model from token ids (batch, time) to logits (batch, time,
+    vocabulary); it may take vocab_size and context_length."""
+    arguments: str = "{}"
+    """Other arguments of the builder, by name: an object in JSON."""
+    context_length: int = 128
+    """Length of a training sequence in tokens."""
+
+    def __post_init__(self) -> None:
+        self._require_at_most(context_length=MOST_TOKENS)
+        self._require(self.context_length >= 2, "context_length", "must be at least 2")
+        is_named = re.fullmatch(r"[^\s:]+:[^\s:]+", self.builder) is not None
+        self._require(
+            is_named or not self.builder, "builder", "must be MODULE:FUNCTION: try my_package.my_module:build"
+        )
+        try:
+            is_object = isinstance(json.loads(self.arguments), dict)
+        except ValueError:
+            is_object = False
+        self._require(is_object, "arguments", 'must be an object in JSON: try {"num_layers": 4}')
 
 
 _TOKENIZERS = ("bpe", "gpt2", "sentencepiece", "huggingface")  # kinds that name something after a colon

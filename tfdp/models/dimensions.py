@@ -47,8 +47,8 @@ def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, 
 
 
 def largest_matrix(shapes: Shapes) -> int:
-    """Numbers of the largest matrix that features are multiplied with."""
-    return max(math.prod(shape) for shape in shapes.values())
+    """Numbers of the largest matrix that features are multiplied with; 0 where no shape is known."""
+    return max((math.prod(shape) for shape in shapes.values()), default=0)
 
 
 def trained(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -50,6 +50,13 @@ def projected_cross_entropy(
     return score(features, tf.convert_to_tensor(table))
 
 
+def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """The cross-entropy of logits (rows, time, vocab_size) that a model gives itself, as `projected_cross_entropy`."""
+    labels = tf.maximum(targets, 0)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=tf.cast(logits, tf.float32))
+    return tf.where(targets >= 0, losses, 0.0)
+
+
 def _scaled(values: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     """A loss scale need not fit into float16: what it multiplies may."""
     if values.dtype == tf.float16:

@@ -132,8 +132,11 @@ class Optimizer:
 
 
 def decays(weight: keras.Variable, config: OptimizerConfig) -> bool:
-    """Whether weight decay reaches a variable: matrices always, embeddings by choice, gains and biases never."""
-    if len(weight.shape) < 2:
+    """Whether weight decay reaches a variable: matrices always, embeddings by choice, gains and biases never.
+
+    A bias of Keras's EinsumDense has several axes, so the name counts too.
+    """
+    if len(weight.shape) < 2 or weight.name in ("bias", "beta", "gamma", "scale"):
         return False
     return config.decay_embeddings or "embedding" not in weight.path
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import traceback
 from collections.abc import Iterable
 
 
@@ -94,3 +95,11 @@ def _typing_errors(word: str, meant: str) -> int | None:
             now.append(least)
         before, last = last, now
     return last[-1] if last[-1] <= most else None
+
+
+def what_and_where(error: Exception) -> str:
+    """One line: "NameError: name 'x' is not defined (recipe.py, line 3)"."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}, line {place.lineno})"

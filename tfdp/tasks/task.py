@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import tensorflow as tf
 
-from tfdp.ops.cross_entropy import projected_cross_entropy
+from tfdp.ops.cross_entropy import cross_entropy, projected_cross_entropy
 from tfdp.ops.hashing import sequence_keys
 from tfdp.ops.sums import fixed_sum
 from tfdp.ops.visibility import CAUSAL, AttentionKind
@@ -66,14 +66,14 @@ def named_metrics(task: Task, totals: Mapping[str, float]) -> dict[str, Metric]:
 
 
 class LanguageModel(Protocol):
-    """A model to score: `gpt.GPT`, or any other that ends in one projection to a vocabulary."""
+    """A model to score: `gpt.GPT`, or any other that ends in one projection to a vocabulary, or in logits."""
 
-    output_table: Any  # (vocab_size, dim)
+    output_table: Any  # (vocab_size, dim); None where the features are logits already
 
     def features(
         self, tokens: tf.Tensor, dropout_keys: tf.Tensor | None = None, attention: AttentionKind = CAUSAL
     ) -> tf.Tensor:
-        """(rows, time, dim), which the rows of the table are multiplied with."""
+        """(rows, time, dim), which the rows of the table are multiplied with; or logits."""
         ...
 
 
@@ -97,7 +97,10 @@ def row_losses(
         batch = task.batch(rows)
         keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
         features = model.features(batch.inputs, keys, batch.attention)
-        losses = projected_cross_entropy(features, model.output_table, batch.targets, chunk_size, fuse)
+        if model.output_table is None:
+            losses = cross_entropy(features, batch.targets)
+        else:
+            losses = projected_cross_entropy(features, model.output_table, batch.targets, chunk_size, fuse)
         valid = tf.cast(batch.targets >= 0, tf.float32)
         return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
 
