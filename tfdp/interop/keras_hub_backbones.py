@@ -1,0 +1,365 @@
+"""The backbones of KerasHub that a GPT can equal: their configuration, and where their file keeps each weight.
+
+Both directions are exact or refuse. What a backbone computes is not always what its configuration says: what is noted
+here as a quirk was seen in KerasHub 0.32, and a value that a quirk touches is refused rather than guessed at.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tfdp.config.sections import ModelConfig
+from tfdp.system.exits import ConfigError
+from tfdp.system.messages import shown
+
+# Keys of a backbone's configuration that change no logit.
+_WITHOUT_EFFECT = {"name", "trainable", "dtype", "dropout"}
+_LLAMA3_KEYS = {  # of rope scaling, all or none, and ours
+    "rope_frequency_adjustment_factor": "rope_scaling_factor",
+    "rope_low_freq_factor": "rope_low_frequency_factor",
+    "rope_high_freq_factor": "rope_high_frequency_factor",
+    "rope_pretraining_sequence_length": "rope_original_context_length",
+}
+_NAMES = {
+    "hidden_dim": "model_dim",
+    "num_layers": "num_layers",
+    "num_query_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "intermediate_dim": "mlp_dim",
+    "rope_max_wavelength": "rope_theta",
+    "layer_norm_epsilon": "norm_epsilon",
+    "vocabulary_size": "vocab_size",
+}
+_ROTARY: dict[str, tuple[Any, ...]] = {
+    "position": ("rope",),
+    "layers_without_rope": ((),),
+    "norm": ("rms_norm",),
+    "activation": ("swiglu",),
+    "use_bias": (False,),
+    "qkv_bias": (False,),
+    "qk_norm": (False,),
+    "head_dim": (None,),
+    "sliding_window": (None,),
+    "rope_scaling": ("none", "linear"),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a model can be under one name.
+
+    Attributes:
+      name: of its classes, without the suffix Backbone.
+      allows: values of the keys of section `model` that it can have; keys that are not here are free.
+      names: keys of its configuration, and the keys of section `model` that they are.
+      layers: what Keras calls its blocks in a file of weights.
+      final_norm: and the norm after them.
+      defaults: of its configuration, for keys that older files lack.
+    """
+
+    name: str
+    allows: Mapping[str, tuple[Any, ...]]
+    layers: str
+    final_norm: str
+    names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.name == "GPT2"
+
+
+def _llama(name: str) -> Backbone:
+    # Quirk: rope_position_scaling_factor is stored and has no effect, so linear scaling cannot be written.
+    allows = {**_ROTARY, "rope_scaling": ("none", "llama3")}
+    defaults = {"tie_word_embeddings": False}  # quirk: a Llama takes this key, and does not write it
+    return Backbone(name, allows, "llama_transformer_decoder", "llama_layer_norm", defaults=defaults)
+
+
+# In the order in which a model is compared with them.
+BACKBONES = {
+    each.name: each
+    for each in (
+        Backbone(
+            "GPT2",
+            {
+                **_ROTARY,
+                "position": ("learned",),
+                "norm": ("layer_norm",),
+                "activation": ("gelu",),
+                "use_bias": (True,),
+                "qkv_bias": (True,),
+                "num_kv_heads": (None,),
+                "norm_epsilon": (1e-5,),
+                "tie_embeddings": (True,),
+                "rope_scaling": ("none", "linear", "llama3"),  # without rotary positions they mean nothing
+            },
+            "transformer_decoder",
+            "layer_normalization",
+            {
+                "hidden_dim": "model_dim",
+                "num_layers": "num_layers",
+                "num_heads": "num_heads",
+                "intermediate_dim": "mlp_dim",
+                "max_sequence_length": "context_length",
+                "vocabulary_size": "vocab_size",
+            },
+        ),
+        _llama("Llama3"),
+        _llama("Llama"),
+        Backbone(
+            "Mistral",
+            {
+                **{key: values for key, values in _ROTARY.items() if key not in ("head_dim", "sliding_window")},
+                "tie_embeddings": (False,),
+            },
+            "mistral_transformer_decoder",
+            "mistral_layer_normalization",
+            {**_NAMES, "head_dim": "head_dim", "sliding_window": "sliding_window"},
+            {"head_dim": None},
+        ),
+        Backbone(  # quirk: with a window it cannot generate, so none is written
+            "Qwen",
+            {**_ROTARY, "qkv_bias": (True,)},
+            "qwen_transformer_decoder",
+            "qwen_layer_norm",
+        ),
+        Backbone(
+            "Qwen3",
+            {
+                **{key: values for key, values in _ROTARY.items() if key not in ("head_dim", "sliding_window")},
+                "qk_norm": (True,),
+                "norm_epsilon": (1e-5,),  # quirk: that of the queries and keys is 1e-5 whatever the others have
+            },
+            "qwen3_transformer_decoder",
+            "qwen3_layer_norm",
+            {**_NAMES, "head_dim": "head_dim", "sliding_window_size": "sliding_window"},
+        ),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------
+
+
+def model_keys(backbone: Backbone, config: Mapping[str, Any], context_length: int, where: str) -> dict[str, Any]:
+    """The keys of section `model` that the configuration of a backbone means.
+
+    Args:
+      context_length: of a backbone whose configuration has none.
+      where: the file, as messages name it.
+
+    Raises:
+      ConfigError: a key is missing, or has a value whose effect is not known here.
+    """
+    given = {**backbone.defaults, **config}
+    known = {*_WITHOUT_EFFECT, *backbone.names}
+    keys: dict[str, Any] = {own: values[0] for own, values in backbone.allows.items() if len(values) == 1}
+    keys["layers_without_rope"] = []
+    for name, own in backbone.names.items():
+        if name not in given:
+            raise ConfigError(f"{where} must have {name} in its config.json")
+        if own == "norm_epsilon" and given[name] not in backbone.allows.get(own, (given[name],)):
+            raise ConfigError(
+                f"{where} must have {name} 1e-05 in its config.json, with which {backbone.name} of KerasHub normalises "
+                f"queries and keys whatever it says, but has {shown(given[name])}: try the model of Hugging Face"
+            )
+        keys[own] = given[name]
+    keys.setdefault("context_length", context_length)
+    keys.setdefault("norm_epsilon", 1e-5)
+    if not backbone.is_gpt2:
+        known |= {*_LLAMA3_KEYS, "rope_scaling_factor", "rope_position_scaling_factor", "tie_word_embeddings"}
+        known |= {"use_sliding_window_attention", "sliding_window_size"}
+        keys |= _rotary_keys(backbone, given, where)
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(
+                f"{where} has a key in its config.json whose effect tfdp does not know: {name} {shown(value)}"
+            )
+    keys["qkv_bias"] = None if keys["qkv_bias"] == keys["use_bias"] else keys["qkv_bias"]
+    return keys
+
+
+def _rotary_keys(backbone: Backbone, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What depends on the values of several keys."""
+    if given.get("rope_position_scaling_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"{where} must have rope_position_scaling_factor 1.0 in its config.json: another value has no effect in "
+            f"KerasHub, and has one elsewhere"
+        )
+    found: dict[str, Any] = {"rope_theta": float(given["rope_max_wavelength"])}
+    found["qk_norm_gain"] = backbone.allows["qk_norm"] == (True,)
+    found["tie_embeddings"] = given.get("tie_word_embeddings", False)
+    scaling = {own: given.get(name) for name, own in _LLAMA3_KEYS.items()}
+    factor = given.get("rope_scaling_factor", 1.0)
+    if any(value is not None for value in scaling.values()):
+        for name, own in _LLAMA3_KEYS.items():
+            if scaling[own] is None:
+                raise ConfigError(f"{where} must have {name} in its config.json")
+        found |= {"rope_scaling": "llama3", **scaling}
+    elif factor != 1.0:
+        found |= {"rope_scaling": "linear", "rope_scaling_factor": factor}
+    else:
+        found["rope_scaling"] = "none"
+    if backbone.name == "Qwen":
+        windowed = given.get("use_sliding_window_attention", False)
+        found["sliding_window"] = given.get("sliding_window_size") if windowed else None
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------
+
+
+def backbone_of(model: ModelConfig) -> Backbone:
+    """The backbone that a model equals. Raises `ConfigError` where none does: it names the keys in the way."""
+    own = asdict(model) | {"qkv_bias": model.has_qkv_bias}
+    own["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
+    own["head_dim"] = None if model.attention_dim == model.model_dim else model.dim_per_head
+    differences = {
+        backbone.name: [key for key, values in backbone.allows.items() if own[key] not in values]
+        for backbone in BACKBONES.values()
+    }
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    if not differences[nearest]:
+        return BACKBONES[nearest]
+    wanted = "; ".join(
+        f"model.{key} ({shown(own[key])}) must be {shown(BACKBONES[nearest].allows[key][0])}"
+        for key in differences[nearest]
+    )
+    raise ConfigError(f"format (keras_hub) has no backbone for this model; the nearest is {nearest}: {wanted}")
+
+
+def backbone_config(model: ModelConfig, backbone: Backbone, vocab_size: int) -> dict[str, Any]:
+    """The arguments with which KerasHub makes a backbone that equals a model."""
+    keys = asdict(model) | {
+        "mlp_dim": model.hidden_dim,
+        "num_kv_heads": model.kv_heads,
+        "head_dim": model.dim_per_head,
+        "vocab_size": vocab_size,
+    }
+    config = {name: keys[own] for name, own in backbone.names.items()}
+    config |= {"dropout": 0.0, "dtype": "float32"}
+    if model.rope_scaling == "llama3" and not backbone.is_gpt2:
+        config |= {name: keys[own] for name, own in _LLAMA3_KEYS.items()}
+    if model.rope_scaling == "linear" and not backbone.is_gpt2:
+        config["rope_scaling_factor"] = model.rope_scaling_factor
+    if "tie_embeddings" not in backbone.allows:
+        config["tie_word_embeddings"] = model.tie_embeddings
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """The tensors of a file that make a weight: side by side along its last axis, each in a shape of its own.
+
+    Attributes:
+      addresses: of the tensors.
+      shapes: of each; a share of the weight has the same numbers in the same order.
+      widths: of each along the last axis of the weight.
+      transposed: whether the tensor is the transpose of the weight.
+    """
+
+    addresses: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    widths: tuple[int, ...]
+    transposed: bool = False
+
+    def split(self, weight: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of a weight, by address."""
+        shares = np.split(weight, np.cumsum(self.widths)[:-1], axis=-1)
+        for address, shape, share in zip(self.addresses, self.shapes, shares, strict=True):
+            yield address, (share.T if self.transposed else share).reshape(shape)
+
+    def join(self, tensors: list[np.ndarray]) -> np.ndarray:
+        """The weight that the tensors make."""
+        if self.transposed:
+            return tensors[0].T
+        is_matrix = len(self.shapes[0]) > 1 and not self.addresses[0].endswith("/1")
+        rows = -1 if is_matrix else 1
+        shares = [tensor.reshape(rows, width) for tensor, width in zip(tensors, self.widths, strict=True)]
+        joined = shares[0] if len(shares) == 1 else np.concatenate(shares, axis=-1)
+        return joined if is_matrix else joined[0]
+
+
+def places(backbone: Backbone, model: ModelConfig, vocab_size: int) -> dict[str, Place]:
+    """Where a file of weights keeps each weight of a GPT, by its name."""
+    dim, table = model.model_dim, (vocab_size, model.model_dim)
+    found = {"token_embedding": _place("layers/reversible_embedding/vars/0", table)}
+    if backbone.is_gpt2:
+        found["position_embedding"] = _place("layers/position_embedding/vars/0", (model.context_length, dim))
+    if not model.tie_embeddings:
+        found["output_embedding"] = Place(("layers/reversible_embedding/vars/1",), (table[::-1],), (dim,), True)
+    for index in range(model.num_layers):
+        theirs = f"layers/{backbone.layers}" + (f"_{index}" if index else "")
+        block = _gpt2_block(model, theirs) if backbone.is_gpt2 else _rotary_block(backbone, model, theirs)
+        found |= {f"block_{index}/{name}": place for name, place in block}
+    return found | {f"output_norm/{name}": place for name, place in _norm(f"layers/{backbone.final_norm}", backbone, dim)}
+
+
+def _place(address: str, shape: tuple[int, ...]) -> Place:
+    return Place((address,), (shape,), (shape[-1],))
+
+
+def _norm(address: str, backbone: Backbone, dim: int) -> Iterator[tuple[str, Place]]:
+    yield "gain", _place(f"{address}/vars/0", (dim,))
+    if backbone.is_gpt2:
+        yield "bias", _place(f"{address}/vars/1", (dim,))
+
+
+def _attention(model: ModelConfig, theirs: str, prefix: str, bias: bool) -> Iterator[tuple[str, Place]]:
+    """The projections: theirs keep heads on an axis of their own."""
+    width = model.dim_per_head
+    heads = (model.num_heads, model.kv_heads, model.kv_heads)
+    widths = tuple(number * width for number in heads)
+    joint = [f"{theirs}/{prefix}{each}_dense/vars" for each in ("query", "key", "value")]
+    shapes = tuple((model.model_dim, number, width) for number in heads)
+    yield "query_key_value/kernel", Place(tuple(f"{each}/0" for each in joint), shapes, widths)
+    if bias:
+        shapes_of_bias = tuple((number, width) for number in heads)
+        yield "query_key_value/bias", Place(tuple(f"{each}/1" for each in joint), shapes_of_bias, widths)
+    shape = (model.num_heads, width, model.model_dim)
+    yield "output_projection/kernel", _place(f"{theirs}/{prefix}output_dense/vars/0", shape)
+
+
+def _gpt2_block(model: ModelConfig, theirs: str) -> Iterator[tuple[str, Place]]:
+    dim, hidden, backbone = model.model_dim, model.hidden_dim, BACKBONES["GPT2"]
+    attention = f"{theirs}/_self_attention_layer"
+    for name, place in _attention(model, attention, "", bias=True):
+        yield f"attention/{name}", place
+    yield "attention/output_projection/bias", _place(f"{attention}/output_dense/vars/1", (dim,))
+    for own, norm in (("attention_norm", "_self_attention_layer_norm"), ("mlp_norm", "_feedforward_layer_norm")):
+        for name, place in _norm(f"{theirs}/{norm}", backbone, dim):
+            yield f"{own}/{name}", place
+    for own, layer, shape in (
+        ("expand", "_feedforward_intermediate_dense", (dim, hidden)),
+        ("contract", "_feedforward_output_dense", (hidden, dim)),
+    ):
+        yield f"mlp/{own}/kernel", _place(f"{theirs}/{layer}/vars/0", shape)
+        yield f"mlp/{own}/bias", _place(f"{theirs}/{layer}/vars/1", shape[1:])
+
+
+def _rotary_block(backbone: Backbone, model: ModelConfig, theirs: str) -> Iterator[tuple[str, Place]]:
+    dim, hidden = model.model_dim, model.hidden_dim
+    attention = f"{theirs}/_self_attention_layer"
+    for name, place in _attention(model, attention, "_", model.has_qkv_bias):
+        yield f"attention/{name}", place
+    if model.qk_norm:
+        for each in ("query", "key"):
+            address = f"{attention}/_{each}_dense_layer_norm/vars/0"
+            yield f"attention/{each}_norm/gain", _place(address, (model.dim_per_head,))
+    yield "attention_norm/gain", _place(f"{theirs}/_self_attention_layernorm/vars/0", (dim,))
+    yield "mlp_norm/gain", _place(f"{theirs}/_feedforward_layernorm/vars/0", (dim,))
+    gates = tuple(f"{theirs}/_feedforward_{each}_dense/vars/0" for each in ("gate", "intermediate"))
+    yield "mlp/expand/kernel", Place(gates, ((dim, hidden),) * 2, (hidden, hidden))
+    yield "mlp/contract/kernel", _place(f"{theirs}/_feedforward_output_dense/vars/0", (hidden, dim))
