@@ -5,7 +5,6 @@ A preset is `config.json` (the backbone), `model.weights.h5`, and what makes a t
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +76,8 @@ class KerasHubModel:
         _check_dtype(config.get("dtype"), where)
         longest = keras_hub_tokenizer.sequence_length(folder, where)
         try:
-            found, kinds = (
-                keras_hub_backbones.model_keys(backbone, config, longest, where),
-                known_keys(ModelConfig),
-            )
+            kinds = known_keys(ModelConfig)
+            found = keras_hub_backbones.model_keys(backbone, config, longest, where)
             keys = {own: options.read(f"model.{own}", kinds[own], value) for own, value in found.items()}
         except (TypeError, AttributeError, LookupError, ValueError) as error:
             if isinstance(error, ConfigError) and str(error).startswith(where):
@@ -163,10 +160,9 @@ class _Tensors:
         """A tensor as float32."""
         import h5py
 
-        with ExitStack() as stack:
-            dataset = stack.enter_context(h5py.File(self._files[address], "r"))[address]
-            stored = np.asarray(dataset[()])
-            if dataset.attrs.get("dtype") == "bfloat16" and stored.dtype.itemsize == 2:
+        with h5py.File(self._files[address], "r") as file:
+            stored = np.asarray(file[address][()])
+            if file[address].attrs.get("dtype") == "bfloat16":  # the upper half of a float32
                 return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32, copy=False)
 
@@ -225,6 +221,7 @@ def write_preset(folder: Path, model: ModelConfig, weights: Mapping[str, np.ndar
                 file[address].write_direct(np.ascontiguousarray(tensor, np.float32))
                 rest.remove(address)
         assert all("seed_generator" in address for address in rest), rest
+    keras_hub_tokenizer.write_own(folder, tokenizer)
 
 
 def _make_task(backbone: Backbone, model: ModelConfig, vocab_size: int, tokenizer: Tokenizer) -> Any:

@@ -54,7 +54,8 @@ class Backbone:
       names: keys of its configuration, and the keys of section `model` that they are.
       layers: what Keras calls its blocks in a file of weights.
       final_norm: and the norm after them.
-      defaults: of its configuration, for keys that older files lack.
+      others: more keys of its configuration that are understood.
+      defaults: of its configuration, for keys that files lack.
     """
 
     name: str
@@ -62,7 +63,8 @@ class Backbone:
     layers: str
     final_norm: str
     names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ("rope_scaling_factor", "tie_word_embeddings")
+    defaults: Mapping[str, Any] = field(default_factory=lambda: {"tie_word_embeddings": True})
 
     @property
     def is_gpt2(self) -> bool:
@@ -72,11 +74,12 @@ class Backbone:
 def _llama(name: str) -> Backbone:
     # Quirk: rope_position_scaling_factor is stored and has no effect, so linear scaling cannot be written.
     allows = {**_ROTARY, "rope_scaling": ("none", "llama3")}
+    others = ("rope_position_scaling_factor", "tie_word_embeddings", *_LLAMA3_KEYS)
     defaults = {"tie_word_embeddings": False}  # quirk: a Llama takes this key, and does not write it
-    return Backbone(name, allows, "llama_transformer_decoder", "llama_layer_norm", defaults=defaults)
+    return Backbone(name, allows, "llama_transformer_decoder", "llama_layer_norm", others=others, defaults=defaults)
 
 
-# In the order in which a model is compared with them.
+# In the order in which a model is compared with them: of several that are equally near, the first is told.
 BACKBONES = {
     each.name: each
     for each in (
@@ -104,6 +107,19 @@ BACKBONES = {
                 "max_sequence_length": "context_length",
                 "vocabulary_size": "vocab_size",
             },
+            others=(),
+            defaults={},
+        ),
+        Backbone(
+            "Qwen3",
+            {
+                **{key: values for key, values in _ROTARY.items() if key not in ("head_dim", "sliding_window")},
+                "qk_norm": (True,),
+                "norm_epsilon": (1e-5,),  # quirk: that of the queries and keys is 1e-5 whatever the others have
+            },
+            "qwen3_transformer_decoder",
+            "qwen3_layer_norm",
+            {**_NAMES, "head_dim": "head_dim", "sliding_window_size": "sliding_window"},
         ),
         _llama("Llama3"),
         _llama("Llama"),
@@ -116,24 +132,20 @@ BACKBONES = {
             "mistral_transformer_decoder",
             "mistral_layer_normalization",
             {**_NAMES, "head_dim": "head_dim", "sliding_window": "sliding_window"},
-            {"head_dim": None},
+            others=("rope_scaling_factor",),
+            defaults={"head_dim": None, "tie_word_embeddings": False},
         ),
         Backbone(  # quirk: with a window it cannot generate, so none is written
             "Qwen",
             {**_ROTARY, "qkv_bias": (True,)},
             "qwen_transformer_decoder",
             "qwen_layer_norm",
-        ),
-        Backbone(
-            "Qwen3",
-            {
-                **{key: values for key, values in _ROTARY.items() if key not in ("head_dim", "sliding_window")},
-                "qk_norm": (True,),
-                "norm_epsilon": (1e-5,),  # quirk: that of the queries and keys is 1e-5 whatever the others have
-            },
-            "qwen3_transformer_decoder",
-            "qwen3_layer_norm",
-            {**_NAMES, "head_dim": "head_dim", "sliding_window_size": "sliding_window"},
+            others=(
+                "rope_scaling_factor",
+                "tie_word_embeddings",
+                "use_sliding_window_attention",
+                "sliding_window_size",
+            ),
         ),
     )
 }
@@ -155,7 +167,7 @@ def model_keys(backbone: Backbone, config: Mapping[str, Any], context_length: in
       ConfigError: a key is missing, or has a value whose effect is not known here.
     """
     given = {**backbone.defaults, **config}
-    known = {*_WITHOUT_EFFECT, *backbone.names}
+    known = {*_WITHOUT_EFFECT, *backbone.names, *backbone.others}
     keys: dict[str, Any] = {own: values[0] for own, values in backbone.allows.items() if len(values) == 1}
     keys["layers_without_rope"] = []
     for name, own in backbone.names.items():
@@ -170,10 +182,8 @@ def model_keys(backbone: Backbone, config: Mapping[str, Any], context_length: in
     keys.setdefault("context_length", context_length)
     keys.setdefault("norm_epsilon", 1e-5)
     if not backbone.is_gpt2:
-        known |= {*_LLAMA3_KEYS, "rope_scaling_factor", "rope_position_scaling_factor", "tie_word_embeddings"}
-        known |= {"use_sliding_window_attention", "sliding_window_size"}
         keys |= _rotary_keys(backbone, given, where)
-    for name, value in given.items():
+    for name, value in config.items():
         if name not in known:
             raise ConfigError(
                 f"{where} has a key in its config.json whose effect tfdp does not know: {name} {shown(value)}"
@@ -191,7 +201,7 @@ def _rotary_keys(backbone: Backbone, given: Mapping[str, Any], where: str) -> di
         )
     found: dict[str, Any] = {"rope_theta": float(given["rope_max_wavelength"])}
     found["qk_norm_gain"] = backbone.allows["qk_norm"] == (True,)
-    found["tie_embeddings"] = given.get("tie_word_embeddings", False)
+    found["tie_embeddings"] = given["tie_word_embeddings"]
     scaling = {own: given.get(name) for name, own in _LLAMA3_KEYS.items()}
     factor = given.get("rope_scaling_factor", 1.0)
     if any(value is not None for value in scaling.values()):
