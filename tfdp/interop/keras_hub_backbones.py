@@ -115,7 +115,6 @@ BACKBONES = {
             {
                 **{key: values for key, values in _ROTARY.items() if key not in ("head_dim", "sliding_window")},
                 "qk_norm": (True,),
-                "norm_epsilon": (1e-5,),  # quirk: that of the queries and keys is 1e-5 whatever the others have
             },
             "qwen3_transformer_decoder",
             "qwen3_layer_norm",
@@ -168,26 +167,20 @@ def model_keys(backbone: Backbone, config: Mapping[str, Any], context_length: in
     """
     given = {**backbone.defaults, **config}
     known = {*_WITHOUT_EFFECT, *backbone.names, *backbone.others}
-    keys: dict[str, Any] = {own: values[0] for own, values in backbone.allows.items() if len(values) == 1}
-    keys["layers_without_rope"] = []
-    for name, own in backbone.names.items():
-        if name not in given:
-            raise ConfigError(f"{where} must have {name} in its config.json")
-        if own == "norm_epsilon" and given[name] not in backbone.allows.get(own, (given[name],)):
-            raise ConfigError(
-                f"{where} must have {name} 1e-05 in its config.json, with which {backbone.name} of KerasHub normalises "
-                f"queries and keys whatever it says, but has {shown(given[name])}: try the model of Hugging Face"
-            )
-        keys[own] = given[name]
-    keys.setdefault("context_length", context_length)
-    keys.setdefault("norm_epsilon", 1e-5)
-    if not backbone.is_gpt2:
-        keys |= _rotary_keys(backbone, given, where)
     for name, value in config.items():
         if name not in known:
             raise ConfigError(
                 f"{where} has a key in its config.json whose effect tfdp does not know: {name} {shown(value)}"
             )
+    keys: dict[str, Any] = {own: values[0] for own, values in backbone.allows.items() if len(values) == 1}
+    keys["layers_without_rope"] = []
+    for name, own in backbone.names.items():
+        if name not in given:
+            raise ConfigError(f"{where} must have {name} in its config.json")
+        keys[own] = given[name]
+    keys.setdefault("context_length", context_length)
+    if not backbone.is_gpt2:
+        keys |= _rotary_keys(backbone, given, where)
     keys["qkv_bias"] = None if keys["qkv_bias"] == keys["use_bias"] else keys["qkv_bias"]
     return keys
 

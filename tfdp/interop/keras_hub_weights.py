@@ -1,8 +1,13 @@
 """Where KerasHub's file of weights (`model.weights.h5`) keeps each weight of a GPT.
 
 Keras names a layer in it by its class and its number among the layers of that class, and a variable by its number.
+
+Qwen3 of KerasHub 0.32 normalises queries and keys with an epsilon of 1e-5, whatever its configuration says, and we with
+that of all norms, e. What is normalised may be scaled, so the difference goes into the kernel that makes it: s * x with
+e is x with e / s**2.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +15,8 @@ import numpy as np
 
 from tfdp.config.sections import ModelConfig
 from tfdp.interop.keras_hub_backbones import BACKBONES, Backbone
+
+_QK_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Place:
       addresses: of the tensors.
       shapes: of each; a share of the weight has the same numbers in the same order.
       widths: of each along the last axis of the weight.
+      factors: by which each tensor is multiplied to be its share.
       is_vector: whether the weight has one axis.
       transposed: whether the tensor is the transpose of the weight.
     """
@@ -27,21 +35,26 @@ class Place:
     addresses: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     widths: tuple[int, ...]
+    factors: tuple[float, ...] = (1.0, 1.0, 1.0)
     is_vector: bool = False
     transposed: bool = False
 
     def split(self, weight: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of a weight, by address."""
         shares = np.split(weight, np.cumsum(self.widths)[:-1], axis=-1)
-        for address, shape, share in zip(self.addresses, self.shapes, shares, strict=True):
-            yield address, (share.T if self.transposed else share).reshape(shape)
+        for address, shape, share, factor in zip(self.addresses, self.shapes, shares, self.factors, strict=False):
+            scaled = share if factor == 1 else share / np.float32(factor)
+            yield address, (scaled.T if self.transposed else scaled).reshape(shape)
 
     def join(self, tensors: list[np.ndarray]) -> np.ndarray:
         """The weight that the tensors make."""
         if self.transposed:
             return tensors[0].T
         rows = () if self.is_vector else (-1,)
-        shares = [tensor.reshape(*rows, width) for tensor, width in zip(tensors, self.widths, strict=True)]
+        shares = [
+            tensor.reshape(*rows, width) if factor == 1 else tensor.reshape(*rows, width) * np.float32(factor)
+            for tensor, width, factor in zip(tensors, self.widths, self.factors, strict=False)
+        ]
         return shares[0] if len(shares) == 1 else np.concatenate(shares, axis=-1)
 
 
@@ -81,7 +94,8 @@ def _attention(model: ModelConfig, theirs: str, prefix: str, bias: bool) -> Iter
     widths = tuple(number * width for number in heads)
     joint = [f"{theirs}/{prefix}{each}_dense/vars" for each in ("query", "key", "value")]
     shapes = tuple((model.model_dim, number, width) for number in heads)
-    yield "query_key_value/kernel", Place(tuple(f"{each}/0" for each in joint), shapes, widths)
+    scale = math.sqrt(model.norm_epsilon / _QK_EPSILON) if model.qk_norm else 1.0
+    yield "query_key_value/kernel", Place(tuple(f"{each}/0" for each in joint), shapes, widths, (scale, scale, 1.0))
     if bias:
         shapes_of_bias = tuple((number, width) for number in heads)
         yield (
