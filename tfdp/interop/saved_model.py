@@ -40,58 +40,56 @@ class _Graphs(tf.Module):
 
     def __init__(self, model: GPT, end_of_text: int) -> None:
         super().__init__()
-        config = model.config
+        self._config, self._dtype, self._end_of_text = model.config, model.compute_dtype, end_of_text
         self.weights = [each.value for each in (model.named_weights() | model.named_frozen_weights()).values()]
-        slots = tf.TensorSpec([None, config.kv_heads, None, config.dim_per_head], model.compute_dtype)
-        specs = [_TOKENS, [(slots, slots)] * config.num_layers, tf.TensorSpec([], tf.int32)]
-        extend = tf.function(model.extend, specs, autograph=False)
+        slots = tf.TensorSpec([None, model.config.kv_heads, None, model.config.dim_per_head], model.compute_dtype)
+        whole, fraction = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float32)
+        specs = [_TOKENS, [(slots, slots)] * model.config.num_layers, whole]
+        self._extend = tf.function(model.extend, specs, autograph=False)
+        self.logits = tf.function(self._logits, [_TOKENS], autograph=False)
+        self.score = tf.function(self._score, [_TOKENS], autograph=False)
+        self.generate = tf.function(self._generate, [_TOKENS, whole, fraction, whole], autograph=False)
 
-        def empty_cache(tokens: tf.Tensor, length: tf.Tensor) -> Cache:
-            shape = [tf.shape(tokens)[0], config.kv_heads, length, config.dim_per_head]
-            return [(tf.zeros(shape, slots.dtype), tf.zeros(shape, slots.dtype)) for _ in range(config.num_layers)]
+    def _empty_cache(self, tokens: tf.Tensor, length: tf.Tensor) -> Cache:
+        shape = [tf.shape(tokens)[0], self._config.kv_heads, length, self._config.dim_per_head]
+        return [(tf.zeros(shape, self._dtype), tf.zeros(shape, self._dtype)) for _ in range(self._config.num_layers)]
 
-        def logits(tokens: tf.Tensor) -> dict[str, tf.Tensor]:
-            time = tf.shape(tokens)[1]
-            with tf.control_dependencies(_checks(time, config.context_length)):
-                found, _ = extend(tokens, empty_cache(tokens, time), 0)
-            return {"logits": found}
+    def _logits(self, tokens: tf.Tensor) -> dict[str, tf.Tensor]:
+        time = tf.shape(tokens)[1]
+        with tf.control_dependencies(_checks(time, self._config.context_length)):
+            found, _ = self._extend(tokens, self._empty_cache(tokens, time), 0)
+        return {"logits": found}
 
-        def score(tokens: tf.Tensor) -> dict[str, tf.Tensor]:
-            found = tf.nn.log_softmax(logits(tokens)["logits"][:, :-1])
-            return {"log_probabilities": tf.gather(found, tokens[:, 1:], batch_dims=2)}
+    def _score(self, tokens: tf.Tensor) -> dict[str, tf.Tensor]:
+        found = tf.nn.log_softmax(self._logits(tokens)["logits"][:, :-1])
+        return {"log_probabilities": tf.gather(found, tokens[:, 1:], batch_dims=2)}
 
-        def generate(
-            tokens: tf.Tensor, num_tokens: tf.Tensor, temperature: tf.Tensor, seed: tf.Tensor
-        ) -> dict[str, tf.Tensor]:
-            time = tf.shape(tokens)[1]
-            checks = [
-                tf.debugging.assert_positive(num_tokens, "num_tokens must be at least 1"),
-                tf.debugging.assert_non_negative(temperature, "temperature must not be negative"),
-            ]
-            with tf.control_dependencies([*_checks(time + num_tokens, config.context_length), *checks]):
-                cache = empty_cache(tokens, time + num_tokens)
-            found, cache = extend(tokens, cache, 0)
-            first = _draw(found[:, -1], temperature, seed, 0)
-            is_first = tf.range(num_tokens) == 0  # what is not drawn yet, or never, is end of text
-            written = tf.where(is_first, first[:, tf.newaxis], end_of_text)
+    def _generate(
+        self, tokens: tf.Tensor, num_tokens: tf.Tensor, temperature: tf.Tensor, seed: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        time, end_of_text = tf.shape(tokens)[1], self._end_of_text
+        checks = [
+            tf.debugging.assert_positive(num_tokens, "num_tokens must be at least 1"),
+            tf.debugging.assert_non_negative(temperature, "temperature must not be negative"),
+        ]
+        with tf.control_dependencies([*_checks(time + num_tokens, self._config.context_length), *checks]):
+            cache = self._empty_cache(tokens, time + num_tokens)
+        found, cache = self._extend(tokens, cache, 0)
+        first = _draw(found[:, -1], temperature, seed, 0)
+        is_first = tf.range(num_tokens) == 0  # what is not drawn yet, or never, is end of text
+        written = tf.where(is_first, first[:, tf.newaxis], end_of_text)
 
-            def goes_on(step: tf.Tensor, written: tf.Tensor, cache: Cache) -> tf.Tensor:
-                return (step < num_tokens) & tf.reduce_any(written[:, step - 1] != end_of_text)
+        def goes_on(step: tf.Tensor, written: tf.Tensor, cache: Cache) -> tf.Tensor:
+            return (step < num_tokens) & tf.reduce_any(written[:, step - 1] != end_of_text)
 
-            def add_token(step: tf.Tensor, written: tf.Tensor, cache: Cache) -> tuple[tf.Tensor, tf.Tensor, Cache]:
-                last = written[:, step - 1]
-                found, cache = extend(last[:, tf.newaxis], cache, time + step - 1)
-                drawn = tf.where(last == end_of_text, end_of_text, _draw(found[:, -1], temperature, seed, step))
-                is_now = tf.range(num_tokens) == step
-                return step + 1, tf.where(is_now, drawn[:, tf.newaxis], written), cache
+        def add_token(step: tf.Tensor, written: tf.Tensor, cache: Cache) -> tuple[tf.Tensor, tf.Tensor, Cache]:
+            last = written[:, step - 1]
+            found, cache = self._extend(last[:, tf.newaxis], cache, time + step - 1)
+            drawn = tf.where(last == end_of_text, end_of_text, _draw(found[:, -1], temperature, seed, step))
+            is_now = tf.range(num_tokens) == step
+            return step + 1, tf.where(is_now, drawn[:, tf.newaxis], written), cache
 
-            return {"tokens": tf.while_loop(goes_on, add_token, (1, written, cache))[1]}
-
-        number = tf.TensorSpec([], tf.int32)
-        self.logits = tf.function(logits, [_TOKENS], autograph=False)
-        self.score = tf.function(score, [_TOKENS], autograph=False)
-        numbers = [number, tf.TensorSpec([], tf.float32), number]
-        self.generate = tf.function(generate, [_TOKENS, *numbers], autograph=False)
+        return {"tokens": tf.while_loop(goes_on, add_token, (1, written, cache))[1]}
 
 
 def _checks(length: tf.Tensor, context_length: int) -> list[tf.Operation]:
