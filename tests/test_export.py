@@ -76,6 +76,30 @@ def test_generate_continues_from_an_export_as_from_its_run(folder: Path) -> None
     assert texts[0].stdout == texts[1].stdout and len(texts[0].stdout) > 10
 
 
+@pytest.mark.slow
+def test_a_preset_of_keras_hub_and_a_saved_model_are_the_same_model(folder: Path) -> None:
+    import tensorflow as tf
+
+    import tfdp as api
+
+    for form in ("keras_hub", "saved_model"):
+        done = tfdp(folder, "export", "--run_dir=run", f"--output={form}", f"--format={form}")
+        assert done.returncode == 0, done.stderr
+    ids = [[97, 108, 112, 104, 97, 32, 98]]
+    expected = api.load(str(folder / "run")).logits(ids)
+    np.testing.assert_allclose(api.load(str(folder / "keras_hub")).logits(ids), expected, atol=1e-5)
+    served = tf.saved_model.load(str(folder / "saved_model"))
+    found = served.signatures["logits"](tokens=tf.constant(ids))["logits"]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    arguments = ["--prompt=alpha ", "--num_tokens=12", "--temperature=0"]
+    texts = [tfdp(folder, "generate", f"--run_dir={each}", *arguments).stdout for each in ("run", "keras_hub")]
+    assert texts[0] == texts[1] and len(texts[0]) > 8
+    text = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2"]
+    done = tfdp(folder, "train", "--run_dir=from_hub", "--model.init_from=keras_hub", *text, *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert summary(folder / "from_hub")["train_loss"] < 0.8 * np.log(256)
+
+
 def _damage(folder: Path, name: str) -> None:
     target = folder / name
     if name == "pickle":
@@ -106,7 +130,7 @@ def _damage(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no config", "must be a folder of Hugging Face, with a config.json, or the directory of a run"),
+        ("no config", "must be a folder of Hugging Face or KerasHub, with a config.json, or the directory"),
         ("pickle", "has pytorch_model.bin, a pickle, and to read one is to run what it says"),
         ("truncated", "model.safetensors must be a whole safetensors file"),
         ("unknown architecture", "must be a model of an architecture that tfdp reads"),

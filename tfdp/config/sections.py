@@ -45,8 +45,8 @@ class ModelConfig(_Section):
     _PREFIX = "model."
 
     init_from: str | None = None
-    """Folder with a model to start from: a Hugging Face model (config.json and safetensors) or a run directory. The
-    model's shape and the tokenizer come from there; null: start from random weights."""
+    """Folder with a model to start from: of Hugging Face (config.json and safetensors), an adapter of PEFT, a KerasHub
+    preset, or a run directory. The model's shape and the tokenizer come from there; null: random weights."""
     num_layers: int = 4
     """Number of transformer blocks."""
     num_heads: int = 4
@@ -580,6 +580,8 @@ class SamplingConfig(_Section):
     """Draw from this many most likely tokens; null: from all."""
     top_p: float | None = None
     """Draw from the most likely tokens that together have this probability; null: from all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the continuation, such as ["\\n\\n"]; the first that appears is not part of it."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -590,6 +592,7 @@ class SamplingConfig(_Section):
         self._require(self.temperature >= 0, "temperature", "must not be negative: try 0.8")
         self._require(self.top_k is None or self.top_k >= 1, "top_k", "must be at least 1: try 40")
         self._require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "must lie in (0, 1]: try 0.95")
+        self._require(all(self.stop), "stop", "must hold texts of at least one character")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -1,7 +1,7 @@
 """What a run starts from: a folder with a model that it takes over (`model.init_from`).
 
-The folder is Hugging Face's, PEFT's, or the directory of a run of tfdp. Its shape becomes the run's: the keys of
-section `model` come from there, and so does the tokenizer unless another is named.
+The folder is Hugging Face's, PEFT's, KerasHub's, or the directory of a run of tfdp. Its shape becomes the run's: the
+keys of section `model` come from there, and so does the tokenizer unless another is named.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ from tfdp.config.run_config import config_records, flatten_yaml, standard_defaul
 from tfdp.config.sections import DataConfig, ModelConfig
 from tfdp.data.inputs import path_of
 from tfdp.data.sources import TOKENS
-from tfdp.interop import hugging_face, peft
+from tfdp.interop import hugging_face, keras_hub, peft
 from tfdp.interop.hugging_face import HuggingFaceModel
+from tfdp.interop.keras_hub import KerasHubModel
 from tfdp.interop.peft import PeftModel
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
@@ -77,12 +78,12 @@ class RunModel:
         return step
 
 
-Origin = HuggingFaceModel | PeftModel | RunModel
+Origin = HuggingFaceModel | PeftModel | KerasHubModel | RunModel
 
 
 def is_foreign(folder: Path) -> bool:
     """Whether a folder holds a model of another library."""
-    return not config_records(folder) and (peft.is_folder(folder) or hugging_face.is_folder(folder))
+    return not config_records(folder) and any(library.is_folder(folder) for library in (peft, keras_hub, hugging_face))
 
 
 def open_origin(name: str, key: str = INIT_FROM) -> Origin:
@@ -99,11 +100,13 @@ def open_origin(name: str, key: str = INIT_FROM) -> Origin:
         return RunModel.open(folder)
     if peft.is_folder(folder):
         return PeftModel.open(folder, key)
+    if keras_hub.is_folder(folder):
+        return KerasHubModel.open(folder, key)
     if (folder / hugging_face.CONFIG_FILE).is_file():
         return HuggingFaceModel.open(folder, key)
     raise ConfigError(
-        f"{key} ({shown(folder)}) must be a folder of Hugging Face, with a {hugging_face.CONFIG_FILE}, or the "
-        f"directory of a run"
+        f"{key} ({shown(folder)}) must be a folder of Hugging Face or KerasHub, with a {hugging_face.CONFIG_FILE}, or "
+        f"the directory of a run"
     )
 
 

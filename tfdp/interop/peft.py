@@ -19,7 +19,7 @@ from tfdp.data.inputs import path_of
 from tfdp.interop import architectures
 from tfdp.interop.architectures import ARCHITECTURES
 from tfdp.interop.hugging_face import HuggingFaceModel
-from tfdp.interop.tensor_folder import TensorFolder, metadata_of
+from tfdp.interop.tensor_folder import TensorFolder, metadata_of, save_tensors
 from tfdp.interop.tensor_names import origins
 from tfdp.models import lora
 from tfdp.system.exits import ConfigError
@@ -102,8 +102,6 @@ def write_adapter(
     Raises:
       ConfigError: no architecture equals the base.
     """
-    from safetensors.numpy import save_file
-
     model_type = architectures.architecture_of(model, preferred).model_type
     rank, alpha = int(model.lora_rank or 0), model.adapter_alpha
     tensors: dict[str, np.ndarray] = {}
@@ -132,8 +130,8 @@ def write_adapter(
         "inference_mode": True,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    metadata = {"format": "pt", _TARGETS: ",".join(model.adapted_targets), _BASE_DIGEST: _base_digest(weights)}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata)
+    metadata = {_TARGETS: ",".join(model.adapted_targets), _BASE_DIGEST: _base_digest(weights)}
+    save_tensors(tensors, folder / WEIGHTS_FILE, metadata)
 
 
 def _joined(

@@ -7,7 +7,7 @@ read one is to run what it says.
 import json
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,16 @@ def _mapped(path: Path, where: str) -> tuple[mmap.mmap, dict[str, tuple[np.ndarr
     return data, found
 
 
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read as they may any new file; its library would keep it private."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})  # transformers asks for the format
+    path.chmod(mode)
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype: str, most_bytes: int) -> None:
     """Writes tensors in order, in as many files as it takes to have at most `most_bytes` in one.
 
@@ -139,7 +149,6 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype
       most_bytes: of a file, unless one tensor has more.
     """
     import ml_dtypes  # NumPy has no bfloat16 of its own
-    from safetensors.numpy import save_file
 
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     files: list[list[str]] = []
@@ -148,7 +157,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], dtype
 
     def close() -> None:
         path = folder / f".{len(files)}.safetensors"
-        save_file(share, path, metadata={"format": "pt"})  # transformers asks for it
+        save_tensors(share, path)
         files.append(list(share))
         share.clear()
 

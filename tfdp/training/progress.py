@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tfdp import __version__
 from tfdp.config.run_config import differing_keys
 from tfdp.parallel.cluster import Cluster, publish, read
 from tfdp.reporting.timing import Attribution, Throughput
 from tfdp.system.exits import CommandError, ConfigError
+from tfdp.system.version import VERSION
 from tfdp.training.checkpoint import FROZEN, Checkpoint, CheckpointFolder
 from tfdp.training.evaluation import Evaluation
 from tfdp.training.ledger import Ledger
@@ -87,7 +87,7 @@ def note_start(run: Run, progress: Progress) -> None:
     entry = {
         "from_step": progress.step,
         "changed": {key: list(values) for key, values in differing_keys(earlier, run.config_yaml).items()},
-        "version": __version__,
+        "version": VERSION,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "layout": dict(run.layout),
     }

@@ -1,0 +1,154 @@
+"""Writes a trained model in the format of another library; the folder appears whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tfdp.config.sections import MOST, ModelConfig
+from tfdp.inference.trained import TrainedGPT
+from tfdp.interop import hugging_face, keras_hub, origin, peft
+from tfdp.interop.tokenizer_json import write_tokenizer
+from tfdp.models import lora
+from tfdp.system.exits import ConfigError, require, require_at_most
+
+LOADERS = {  # of each format
+    "huggingface": 'transformers.AutoModelForCausalLM.from_pretrained("{}")',
+    "peft": 'peft.AutoPeftModelForCausalLM.from_pretrained("{}")',
+    "keras_hub": 'keras_hub.models.CausalLM.from_preset("{}")',
+    "saved_model": 'tf.saved_model.load("{}")',
+}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to write."""
+
+    format: Literal["huggingface", "peft", "keras_hub", "saved_model"] = "huggingface"
+    """huggingface: a folder for transformers; peft: the adapters of a run with model.lora_rank; keras_hub: a preset for
+    KerasHub; saved_model: graphs for TensorFlow alone, with the signatures score, logits and generate."""
+    output: str | None = None
+    """Folder to write; must be named, and must not exist or be empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the numbers of format huggingface; all but float32 round the weights."""
+    merge: bool = False
+    """Whether adapters are added to the weights, which every format but peft needs."""
+    file_megabytes: int = 5000
+    """With huggingface: most megabytes of a file of weights; a larger model is several files and an index."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "output", self.output, "must name a folder: try --output exported")
+        require_at_most(self, file_megabytes=MOST)
+        require(self.file_megabytes >= 1, "file_megabytes", self.file_megabytes, "must be at least 1: try 5000")
+        rule = f"must be float32 with format {self.format}"
+        require(self.dtype == "float32" or self.format == "huggingface", "dtype", self.dtype, rule)
+        rule = "must be false with format peft, which has adapters alone"
+        require(not self.merge or self.format != "peft", "merge", self.merge, rule)
+
+
+def require_free(output: str) -> Path:
+    """The folder of an export. Raises `ConfigError` where something is in the way."""
+    path = Path(output)
+    is_free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    require(is_free, "output", output, "must not exist, or be an empty folder: name a new one")
+    return path
+
+
+def export(trained: TrainedGPT, config: ExportConfig, command: str) -> None:
+    """Writes a model.
+
+    Args:
+      command: what was called, for the model card.
+
+    Raises:
+      ConfigError: the model cannot be written in this format, or the folder cannot be written.
+    """
+    output, model = require_free(str(config.output)), trained.config.model
+    is_gpt = isinstance(model, ModelConfig)
+    require(is_gpt, "format", config.format, "is for a run whose section model is that of the GPT")
+    has_adapters = model.lora_rank is not None
+    rule = "is for a run with model.lora_rank: try huggingface"
+    require(has_adapters or config.format != "peft", "format", config.format, rule)
+    rule = "has no place for the adapters of this run: try --merge true, or --format peft"
+    require(config.merge or config.format == "peft" or not has_adapters, "format", config.format, rule)
+    scratch = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        scratch.mkdir(parents=True)
+        _WRITERS[config.format](scratch, trained, config)
+        (scratch / "README.md").write_text(_model_card(trained, config, command), encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        os.rename(scratch, output)
+    except OSError as error:
+        raise ConfigError(
+            f"output ({output}) must be a folder that can be written: {error.strerror or error}"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _plain(trained: TrainedGPT) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The model and its weights, adapters added to them."""
+    model = trained.config.model
+    return lora.merged_model(model), lora.merged(model, {**trained.weights, **trained.frozen})
+
+
+def _hugging_face(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+    model, weights = _plain(trained)
+    end_of_text, most = trained.tokenizer.end_of_text, config.file_megabytes * 1_000_000
+    hugging_face.write_model(folder, model, weights, end_of_text, trained.model_type, config.dtype, most)
+    write_tokenizer(folder, trained.tokenizer, model.context_length)
+
+
+def _peft(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+    base = None if trained.started_from is None else origin.base_of(trained.started_from)
+    model, weights = trained.config.model, {**trained.weights, **trained.frozen}
+    peft.write_adapter(folder, model, weights, base, trained.model_type)
+    write_tokenizer(folder, trained.tokenizer, model.context_length)
+
+
+def _keras_hub(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+    keras_hub.write_preset(folder, *_plain(trained), trained.tokenizer)
+
+
+def _saved_model(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+    from tfdp.interop.saved_model import write_saved_model
+    from tfdp.models.gpt import GPT
+
+    (model, weights), precision = _plain(trained), trained.config.training.precision
+    gpt = GPT(model, trained.tokenizer.vocab_size, precision=precision, given=weights)
+    write_saved_model(folder, gpt, trained.tokenizer.end_of_text)
+
+
+_WRITERS: Mapping[str, Callable[[Path, TrainedGPT, ExportConfig], None]] = {
+    "huggingface": _hugging_face,
+    "peft": _peft,
+    "keras_hub": _keras_hub,
+    "saved_model": _saved_model,
+}
+
+
+def _model_card(trained: TrainedGPT, config: ExportConfig, command: str) -> str:
+    from tfdp.data.corpus import licence_of
+
+    run, summary = trained.config, trained.summary
+    licence = licence_of(run.data.source)
+    rows = {
+        "data": f"`{run.data.source}`, sha256 {trained.corpus_sha256[:16]}"
+        if trained.corpus_sha256
+        else "not recorded",
+        "licence of the data": licence or "not known here",
+        "started from": f"`{Path(trained.started_from).name}`" if trained.started_from else "random weights",
+        "checkpoint": f"step {trained.step} of {run.training.steps}",
+        "sequences seen": f"{summary['sequences_seen']:,}" if "sequences_seen" in summary else "not recorded",
+        "validation loss": f"{summary['validation_loss']:.4f} nats per token" if "validation_loss" in summary else "-",
+        "tokenizer": trained.tokenizer.name,
+        "made by": f"`{command}`",
+    }
+    libraries = {"huggingface": "transformers", "peft": "peft", "keras_hub": "keras-hub", "saved_model": "tensorflow"}
+    head = ["---", f"library_name: {libraries[config.format]}", "pipeline_tag: text-generation", "---", ""]
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join([*head, "# Model card", "", *table, ""])

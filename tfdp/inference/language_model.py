@@ -1,0 +1,122 @@
+"""A trained model for programs: text, logits and scores from a run, or from a folder of another library."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from tfdp.config.sections import SamplingConfig
+from tfdp.data.tokenizers.tokenizer import Tokenizer
+from tfdp.inference.exporting import ExportConfig, export
+from tfdp.inference.trained import TrainedGPT
+from tfdp.system.exits import require
+from tfdp.system.startup import load_tensorflow
+
+if TYPE_CHECKING:
+    from tfdp.inference.sampling import Sampler
+    from tfdp.inference.scoring import Likelihood, Scorer
+
+
+class LanguageModel:
+    """A model and its tokenizer; `tfdp.load` makes one. Its weights are read once, at the first use.
+
+    Attributes:
+      tokenizer: `encode` and `decode`.
+      context_length: the most tokens that a prediction looks back on.
+      step: of the checkpoint; 0 for a folder of another library.
+    """
+
+    def __init__(self, trained: TrainedGPT) -> None:
+        self._trained = trained
+        self.tokenizer: Tokenizer = trained.tokenizer
+        self.context_length: int = trained.config.model.context_length
+        self.step = trained.step
+
+    @overload
+    def generate(self, prompts: str, **sampling: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]: ...
+
+    def generate(self, prompts: str | Sequence[str], **sampling: Any) -> str | list[str]:
+        """The continuation of a prompt, without the prompt; or of several prompts, computed as one batch.
+
+        Args:
+          prompts: text; an empty one begins a document.
+          **sampling: the keys of `SamplingConfig`: num_tokens, temperature, top_k, top_p, stop, seed.
+
+        Raises:
+          ConfigError: a value that breaks the rule of its key.
+        """
+        config = _sampling(sampling)
+        if isinstance(prompts, str):
+            return self._sampler.text(prompts, config)
+        return self._sampler.texts(prompts, config) if len(prompts) else []
+
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
+        """The pieces of what `generate` returns, as they come."""
+        return self._sampler.stream(prompt, _sampling(sampling))
+
+    def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+        """Logits of the token after each id.
+
+        Args:
+          ids: (time,), or (rows, time); time at most context_length.
+
+        Returns:
+          float32, (time, vocab_size) or (rows, time, vocab_size).
+        """
+        tokens = np.asarray(ids, np.int32)
+        is_plain = tokens.ndim in (1, 2) and 1 <= tokens.shape[-1] <= self.context_length
+        require(is_plain, "ids", list(tokens.shape), f"must be of shape (time,) or (rows, time {self.context_length})")
+        vocab_size = self.tokenizer.vocab_size
+        is_known = bool(((tokens >= 0) & (tokens < vocab_size)).all())
+        require(is_known, "ids", int(tokens.max()), f"must hold ids from 0 to {vocab_size - 1}")
+        found = self._scorer.logits(tokens.reshape(-1, tokens.shape[-1]))
+        return found[0] if tokens.ndim == 1 else found
+
+    def score(self, texts: Sequence[str]) -> "list[Likelihood]":
+        """How likely each text is as a document of its own: its log-likelihood in nats, and its number of tokens."""
+        start = [self.tokenizer.end_of_text]
+        return self._scorer.likelihoods([(start, self.tokenizer.encode(text).tolist()) for text in texts])
+
+    def likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> "list[Likelihood]":
+        """How likely token ids are after others, which are one at least: see `Scorer.likelihoods`."""
+        return self._scorer.likelihoods(requests)
+
+    def export(self, output: str, **keys: Any) -> None:
+        """Writes the model for another library.
+
+        Args:
+          output: a new folder.
+          **keys: the keys of `ExportConfig`: format, dtype, merge, file_megabytes.
+        """
+        export(self._trained, ExportConfig(output=output, **keys), "tfdp.load(...).export(...)")
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        load_tensorflow()
+        return self._trained.make_model()
+
+    @functools.cached_property
+    def _sampler(self) -> "Sampler":
+        model = self._model  # loads TensorFlow
+        from tfdp.inference.sampling import Sampler
+
+        return Sampler(model, self.tokenizer)
+
+    @functools.cached_property
+    def _scorer(self) -> "Scorer":
+        model = self._model
+        from tfdp.inference.scoring import Scorer
+
+        return Scorer(model, self.tokenizer.vocab_size)
+
+
+def _sampling(keys: dict[str, Any]) -> SamplingConfig:
+    known = [field.name for field in fields(SamplingConfig)]
+    for key, value in keys.items():
+        require(key in known, key, value, f"must be one of {', '.join(known)}")
+    return SamplingConfig(**keys)

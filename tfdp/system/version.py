@@ -1,0 +1,3 @@
+"""The version of tfdp."""
+
+VERSION = "0.1.0"
