@@ -29,7 +29,7 @@ class Sampler:
 
     def __init__(self, model: CachedModel, tokenizer: Tokenizer) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._extend = tf.function(self._last_logits, reduce_retracing=True, autograph=False)
+        self._functions: dict[Any, Callable[..., tuple[tf.Tensor, Cache]]] = {}  # by the specs that they take
 
     def text(self, prompt: str, config: SamplingConfig) -> str:
         """The continuation of a prompt; an empty prompt begins a document."""
@@ -100,9 +100,28 @@ class Sampler:
         logits, cache = self._extend(tf.constant(tokens), cache, tf.constant(0))
         return logits, cache, len(tokens[0])
 
+    def _extend(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+        """Logits after the last of new tokens. One graph serves any rows and tokens: tracing takes seconds."""
+        specs = [[_any_length(each) for each in pair] for pair in cache]
+        key = str(specs)
+        if key not in self._functions:
+            signature = [
+                tf.TensorSpec([None, None], tf.int32),
+                [tuple(pair) for pair in specs],
+                tf.TensorSpec([], tf.int32),
+            ]
+            self._functions[key] = tf.function(self._last_logits, input_signature=signature, autograph=False)
+        return self._functions[key](tokens, cache, start)
+
     def _last_logits(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
         logits, cache = self._model.extend(tokens, cache, start)
         return logits[:, -1], cache
+
+
+def _any_length(cached: tf.Tensor) -> tf.TensorSpec:
+    """Keys or values (rows, heads, tokens, dim) of any rows and tokens; anything else in this shape alone."""
+    shape = [None, cached.shape[1], None, cached.shape[3]] if cached.shape.rank == 4 else cached.shape
+    return tf.TensorSpec(shape, cached.dtype)
 
 
 class _Row:
