@@ -34,7 +34,18 @@ setup(
     ],
     extras_require={
         "gpu": [f"tensorflow[and-cuda]=={TENSORFLOW}"],
-        "peers": ["torch>=2.13", "transformers>=5"],  # what tfdp is measured beside, and compared with
+        "onnx": ["tf2onnx>=1.17", "onnx"],  # for `tfdp.export --format onnx`
+        # what tfdp is measured beside, and compared with
+        "peers": [
+            "torch>=2.13",
+            "transformers>=5",
+            "peft>=0.21",
+            "lm-eval>=0.4.13",
+            "gguf",
+            "tf2onnx>=1.17",
+            "onnx",
+            "onnxruntime",
+        ],
         "dev": [
             "pytest",
             "pytest-timeout",

@@ -11,6 +11,8 @@ import pytest
 
 SIZE = ["--model.num_layers=2", "--model.num_heads=2", "--model.model_dim=32", "--model.context_length=32"]
 SHORT = ["--training.steps=12", "--training.global_batch_size=8", "--training.sample_tokens=0"]
+ADAPTERS = ["--model.init_from=run", "--model.lora_rank=2", "--model.lora_dropout=0.1", "--training.log_every=1"]
+TEXT = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2"]
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -67,6 +69,39 @@ def test_training_goes_on_from_an_export_and_from_a_run(folder: Path) -> None:
     resumed = tfdp(folder, "train", "--run_dir=from_run", "--training.steps=16")
     assert resumed.returncode == 0, resumed.stderr
     assert summary(folder / "from_run")["step"] == 16
+
+
+@pytest.mark.slow
+def test_a_run_needs_the_folder_that_it_started_from_no_more(folder: Path) -> None:
+    shutil.copytree(folder / "exported", folder / "passing")
+    whole = ["--model.init_from=exported", *TEXT, *SHORT, "--optimizer.schedule_steps=12"]
+    half = [*whole, "--training.steps=6", "--model.init_from=passing"]
+    half.remove("--training.steps=12"), half.remove("--model.init_from=exported")
+    for name, keys in (("stayed", whole), ("left", half)):
+        done = tfdp(folder, "train", f"--run_dir={name}", *keys)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "passing")
+    for command, own in (("generate", ["--num_tokens=4"]), ("evaluate", []), ("train", ["--training.steps=12"])):
+        done = tfdp(folder, command, "--run_dir=left", *own)
+        assert done.returncode == 0, done.stderr
+    assert summary(folder / "left")["state_sha256"] == summary(folder / "stayed")["state_sha256"]
+    anew = tfdp(folder, "train", "--run_dir=anew", *half)
+    assert anew.returncode == 2 and "model.init_from (passing) must be a folder" in anew.stderr
+
+
+def test_tokens_of_another_tokenizer_than_the_models_are_refused(folder: Path) -> None:
+    for name, tokenizer in (("same", "huggingface:exported"), ("other", "bpe:300")):
+        text = ["--source=text:text/*.txt", "--validation_fraction=0.2", f"--tokenizer={tokenizer}"]
+        done = tfdp(folder, "prepare", *text, f"--output=shards_{name}")
+        assert done.returncode == 0, done.stderr
+    keys = ["--model.init_from=exported", "--print_config"]
+    assert tfdp(folder, "train", "--data.source=tokens:shards_same", *keys).returncode == 0
+    refused = tfdp(folder, "train", "--data.source=tokens:shards_other", *keys)
+    assert refused.returncode == 2
+    rule = (
+        "data.source (tokens:shards_other) must hold tokens of the tokenizer of model.init_from, but has those of bpe"
+    )
+    assert rule in refused.stderr and "--tokenizer huggingface:exported" in refused.stderr, refused.stderr
 
 
 def test_generate_continues_from_an_export_as_from_its_run(folder: Path) -> None:
@@ -201,10 +236,6 @@ def test_a_run_that_starts_from_a_folder_is_one_run_in_any_layout(folder: Path) 
         assert done.returncode == 0, done.stderr
         found[name] = summary(folder / name)["state_sha256"]
     assert len(set(found.values())) == 1, found
-
-
-ADAPTERS = ["--model.init_from=run", "--model.lora_rank=2", "--model.lora_dropout=0.1", "--training.log_every=1"]
-TEXT = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2"]
 
 
 def test_adapters_alone_are_trained_sent_and_saved_and_go_out_again(folder: Path) -> None:

@@ -87,10 +87,12 @@ def _train(
 ) -> dict[str, Any]:
     """Opens the text, makes the strategy and checks that all workers agree."""
     from tfdp.data import sources
+    from tfdp.interop.origin import without_origin
     from tfdp.parallel.cluster import FailureDetector, require_agreement
     from tfdp.system.startup import load_tensorflow
 
-    corpus = sources.open_corpus(config.data, sources.cache_dir(config.data))
+    data = sources.with_own_tokenizer(config.data, directory.tokenizer_path)
+    corpus = sources.open_corpus(data, sources.cache_dir(data))
     corpus.check_lengths(config.model.context_length)
     rows, num_tokens = getattr(config.model, "vocab_size", None), corpus.tokenizer.vocab_size
     rule = f"must be at least the number of tokens of the tokenizer: try {num_tokens}"
@@ -101,13 +103,14 @@ def _train(
 
     layout = config.distribution
     with FailureDetector(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
-        parallel = parallel_microbatches(recipe, config, corpus, cluster.num_workers)
+        built = without_origin(config) if directory.checkpoints().steps() else config
+        parallel = parallel_microbatches(recipe, built, corpus, cluster.num_workers)
         strategy = distribution.make_strategy(layout, cluster, parallel, watch.wait_for_start)
         if cluster.num_workers > 1:  # the facts include digests of large files
-            require_agreement(cluster, shared_facts(recipe, config, corpus, strategy), watch.wait_for_start)
+            require_agreement(cluster, shared_facts(recipe, built, corpus, strategy), watch.wait_for_start)
         distribution.connect_workers(strategy, layout, cluster)
         process = Process(directory, cluster, watch, stop, started)
-        return _fit(config, corpus, strategy, build(recipe, config, corpus, strategy, parallel), process)
+        return _fit(config, corpus, strategy, build(recipe, built, corpus, strategy, parallel), process)
 
 
 def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, process: Process) -> dict[str, Any]:

@@ -35,11 +35,13 @@ def main() -> None:
     from tfdp import assembly
     from tfdp.data import sources
     from tfdp.inference.trained import TrainedGPT
+    from tfdp.training.run_directory import RunDirectory
 
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
-    corpus = sources.open_same_corpus(run_config.data, trained.corpus_sha256)
+    data = sources.with_own_tokenizer(run_config.data, RunDirectory.open(config.run_dir).tokenizer_path)
+    corpus = sources.open_same_corpus(data, trained.corpus_sha256)
     load_tensorflow()
     from tfdp.parallel import distribution
 

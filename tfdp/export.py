@@ -26,7 +26,7 @@ def main() -> None:
     config = load(Config, sys.argv[1:], "python -m tfdp.export", description)
     require_free(str(config.output))
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "exported")
-    if config.format in ("keras_hub", "saved_model"):
+    if config.format in ("keras_hub", "saved_model", "onnx"):
         load_tensorflow()
     name = Path(config.run_dir).name
     export(trained, config, f"python -m tfdp.export --run_dir {name} --checkpoint {config.checkpoint}")

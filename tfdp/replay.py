@@ -130,9 +130,10 @@ class PastRun:
         """The text of the run. Raises `ConfigError` where it is another one now."""
         from tfdp.data import sources
 
+        data = sources.with_own_tokenizer(self.config.data, self.directory.tokenizer_path)
         if not self.states:  # nothing tells which it was
-            return sources.open_corpus(self.config.data, sources.cache_dir(self.config.data))
-        return sources.open_same_corpus(self.config.data, list(self.states.values())[-1]["identity"]["corpus_sha256"])
+            return sources.open_corpus(data, sources.cache_dir(data))
+        return sources.open_same_corpus(data, list(self.states.values())[-1]["identity"]["corpus_sha256"])
 
     def layout_of(self, step: int) -> Mapping[str, int] | None:
         """The layout that ran a step: that of the first checkpoint saved since, or else of the newest one."""

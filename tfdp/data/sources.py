@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from tfdp.config import source_syntax
 from tfdp.config.sections import DataConfig
+from tfdp.data.inputs import path_of
 from tfdp.data.manifest import FORMAT_VERSION, SPLITS
 from tfdp.data.preparation import prepare
 from tfdp.data.reading import Recipe, corpus_sha256
@@ -139,6 +140,13 @@ def cache_dir(config: DataConfig) -> Path:
         raise ConfigError(
             "data.cache_dir (null) must be named where the user has no home directory: try --data.cache_dir cache"
         ) from None
+
+
+def with_own_tokenizer(config: DataConfig, own: Path) -> DataConfig:
+    """The text of a run with the tokenizer that its directory keeps, where the one that it names is gone."""
+    address = config.tokenizer.partition(":")[2]
+    is_gone = address and size_to_train(config.tokenizer) is None and not os.path.lexists(path_of(address))
+    return replace(config, tokenizer=f"bpe:{own}") if is_gone and own.is_dir() else config
 
 
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tfdp.config.sections import MOST, ModelConfig
 from tfdp.inference.trained import TrainedGPT
@@ -15,11 +15,15 @@ from tfdp.interop.tokenizer_json import write_tokenizer
 from tfdp.models import lora
 from tfdp.system.exits import ConfigError, require, require_at_most
 
+if TYPE_CHECKING:  # folders of Hugging Face are written without TensorFlow
+    from tfdp.models.gpt import GPT
+
 LOADERS = {  # of each format
     "huggingface": 'transformers.AutoModelForCausalLM.from_pretrained("{}")',
     "peft": 'peft.AutoPeftModelForCausalLM.from_pretrained("{}")',
     "keras_hub": 'keras_hub.models.CausalLM.from_preset("{}")',
     "saved_model": 'tf.saved_model.load("{}")',
+    "onnx": 'onnxruntime.InferenceSession("{}/model.onnx")',
 }
 
 
@@ -27,9 +31,10 @@ LOADERS = {  # of each format
 class ExportConfig:
     """What to write."""
 
-    format: Literal["huggingface", "peft", "keras_hub", "saved_model"] = "huggingface"
+    format: Literal["huggingface", "peft", "keras_hub", "saved_model", "onnx"] = "huggingface"
     """huggingface: a folder for transformers; peft: the adapters of a run with model.lora_rank; keras_hub: a preset for
-    KerasHub; saved_model: graphs for TensorFlow alone, with the signatures score, logits and generate."""
+    KerasHub; saved_model: graphs for TensorFlow alone, with the signatures score, logits and generate; onnx: the
+    logits, by tf2onnx."""
     output: str | None = None
     """Folder to write; must be named, and must not exist or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -116,11 +121,21 @@ def _keras_hub(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
 
 def _saved_model(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
     from tfdp.interop.saved_model import write_saved_model
+
+    write_saved_model(folder, _gpt(trained, trained.config.training.precision), trained.tokenizer.end_of_text)
+
+
+def _onnx(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+    from tfdp.interop.saved_model import write_onnx
+
+    write_onnx(folder / "model.onnx", _gpt(trained, "float32"), trained.tokenizer.end_of_text)
+
+
+def _gpt(trained: TrainedGPT, precision: str) -> "GPT":
     from tfdp.models.gpt import GPT
 
-    (model, weights), precision = _plain(trained), trained.config.training.precision
-    gpt = GPT(model, trained.tokenizer.vocab_size, precision=precision, given=weights)
-    write_saved_model(folder, gpt, trained.tokenizer.end_of_text)
+    model, weights = _plain(trained)
+    return GPT(model, trained.tokenizer.vocab_size, precision=precision, given=weights)
 
 
 _WRITERS: Mapping[str, Callable[[Path, TrainedGPT, ExportConfig], None]] = {
@@ -128,6 +143,7 @@ _WRITERS: Mapping[str, Callable[[Path, TrainedGPT, ExportConfig], None]] = {
     "peft": _peft,
     "keras_hub": _keras_hub,
     "saved_model": _saved_model,
+    "onnx": _onnx,
 }
 
 
@@ -148,7 +164,13 @@ def _model_card(trained: TrainedGPT, config: ExportConfig, command: str) -> str:
         "tokenizer": trained.tokenizer.name,
         "made by": f"`{command}`",
     }
-    libraries = {"huggingface": "transformers", "peft": "peft", "keras_hub": "keras-hub", "saved_model": "tensorflow"}
-    head = ["---", f"library_name: {libraries[config.format]}", "pipeline_tag: text-generation", "---", ""]
+    names = {"huggingface": "transformers", "keras_hub": "keras-hub", "saved_model": "tensorflow"}
+    head = [
+        "---",
+        f"library_name: {names.get(config.format, config.format)}",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+    ]
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join([*head, "# Model card", "", *table, ""])

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class TrainedGPT:
         summary, model_type = run.read_summary(), None
         if (started_from := getattr(config.model, "init_from", None)) is not None:
             model_type = hugging_face.model_type_of(path_of(origin.base_of(started_from)))
-            config = replace(config, model=replace(config.model, init_from=None))  # the checkpoint has the weights
+            config = origin.without_origin(config)
         sets = (saved.weights, saved.frozen, saved.step)
         return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from)
 

@@ -5,8 +5,8 @@ keys of section `model` come from there, and so does the tokenizer unless anothe
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from tfdp.config.parsing import known_keys
 from tfdp.config.run_config import config_records, flatten_yaml, standard_defaults
 from tfdp.config.sections import DataConfig, ModelConfig
 from tfdp.data.inputs import path_of
+from tfdp.data.shards import open_tokenizer_of
 from tfdp.data.sources import TOKENS
+from tfdp.data.tokenizers.tokenizer import make_tokenizer
 from tfdp.interop import hugging_face, keras_hub, peft
 from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.interop.keras_hub import KerasHubModel
@@ -126,7 +128,8 @@ def base_of(name: str) -> str:
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration, with those that the folder of `model.init_from` decides about.
 
-    A shorter context than the folder's may be chosen, unless its positions are learned.
+    A shorter context than the folder's may be chosen, unless its positions are learned. A run that is resumed has all
+    keys in its record, and its weights in its checkpoints: the folder may be gone.
 
     Args:
       values: by dotted key, without defaults.
@@ -135,7 +138,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
       ConfigError: a key was given another value than the folder has.
     """
     found, name = dict(values), values.get(INIT_FROM)
-    if name is None:
+    if name is None or has_checkpoints(values.get("run_dir")):
         return found
     origin = open_origin(name)
     for own, value in origin.keys.items():
@@ -151,11 +154,37 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
             )
     if not isinstance(origin, RunModel):  # damage and other shapes show now, before TensorFlow is loaded
         origin.weights(ModelConfig(**origin.keys), origin.keys["vocab_size"])
-    sources = source_syntax.parse(values.get("data.source", DataConfig().source))
-    brings_tokenizer = any(source.startswith(TOKENS) for source, _ in sources)
-    if found.get("data.tokenizer", "auto") == "auto" and not brings_tokenizer:
-        found["data.tokenizer"] = origin.tokenizer
+    if found.get("data.tokenizer", "auto") == "auto":
+        sources = source_syntax.parse(values.get("data.source", DataConfig().source))
+        shards = [source for source, _ in sources if source.startswith(TOKENS)]
+        if shards:
+            _require_tokenizer(shards, origin)
+        else:
+            found["data.tokenizer"] = origin.tokenizer
     return found
+
+
+def _require_tokenizer(shards: Sequence[str], origin: Origin) -> None:
+    """Raises `ConfigError` where token shards were made by another tokenizer than that of the model."""
+    wanted = make_tokenizer(origin.tokenizer, INIT_FROM)
+    for name in shards:
+        found = open_tokenizer_of(path_of(name.removeprefix(TOKENS)), f"data.source: {TOKENS.rstrip(':')}")
+        if found.fingerprint != wanted.fingerprint:
+            raise ConfigError(
+                f"data.source ({shown(name)}) must hold tokens of the tokenizer of {INIT_FROM}, but has those of "
+                f"{found.name}: prepare it again with --tokenizer {origin.tokenizer}"
+            )
+
+
+def has_checkpoints(run_dir: str | None) -> bool:
+    """Whether a run has weights of its own by now."""
+    return run_dir is not None and bool(CheckpointFolder(Path(run_dir) / "checkpoints").steps())
+
+
+def without_origin(config: Any) -> Any:
+    """The configuration of a model whose weights come from a checkpoint, not from `model.init_from`."""
+    is_named = getattr(config.model, "init_from", None) is not None
+    return replace(config, model=replace(config.model, init_from=None)) if is_named else config
 
 
 def given_weights(model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarray] | None:

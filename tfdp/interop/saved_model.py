@@ -9,12 +9,15 @@ It has three signatures, which also are functions of the object that `tf.saved_m
 All rows of a batch have the same length. Nothing here encodes text: ids go in and come out.
 """
 
+import importlib
 from pathlib import Path
 
 import tensorflow as tf
 
 from tfdp.models.gpt import GPT, Cache
+from tfdp.system.exits import ConfigError, require
 
+_OPSET, _MOST_BYTES = 18, 2 * 10**9  # of ONNX
 _TOKENS = tf.TensorSpec([None, None], tf.int32, name="tokens")
 
 
@@ -29,6 +32,22 @@ def write_saved_model(folder: Path, model: GPT, end_of_text: int) -> None:
     graphs = _Graphs(model, end_of_text)
     signatures = {"score": graphs.score, "logits": graphs.logits, "generate": graphs.generate}
     tf.saved_model.save(graphs, str(folder), signatures=signatures)
+
+
+def write_onnx(path: Path, model: GPT, end_of_text: int) -> None:
+    """Writes the signature `logits` as an ONNX file, by tf2onnx: tokens int32 (batch, time) to float32 logits.
+
+    Raises:
+      ConfigError: tf2onnx is not installed, or the weights are larger than one such file can be.
+    """
+    try:
+        convert = importlib.import_module("tf2onnx.convert")
+    except ImportError as error:
+        raise ConfigError(f"format (onnx) needs tf2onnx: pip install tf2onnx onnx ({error})") from None
+    size = 4 * model.num_params()
+    require(size < _MOST_BYTES, "format", "onnx", f"is for weights of at most 2 GB in one file, and has {size:,} bytes")
+    graphs = _Graphs(model, end_of_text)
+    convert.from_function(graphs.logits, input_signature=[_TOKENS], opset=_OPSET, output_path=str(path))
 
 
 class _Graphs(tf.Module):
