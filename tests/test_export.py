@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import kill_a_worker
+
 SIZE = ["--model.num_layers=2", "--model.num_heads=2", "--model.model_dim=32", "--model.context_length=32"]
 SHORT = ["--training.steps=12", "--training.global_batch_size=8", "--training.sample_tokens=0"]
 ADAPTERS = ["--model.init_from=run", "--model.lora_rank=2", "--model.lora_dropout=0.1", "--training.log_every=1"]
@@ -87,6 +89,21 @@ def test_a_run_needs_the_folder_that_it_started_from_no_more(folder: Path) -> No
     assert summary(folder / "left")["state_sha256"] == summary(folder / "stayed")["state_sha256"]
     anew = tfdp(folder, "train", "--run_dir=anew", *half)
     assert anew.returncode == 2 and "model.init_from (passing) must be a folder" in anew.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.multiworker
+def test_a_killed_worker_shows_in_no_adapter(folder: Path) -> None:
+    """Before its first checkpoint a job starts from the folder again, and after it from the checkpoint."""
+    keys = [*ADAPTERS, *TEXT, *SHORT[1:], "--training.steps=300", "--checkpoint.every_steps=20"]
+    keys += ["--distribution.reduction=canonical", "--training.microbatch_size=2"]
+    assert tfdp(folder, "train", "--run_dir=calm", *keys).returncode == 0
+    line = [sys.executable, "-m", "tfdp.launch", "--num_workers=2", "--max_restarts=3", "--", "--run_dir=killed", *keys]
+    job = subprocess.Popen(
+        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert "restart" in kill_a_worker(job, folder / "killed", 150)
+    assert summary(folder / "killed")["state_sha256"] == summary(folder / "calm")["state_sha256"]
 
 
 def test_tokens_of_another_tokenizer_than_the_models_are_refused(folder: Path) -> None:

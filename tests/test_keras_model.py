@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.commands import kill_a_worker
 
 ROOT = Path(__file__).parents[1]
 BUILDERS = '''
@@ -185,20 +186,7 @@ def test_a_killed_worker_is_restarted_and_nothing_shows(folder: Path, corpus_dir
     process = start(
         folder, "launch", "--num_workers=2", "--max_restarts=3", "--", *arguments, *keys, "--training.steps=400"
     )
-    try:
-        deadline = time.monotonic() + 200
-        while not list((folder / "killed" / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "tfdp.train"], capture_output=True, text=True)
-        workers = found.stdout.split()
-        assert workers, "no worker was found while the job ran"
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        out, error = process.communicate(timeout=200)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, error
-    assert "restart" in out + error
+    assert "restart" in kill_a_worker(process, folder / "killed")
     assert summary(folder, "killed")["state_sha256"] == summary(folder, "calm")["state_sha256"]
 
 

@@ -7,10 +7,11 @@ equals cannot be written as one.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tfdp.config.sections import ModelConfig
+from tfdp.interop.model_forms import nearest, normal_form, written_form
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 
@@ -296,42 +297,17 @@ def architecture_of(model: ModelConfig, preferred: str | None = None) -> Archite
     Raises:
       ConfigError: none does; it names the keys in which the nearest one differs.
     """
-    own = _normal_form(model)
-    differences = {
-        architecture.model_type: [key for key, values in architecture.allows.items() if own[key] not in values]
-        for architecture in ARCHITECTURES.values()
-    }
-    if own["qkv_bias"] != own["use_bias"]:
-        differences["llama"].append("qkv_bias")
-    nearest = min(differences, key=lambda name: (len(differences[name]), name != preferred))
-    if not differences[nearest]:
-        return ARCHITECTURES[nearest]
-    wanted = "; ".join(
-        f"model.{key} ({own[key]}) must be {ARCHITECTURES[nearest].allows.get(key, (own['use_bias'],))[0]}"
-        for key in differences[nearest]
-    )
-    raise ConfigError(f"format (huggingface) has no architecture for this model; the nearest is {nearest}: {wanted}")
-
-
-def _normal_form(model: ModelConfig) -> dict[str, Any]:
-    """The keys with nothing left to be derived: what is the default is null, but for biases."""
-    keys = asdict(model)
-    keys["qkv_bias"] = model.has_qkv_bias
-    keys["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
-    keys["head_dim"] = None if model.dim_per_head * model.num_heads == model.model_dim else model.dim_per_head
-    return keys
+    own = normal_form(model)
+    allowed = {name: dict(each.allows) for name, each in ARCHITECTURES.items()}
+    allowed["llama"]["qkv_bias"] = (own["use_bias"],)  # biases everywhere or nowhere
+    return ARCHITECTURES[nearest(allowed, own, "format (huggingface) has no architecture", preferred or "")]
 
 
 def config_json(
     model: ModelConfig, architecture: Architecture, vocab_size: int, end_of_text: int, dtype: str
 ) -> dict[str, Any]:
     """What `config.json` says of a model that equals an architecture."""
-    keys = {
-        **asdict(model),
-        "mlp_dim": model.hidden_dim,
-        "num_kv_heads": model.kv_heads,
-        "head_dim": model.dim_per_head,
-    }
+    keys = written_form(model)
     written = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.config import options
-from tfdp.config.parsing import known_keys
 from tfdp.config.sections import ModelConfig
 from tfdp.data import strict_json
 from tfdp.interop import architectures
 from tfdp.interop.architectures import ARCHITECTURES
+from tfdp.interop.model_forms import typed_keys
 from tfdp.interop.tensor_folder import TensorFolder, write_tensors
 from tfdp.interop.tensor_names import Origin, origins, without_aliases
 from tfdp.models.dimensions import weight_shapes
@@ -65,15 +64,7 @@ class HuggingFaceModel:
             raise ConfigError(f"{where} must hold a {CONFIG_FILE}: {reason}") from None
         if not isinstance(config, dict):
             raise ConfigError(f"{where} must hold a {CONFIG_FILE} that is an object")
-        try:
-            found, kinds = architectures.model_keys(config, where), known_keys(ModelConfig)
-            keys = {own: options.read(f"model.{own}", kinds[own], value) for own, value in found.items()}
-        except (TypeError, AttributeError, LookupError, ValueError) as error:
-            if isinstance(error, ConfigError) and str(error).startswith(where):
-                raise
-            raise ConfigError(
-                f"{where}: a value of its {CONFIG_FILE} is not of its type: {one_line(str(error))}"
-            ) from None
+        keys = typed_keys(lambda: architectures.model_keys(config, where), where, CONFIG_FILE)
         return cls(folder, where, str(config.get("model_type")), keys)
 
     @property

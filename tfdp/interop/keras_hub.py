@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from tfdp.config import options
-from tfdp.config.parsing import known_keys
 from tfdp.config.sections import ModelConfig
 from tfdp.data import strict_json
 from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.interop import keras_hub_backbones, keras_hub_tokenizer
 from tfdp.interop.keras_hub_backbones import BACKBONES, Backbone
 from tfdp.interop.keras_hub_weights import Place, places
+from tfdp.interop.model_forms import typed_keys
 from tfdp.models.dimensions import weight_shapes
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import one_line, shown
@@ -75,16 +74,7 @@ class KerasHubModel:
             raise ConfigError(f"{where} must be a backbone that tfdp reads ({known}), but is {shown(name)}")
         _check_dtype(config.get("dtype"), where)
         longest = keras_hub_tokenizer.sequence_length(folder, where)
-        try:
-            kinds = known_keys(ModelConfig)
-            found = keras_hub_backbones.model_keys(backbone, config, longest, where)
-            keys = {own: options.read(f"model.{own}", kinds[own], value) for own, value in found.items()}
-        except (TypeError, AttributeError, LookupError, ValueError) as error:
-            if isinstance(error, ConfigError) and str(error).startswith(where):
-                raise
-            raise ConfigError(
-                f"{where}: a value of its {CONFIG_FILE} is not of its type: {one_line(str(error))}"
-            ) from None
+        keys = typed_keys(lambda: keras_hub_backbones.model_keys(backbone, config, longest, where), where, CONFIG_FILE)
         return cls(folder, where, backbone, keys)
 
     @property

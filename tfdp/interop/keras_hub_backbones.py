@@ -5,10 +5,11 @@ here as a quirk was seen in KerasHub 0.32, and a value that a quirk touches is r
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tfdp.config.sections import ModelConfig
+from tfdp.interop.model_forms import nearest, normal_form, written_form
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 
@@ -219,31 +220,13 @@ def _rotary_keys(backbone: Backbone, given: Mapping[str, Any], where: str) -> di
 
 def backbone_of(model: ModelConfig) -> Backbone:
     """The backbone that a model equals. Raises `ConfigError` where none does: it names the keys in the way."""
-    own = asdict(model) | {"qkv_bias": model.has_qkv_bias}
-    own["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
-    own["head_dim"] = None if model.attention_dim == model.model_dim else model.dim_per_head
-    differences = {
-        backbone.name: [key for key, values in backbone.allows.items() if own[key] not in values]
-        for backbone in BACKBONES.values()
-    }
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    if not differences[nearest]:
-        return BACKBONES[nearest]
-    wanted = "; ".join(
-        f"model.{key} ({shown(own[key])}) must be {shown(BACKBONES[nearest].allows[key][0])}"
-        for key in differences[nearest]
-    )
-    raise ConfigError(f"format (keras_hub) has no backbone for this model; the nearest is {nearest}: {wanted}")
+    allowed = {each.name: each.allows for each in BACKBONES.values()}
+    return BACKBONES[nearest(allowed, normal_form(model), "format (keras_hub) has no backbone", "")]
 
 
 def backbone_config(model: ModelConfig, backbone: Backbone, vocab_size: int) -> dict[str, Any]:
     """The arguments with which KerasHub makes a backbone that equals a model."""
-    keys = asdict(model) | {
-        "mlp_dim": model.hidden_dim,
-        "num_kv_heads": model.kv_heads,
-        "head_dim": model.dim_per_head,
-        "vocab_size": vocab_size,
-    }
+    keys = {**written_form(model), "vocab_size": vocab_size}
     config = {name: keys[own] for name, own in backbone.names.items()}
     config |= {"dropout": 0.0, "dtype": "float32"}
     if model.rope_scaling == "llama3" and not backbone.is_gpt2:
