@@ -106,6 +106,21 @@ def test_a_killed_worker_shows_in_no_adapter(folder: Path) -> None:
     assert summary(folder / "killed")["state_sha256"] == summary(folder / "calm")["state_sha256"]
 
 
+@pytest.mark.slow
+def test_a_vocabulary_grows_only_when_asked(folder: Path) -> None:
+    import tfdp as api
+
+    keys = ["--model.init_from=exported", "--model.vocab_size=300", "--optimizer.learning_rate=1e-6"]
+    done = tfdp(folder, "train", "--run_dir=grown", *keys, "--optimizer.adam_learning_rate=1e-6", *TEXT, *SHORT)
+    assert done.returncode == 0, done.stderr
+    ids = [97, 98, 99]
+    grown, before = (api.load(str(folder / name)).logits(ids) for name in ("grown", "exported"))
+    np.testing.assert_allclose(grown[:, :256], before, atol=1e-2)
+    rows = api.load(str(folder / "grown"))._model.named_weights()["token_embedding"].numpy()
+    assert rows.shape[0] == 300
+    np.testing.assert_allclose(rows[256:], np.tile(rows[:256].mean(axis=0), (44, 1)), atol=1e-4)
+
+
 def test_tokens_of_another_tokenizer_than_the_models_are_refused(folder: Path) -> None:
     for name, tokenizer in (("same", "huggingface:exported"), ("other", "bpe:300")):
         text = ["--source=text:text/*.txt", "--validation_fraction=0.2", f"--tokenizer={tokenizer}"]
@@ -219,6 +234,11 @@ def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Pat
             "train",
             ["--model.init_from=exported", "--model.context_length=64"],
             "model.context_length (64) must be at most 32, as model.init_from (exported) has it: leave it out",
+        ),
+        (
+            "train",
+            ["--model.init_from=exported", "--model.vocab_size=250"],
+            "model.vocab_size (250) must be at least 256, as model.init_from (exported) has it: leave it out",
         ),
         (
             "evaluate",

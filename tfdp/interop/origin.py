@@ -5,7 +5,7 @@ keys of section `model` come from there, and so does the tokenizer unless anothe
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ def base_of(name: str) -> str:
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration, with those that the folder of `model.init_from` decides about.
 
-    A shorter context than the folder's may be chosen, unless its positions are learned. A run that is resumed has all
-    keys in its record, and its weights in its checkpoints: the folder may be gone.
+    A shorter context than the folder's may be chosen, unless its positions are learned, and a larger vocabulary. A run
+    that is resumed has all keys in its record, and its weights in its checkpoints: the folder may be gone.
 
     Args:
       values: by dotted key, without defaults.
@@ -147,8 +147,10 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         given = found.setdefault(key, value)
         is_shorter = own == "context_length" and origin.keys["position"] != "learned" and given <= value
-        if given != value and not is_shorter:
-            rule = f"at most {value}" if own == "context_length" and given > value else shown(value)
+        is_larger = own == "vocab_size" and value is not None and given is not None and given >= value
+        if given != value and not is_shorter and not is_larger:
+            at_most, at_least = own == "context_length" and given > value, own == "vocab_size" and value is not None
+            rule = f"at {'most' if at_most else 'least'} {value}" if at_most or at_least else shown(value)
             raise ConfigError(
                 f"{key} ({shown(given)}) must be {rule}, as {INIT_FROM} ({shown(path_of(name))}) has it: leave it out"
             )
@@ -195,7 +197,31 @@ def given_weights(model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarra
     """
     if model.init_from is None:
         return None
-    return open_origin(model.init_from).weights(model, vocab_size)
+    origin = open_origin(model.init_from)
+    own_size = origin.keys.get("vocab_size")
+    weights = origin.weights(replace(model, vocab_size=own_size), vocab_size)
+    is_larger = own_size is not None and model.vocab_size is not None and model.vocab_size > own_size
+    return _Widened(weights, model.vocab_size) if is_larger else weights
+
+
+class _Widened(Mapping[str, np.ndarray]):
+    """Weights whose tables have more rows: the new ones are the mean of the others, which no prediction is far from."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray], num_rows: int | None) -> None:
+        self._weights, self._num_rows = weights, num_rows or 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        weight = self._weights[name]
+        if name not in ("token_embedding", "output_embedding"):
+            return weight
+        mean = weight.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
+        return np.concatenate([weight, mean.repeat(self._num_rows - len(weight), axis=0)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def digest_of(name: str) -> str:
