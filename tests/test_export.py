@@ -136,6 +136,16 @@ def test_tokens_of_another_tokenizer_than_the_models_are_refused(folder: Path) -
     assert rule in refused.stderr and "--tokenizer huggingface:exported" in refused.stderr, refused.stderr
 
 
+def test_a_folder_and_a_run_are_evaluated_on_any_text(folder: Path) -> None:
+    text = "--source=text:text/0.txt"
+    found = [tfdp(folder, "evaluate", f"--run_dir={each}", text) for each in ("run", "exported")]
+    assert all(done.returncode == 0 for done in found), found[1].stderr
+    losses = [json.loads(done.stdout)["validation_loss"] for done in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    num_bytes = (folder / "text" / "0.txt").stat().st_size
+    assert json.loads(found[0].stdout)["num_tokens"] == num_bytes + 1  # and an end of text
+
+
 def test_generate_continues_from_an_export_as_from_its_run(folder: Path) -> None:
     arguments = ["--prompt=alpha ", "--num_tokens=24", "--temperature=0"]
     texts = [tfdp(folder, "generate", f"--run_dir={each}", *arguments) for each in ("run", "exported")]
@@ -243,7 +253,7 @@ def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Pat
         (
             "evaluate",
             ["--run_dir=exported"],
-            "run_dir (exported) must be the directory of a run to be evaluated, and is a folder of another library",
+            "source (null) must be named to evaluate a folder of another library: try --source",
         ),
         ("export", ["--run_dir=run"], "output (null) must name a folder: try --output exported"),
         ("export", ["--run_dir=run", "--output=exported"], "output (exported) must not exist, or be an empty folder"),

@@ -3,12 +3,18 @@
 import json
 import sys
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DistributionConfig
+from tfdp.config.source_syntax import parse
 from tfdp.recipe import FUNCTIONS
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.startup import load_tensorflow
+
+if TYPE_CHECKING:
+    from tfdp.data.sources import Corpus
+    from tfdp.inference.trained import TrainedGPT
 
 
 @dataclass(frozen=True)
@@ -16,9 +22,12 @@ class Config:
     """The evaluation."""
 
     run_dir: str = "runs/latest"
-    """Directory of the run."""
+    """Directory of the run; or a folder of Hugging Face, PEFT or KerasHub, with source."""
     checkpoint: str = "best"
     """Which checkpoint: best (by validation loss, or the metric of its task), newest, or a step."""
+    source: str | None = None
+    """Text to evaluate on, all of it, written as data.source is; of tokens:FOLDER its validation split. null: the
+    validation split of the run."""
     rows: int | None = None
     """Sequences per forward pass on each replica; null: as in training, which gives the
     loss of training to the bit on as many replicas and cores."""
@@ -33,15 +42,12 @@ def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
     from tfdp import assembly
-    from tfdp.data import sources
     from tfdp.inference.trained import TrainedGPT
-    from tfdp.training.run_directory import RunDirectory
 
     trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
-    data = sources.with_own_tokenizer(run_config.data, RunDirectory.open(config.run_dir).tokenizer_path)
-    corpus = sources.open_same_corpus(data, trained.corpus_sha256)
+    corpus = _corpus(config, trained)
     load_tensorflow()
     from tfdp.parallel import distribution
 
@@ -65,6 +71,28 @@ def main() -> None:
         "corpus_sha256": corpus.corpus_sha256,
     }
     print(json.dumps(found, indent=1))
+
+
+def _corpus(config: Config, trained: "TrainedGPT") -> "Corpus":
+    """The text of the run, or the one that is named, under the tokenizer of the model."""
+    from tfdp.data import sources
+    from tfdp.training.run_directory import RunDirectory
+
+    data, named = trained.config.data, config.source
+    if named is not None:
+        whole = None if any(name.startswith(sources.TOKENS) for name, _ in parse(named)) else named
+        own = trained.tokenizer_name if whole is not None else "auto"
+        corpus = sources.open_corpus(
+            replace(data, source=named, validation_source=whole, tokenizer=own, partition="shuffled"),
+            sources.cache_dir(data),
+        )
+        is_same = corpus.tokenizer.fingerprint == trained.tokenizer.fingerprint
+        require(is_same, "source", named, f"must hold tokens of the tokenizer of the model, {trained.tokenizer.name}")
+        return corpus
+    rule = "must be named to evaluate a folder of another library: try --source 'text:notes/*.txt'"
+    require(bool(trained.corpus_sha256), "source", named, rule)
+    own_data = sources.with_own_tokenizer(data, RunDirectory.open(config.run_dir).tokenizer_path)
+    return sources.open_same_corpus(own_data, trained.corpus_sha256)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_token
 from tfdp.interop import hugging_face, origin
 from tfdp.models.dimensions import largest_matrix
 from tfdp.recipe import Model, Recipe, import_recipe, recipe_of_file
-from tfdp.system.exits import ConfigError, require
+from tfdp.system.exits import ConfigError
 from tfdp.system.messages import shown
 from tfdp.training.run_directory import RunDirectory
 from tfdp.training.weights import Tensors, restore
@@ -40,6 +40,7 @@ class TrainedGPT:
     summary: Mapping[str, Any]  # of the run; {} where there is none
     model_type: str | None = None  # the architecture, where it comes from Hugging Face
     started_from: str | None = None  # the folder of its first weights
+    tokenizer_name: str = "bytes"  # as `data.tokenizer` names it
 
     @classmethod
     def open(
@@ -57,8 +58,6 @@ class TrainedGPT:
           ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
         if origin.is_foreign(Path(run_dir)):
-            rule = f"must be the directory of a run to be {purpose}, and is a folder of another library"
-            require("make_task" not in functions, "run_dir", run_dir, rule)
             return cls._of_folder(run_dir)
         run = RunDirectory.open(run_dir)
         recipe, config = recipe_of_file(run.config_path, functions, purpose)
@@ -71,7 +70,8 @@ class TrainedGPT:
             model_type = hugging_face.model_type_of(path_of(origin.base_of(started_from)))
             config = origin.without_origin(config)
         sets = (saved.weights, saved.frozen, saved.step)
-        return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from)
+        name = f"bpe:{run.tokenizer_path}" if run.tokenizer_path.exists() else "bytes"  # of whatever kind
+        return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from, name)
 
     @classmethod
     def _of_folder(cls, name: str) -> "TrainedGPT":
@@ -81,7 +81,7 @@ class TrainedGPT:
         config = recipe.Config(model=ModelConfig(**{**found.keys, "init_from": name}))
         tokenizer = make_tokenizer(found.tokenizer, "run_dir")
         weights = found.weights(config.model, tokenizer.vocab_size)
-        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type, name)
+        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type, name, found.tokenizer)
 
     @property
     def compilation(self) -> "Compilation":
