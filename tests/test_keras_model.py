@@ -58,6 +58,12 @@ def functional(vocab_size, *extra):
 def future(vocab_size):
     return functional(vocab_size, layers.Lambda(lambda x: x + ops.mean(x, axis=1, keepdims=True)))
 
+def attending(vocab_size):
+    ids = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(vocab_size, 8)(ids)
+    x = layers.MultiHeadAttention(2, 4, dropout=0.3)(x, x, use_causal_mask=True)
+    return keras.Model(ids, layers.Dense(vocab_size)(layers.Dropout(0.3)(x)))
+
 def noisy(vocab_size):
     return functional(vocab_size, layers.GaussianNoise(0.1))
 
@@ -188,6 +194,25 @@ def test_a_killed_worker_is_restarted_and_nothing_shows(folder: Path, corpus_dir
     )
     assert "restart" in kill_a_worker(process, folder / "killed")
     assert summary(folder, "killed")["state_sha256"] == summary(folder, "calm")["state_sha256"]
+
+
+def test_masks_belong_to_sequences_and_not_to_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those inside a MultiHeadAttention too."""
+    import tensorflow as tf
+
+    from tfdp.config.sections import KerasModelConfig
+    from tfdp.models.wrapped import WrappedModel, build
+
+    monkeypatch.syspath_prepend(str(folder))
+    config = KerasModelConfig(builder="builders:attending", context_length=16)
+    model = WrappedModel(build(config, 64, 0, "float32"), config, 64)
+    tokens = tf.constant([[*range(16)]] * 3)
+    first, second, third = model.features(tokens, tf.constant([7, 8, 7], tf.uint32)).numpy()
+    np.testing.assert_array_equal(first, third)
+    assert np.abs(first - second).max() > 1e-3
+    moved = model.features(tokens, tf.constant([8, 9, 7], tf.uint32)).numpy()
+    np.testing.assert_allclose(moved[0], second, atol=1e-6)
+    np.testing.assert_array_equal(*model.features(tokens).numpy()[:2])
 
 
 @pytest.mark.parametrize(

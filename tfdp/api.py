@@ -1,6 +1,7 @@
 """tfdp from Python: `tfdp.load`, `tfdp.train`, `tfdp.fit`. Each does what a command does, and raises what it prints."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +81,16 @@ def fit(
             model.save(path)
         own |= {"builder": "keras.saving:load_model", "arguments": json.dumps({"filepath": str(path)})}
     else:
-        own["builder"] = f"{model.__module__}:{model.__qualname__}"
+        own["builder"] = f"{_module_of(model)}:{model.__qualname__}"
         rule = "must be a function of a module, so that every process that reads the run finds it"
         require("<" not in own["builder"], "builder", own["builder"], rule)
     return train(config, **{"trainer": "keras_model", **sections, "model": own})
+
+
+def _module_of(function: Any) -> str:
+    """The name by which another process imports the module of a function; of a script, that of its file."""
+    name, file = str(function.__module__), getattr(sys.modules["__main__"], "__file__", None)
+    return Path(file).stem if name == "__main__" and file is not None else name
 
 
 def _text_of(value: Any) -> str:

@@ -10,8 +10,10 @@ import importlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -199,13 +201,19 @@ def find_builder(name: str) -> Callable[..., Any]:
     """The function "package.module:function". Raises `ConfigError` where there is none."""
     module, _, function = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = _running_script(module) or importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever the module of a user raises
         raise ConfigError(f"model.builder ({shown(name)}) must name MODULE:FUNCTION: {what_and_where(error)}") from None
     require(callable(found), "model.builder", name, "must name a function: try my_package.my_module:build")
     return found
+
+
+def _running_script(module: str) -> Any:
+    """The script that runs, where it is the module: to import it would run it once more."""
+    script = sys.modules["__main__"]
+    return script if Path(getattr(script, "__file__", None) or "").stem == module else None
 
 
 def weight_shapes(model: keras.Model) -> Mapping[str, tuple[int, ...]]:
