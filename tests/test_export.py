@@ -136,6 +136,7 @@ def test_tokens_of_another_tokenizer_than_the_models_are_refused(folder: Path) -
     assert rule in refused.stderr and "--tokenizer huggingface:exported" in refused.stderr, refused.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_run_are_evaluated_on_any_text(folder: Path) -> None:
     text = "--source=text:text/0.txt"
     found = [tfdp(folder, "evaluate", f"--run_dir={each}", text) for each in ("run", "exported")]
@@ -285,6 +286,7 @@ def test_a_run_that_starts_from_a_folder_is_one_run_in_any_layout(folder: Path) 
     assert len(set(found.values())) == 1, found
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_sent_and_saved_and_go_out_again(folder: Path) -> None:
     done = tfdp(folder, "train", "--run_dir=adapted", *ADAPTERS, *TEXT, *SHORT, "--distribution.num_replicas=2")
     assert done.returncode == 0, done.stderr

@@ -135,6 +135,7 @@ def train(folder: Path, name: str, model: str, corpus: Path, steps: int, *own: s
     assert code == 0, error
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_trained_read_back_and_resumed(folder: Path, corpus_dir: Path) -> None:
     """Two replicas have the losses of one, dropout included; half a run and its other half have the bits of a whole."""
     train(folder, "one", "own", corpus_dir, 12)
@@ -208,7 +209,7 @@ def test_masks_belong_to_sequences_and_not_to_rows(folder: Path, monkeypatch: py
     model = WrappedModel(build(config, 64, 0, "float32"), config, 64)
     tokens = tf.constant([[*range(16)]] * 3)
     first, second, third = model.features(tokens, tf.constant([7, 8, 7], tf.uint32)).numpy()
-    np.testing.assert_array_equal(first, third)
+    np.testing.assert_allclose(first, third, atol=1e-5)
     assert np.abs(first - second).max() > 1e-3
     moved = model.features(tokens, tf.constant([8, 9, 7], tf.uint32)).numpy()
     np.testing.assert_allclose(moved[0], second, atol=1e-6)
