@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import LONG, SHORT, assert_refused, run, without_tensorflow
+from commands import LONG, ROOT, SHORT, assert_refused, run, without_tensorflow
 
 TEXT = b"text enough for a sequence\n" * 1000
 
@@ -188,3 +188,9 @@ def test_a_batch_that_the_replicas_cannot_share_is_refused_in_one_line(tmp_path:
     message = r"training\.global_batch_size \(3\) must be a multiple of num_replicas \(2\): try 4"
     assert_refused(run(tmp_path, *command, timeout=LONG), message)
     assert left_behind(tmp_path) == {"a.txt"}
+
+
+def test_the_package_itself_lists_its_commands(tmp_path: Path) -> None:
+    listed = without_tensorflow(tmp_path, "tfdp.__main__").stdout
+    own = {path.stem for path in (ROOT / "tfdp").glob("*.py") if "run_command" in path.read_text(encoding="utf-8")}
+    assert {line.split()[2].removeprefix("tfdp.") for line in listed.splitlines() if "-m tfdp." in line[:20]} == own

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tests.commands import kill_a_worker
+from commands import kill_a_worker
 
 SIZE = ["--model.num_layers=2", "--model.num_heads=2", "--model.model_dim=32", "--model.context_length=32"]
 SHORT = ["--training.steps=12", "--training.global_batch_size=8", "--training.sample_tokens=0"]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tests.commands import kill_a_worker
+from commands import kill_a_worker
 
 ROOT = Path(__file__).parents[1]
 BUILDERS = '''
