@@ -63,6 +63,10 @@ def attending(vocab_size):
     x = layers.MultiHeadAttention(2, 4, dropout=0.3)(x, x, use_causal_mask=True)
     return keras.Model(ids, layers.Dense(vocab_size)(layers.Dropout(0.3)(x)))
 
+def fixed(vocab_size):
+    ids = keras.Input((16,), dtype="int32")
+    return keras.Model(ids, layers.Dense(vocab_size)(layers.Embedding(vocab_size, 8)(ids)))
+
 def noisy(vocab_size):
     return functional(vocab_size, layers.GaussianNoise(0.1))
 
@@ -213,6 +217,19 @@ def test_masks_belong_to_sequences_and_not_to_rows(folder: Path, monkeypatch: py
     moved = model.features(tokens, tf.constant([8, 9, 7], tf.uint32)).numpy()
     np.testing.assert_allclose(moved[0], second, atol=1e-6)
     np.testing.assert_array_equal(*model.features(tokens).numpy()[:2])
+
+
+def test_a_model_of_one_length_takes_shorter_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tfdp.config.sections import KerasModelConfig
+    from tfdp.inference.scoring import Scorer
+    from tfdp.models.wrapped import WrappedModel, build
+
+    monkeypatch.syspath_prepend(str(folder))
+    config = KerasModelConfig(builder="builders:fixed", context_length=16)
+    scorer = Scorer(WrappedModel(build(config, 64, 0, "float32"), config, 64), 64)
+    short, long = scorer.logits(np.array([[1, 2, 3]])), scorer.logits(np.array([[1, 2, 3, *range(4, 17)]]))
+    assert short.shape == (1, 3, 64)
+    np.testing.assert_allclose(short, long[:, :3], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_what_is_no_plain_adapter_of_this_base_is_refused(tmp_path: Path) -> Non
 
     assert "must be a plain LoRA adapter: use_dora is true" in message(use_dora=True)
     assert 'must be a plain LoRA adapter: init_lora_weights is "pissa"' in message(init_lora_weights="pissa")
+    assert "must have one alpha for all modules: its alpha_pattern is" in message(alpha_pattern={"q_proj": 32})
     assert "its base (gone) must be a folder with a model" in message(base_model_name_or_path="gone")
     assert "must hold a whole adapter_config.json: " in message(r=None)
     assert "must have block_0/attention/query_key_value/lora/query_a of shape [32, 5], but has [32, 4]" in message(r=5)

@@ -60,8 +60,9 @@ class RunModel:
 
     @property
     def files(self) -> list[Path]:
-        """That hold the weights which every step changes."""
-        return [self._checkpoints.path(self._step) / "weights.safetensors"]
+        """That hold the weights, those that no step changes among them."""
+        frozen = sorted((self.folder / "checkpoints").glob("frozen_*.safetensors"))
+        return [self._checkpoints.path(self._step) / "weights.safetensors", *frozen]
 
     def weights(self, model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarray]:
         """The weights of the model by name. Raises `ConfigError` where there is no whole checkpoint."""

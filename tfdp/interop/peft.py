@@ -202,6 +202,7 @@ class PeftModel:
         try:
             content: Any = strict_json.parse((folder / CONFIG_FILE).read_bytes())
             _refuse_unknown(content, where)
+            _refuse_patterns(content, folder, where)
             base = _open_base(content, folder, where)
             rank, targets = int(content["r"]), _targets(content, base, folder)
             keys = {
@@ -300,6 +301,14 @@ def _refuse_unknown(content: Any, where: str) -> None:
         value = content.get(key, values[0])
         if not any(type(value) is type(each) and value == each for each in values):
             raise ConfigError(f"{where} must be a plain LoRA adapter: {key} is {shown(json.dumps(value))}")
+
+
+def _refuse_patterns(content: Any, folder: Path, where: str) -> None:
+    """Refuses a rank or a scale of single modules: the scale of an adapter shows in no tensor."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if content.get(key) and not _own_targets(folder):  # tfdp writes them for what is one module there alone
+            what, found = key.partition("_")[0], shown(json.dumps(content[key]))
+            raise ConfigError(f"{where} must have one {what} for all modules: its {key} is {found}")
 
 
 def _open_base(content: Any, folder: Path, where: str) -> HuggingFaceModel:

@@ -61,8 +61,10 @@ class WrappedModel:
     ) -> tf.Tensor:
         """The logits, (rows, time, vocab_size) or wider."""
         require(attention is CAUSAL, "model.builder", self.config.builder, "makes a model of causal attention alone")
-        with self._masks.keyed(dropout_keys):
-            return self._logits(tokens, training=dropout_keys is not None)
+        time, length = tokens.shape[1], _fixed_length(self._model) or tokens.shape[1]
+        with self._masks.keyed(dropout_keys):  # what follows a token does not reach it
+            padded = tf.pad(tokens, [[0, 0], [0, length - time]]) if time < length else tokens
+            return self._logits(padded, training=dropout_keys is not None)[:, :time]
 
     def _logits(self, tokens: tf.Tensor, training: bool) -> tf.Tensor:
         if not self._is_hub:
@@ -73,7 +75,7 @@ class WrappedModel:
 
     def empty_cache(self, batch_size: int, length: int | None = None) -> Cache:
         """Room for the ids of so many tokens: keys and values are computed anew for each, as the model has no cache."""
-        is_fixed = not self._is_hub and _fixed_length(self._model) is not None
+        is_fixed = _fixed_length(self._model) is not None
         size = self.config.context_length if is_fixed or length is None else length
         return [(tf.zeros((batch_size, size), tf.int32), tf.zeros((), tf.int32))]
 
