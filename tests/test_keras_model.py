@@ -67,6 +67,28 @@ def fixed(vocab_size):
     ids = keras.Input((16,), dtype="int32")
     return keras.Model(ids, layers.Dense(vocab_size)(layers.Embedding(vocab_size, 8)(ids)))
 
+class Flat(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dropout = layers.Dropout(0.5, name="of_flat")
+    def call(self, x, training=False):
+        return x + self.dropout(ops.ones_like(x[:1]), training=training)
+
+def flat(vocab_size):
+    return functional(vocab_size, Flat())
+
+class Twice(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.dropout = layers.Dropout(0.5)
+    def call(self, x, training=False):
+        ones = ops.ones_like(x)
+        return self.dropout(ones, training=training) - self.dropout(ones, training=training)
+
+def twice(vocab_size):
+    ids = keras.Input((None,), dtype="int32")
+    return keras.Model(ids, Twice()(layers.Embedding(vocab_size, vocab_size)(ids)))
+
 def noisy(vocab_size):
     return functional(vocab_size, layers.GaussianNoise(0.1))
 
@@ -219,6 +241,20 @@ def test_masks_belong_to_sequences_and_not_to_rows(folder: Path, monkeypatch: py
     np.testing.assert_array_equal(*model.features(tokens).numpy()[:2])
 
 
+def test_a_layer_that_is_used_twice_draws_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    from tfdp.config.sections import KerasModelConfig
+    from tfdp.models.wrapped import WrappedModel, build
+
+    monkeypatch.syspath_prepend(str(folder))
+    config = KerasModelConfig(builder="builders:twice", context_length=16)
+    model = WrappedModel(build(config, 64, 0, "float32"), config, 64)
+    found = [model.features(tf.ones([2, 16], tf.int32), tf.constant([3, 4], tf.uint32)).numpy() for _ in range(2)]
+    np.testing.assert_array_equal(*found)
+    assert 0.4 < (found[0] != 0).mean() < 0.6  # two masks of one half each, one of them inverted
+
+
 def test_a_model_of_one_length_takes_shorter_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tfdp.config.sections import KerasModelConfig
     from tfdp.inference.scoring import Scorer
@@ -256,6 +292,7 @@ def test_a_mistake_in_keys_is_one_line(folder: Path, corpus_dir: Path, keys: lis
         ("normal", "state that each step would change: moving_mean of batch_norm (BatchNormalization)"),
         ("regular", "with losses of its own, which no step adds: try optimizer.weight_decay"),
         ("narrow", "must make a model that gives logits of shape (batch, time, 256) or wider, not [2, 16, 255]"),
+        ("flat", "the layer of_flat (Dropout) must drop parts of sequences, the first axis of its input, but that is"),
         ("broken", "cannot build a model: KeyError: 'depth'"),
     ],
 )

@@ -23,6 +23,7 @@ from keras.src.backend.common import global_state
 
 from tfdp.config.sections import KerasModelConfig
 from tfdp.models.dropout import KeyedDropout
+from tfdp.ops.hashing import mix, uint32
 from tfdp.ops.visibility import CAUSAL, AttentionKind
 from tfdp.system.exits import CommandError, ConfigError, require
 from tfdp.system.messages import one_line, shown, what_and_where
@@ -146,25 +147,37 @@ class _KeyedMasks:
 
     def __init__(self, model: keras.Model) -> None:
         self._keys: tf.Tensor | None = None
+        self._num_calls: collections.Counter[str] = collections.Counter()  # of each layer in a pass
         for index, layer in enumerate(_layers(model)):
             if type(layer) is keras.layers.Dropout and layer.rate > 0 and layer.noise_shape is None:
-                layer.call = self._call_of(KeyedDropout(layer.rate, f"dropout_{index}", dtype=layer.dtype_policy))
+                layer.call = self._call_of(
+                    KeyedDropout(layer.rate, f"dropout_{index}", dtype=layer.dtype_policy), layer
+                )
 
     @contextmanager
     def keyed(self, keys: tf.Tensor | None) -> Iterator[None]:
         """Within it the masks are those of the sequences with these keys, (rows,); None: nothing is dropped."""
         before, self._keys = self._keys, keys
+        self._num_calls.clear()
         try:
             yield
         finally:
             self._keys = before
 
-    def _call_of(self, dropout: KeyedDropout) -> Callable[..., tf.Tensor]:
+    def _call_of(self, dropout: KeyedDropout, layer: keras.Layer) -> Callable[..., tf.Tensor]:
         def call(inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
             keys = self._keys
             if keys is None or not training:
                 return inputs
-            flat = dropout.call(tf.reshape(inputs, [tf.shape(keys)[0], -1, 1]), keys)
+            if inputs.shape[0] not in (keys.shape[0], None):
+                raise ConfigError(
+                    f"the layer {layer.name} (Dropout) must drop parts of sequences, the first axis of its input, but "
+                    f"that is of shape {list(inputs.shape)}"
+                )
+            count = self._num_calls[layer.path]
+            self._num_calls[layer.path] += 1
+            own = keys if count == 0 else mix(keys ^ uint32(count))  # a layer that is used twice draws twice
+            flat = dropout.call(tf.reshape(inputs, [tf.shape(keys)[0], -1, 1]), own)
             return tf.reshape(flat, tf.shape(inputs))
 
         return call
