@@ -94,7 +94,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
       TrainingError: a measured model failed.
     """
     vocab_size = sources.expected_vocab_size(run.data)
-    shapes = recipe.weight_shapes(run, vocab_size)
+    trained = dimensions.trained(shapes := recipe.weight_shapes(run, vocab_size))
     num_here = len(available_gpus())
     num_local = run.distribution.num_replicas or num_here or 1
     num_replicas = num_local * config.num_workers
@@ -105,7 +105,6 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         batch,
         f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
     )
-    trained = dimensions.trained(shapes)
     num_params, num_trained = dimensions.num_params(shapes), dimensions.num_params(trained)
     num_state = estimates.num_state_numbers(run.optimizer, trained)
     num_gpus = num_local if config.device else num_here
