@@ -268,6 +268,7 @@ def test_a_mistake_is_one_line(folder: Path, command: str, arguments: list[str],
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.multiworker
 def test_a_run_that_starts_from_a_folder_is_one_run_in_any_layout(folder: Path) -> None:
     keys = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2", "--model.init_from=exported", *SHORT]
