@@ -119,7 +119,7 @@ def test_prompts_of_a_file_are_continued_together(run: Path, tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in done.stdout.splitlines()]
         assert [row["prompt"] for row in rows] == prompts
-        alone = generate("--prompt=alpha")
-        assert alone.stdout == f"alpha{rows[0]['text']}\n"
+    alone = generate("--prompt=alpha")
+    assert alone.stdout == f"alpha{rows[0]['text']}\n"
     refused = generate("--prompts_file=bad.jsonl")
     assert refused.returncode == 2 and "line 2" in refused.stderr and len(refused.stderr.splitlines()) == 1

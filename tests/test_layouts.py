@@ -130,7 +130,7 @@ def test_a_step_reduces_once_whatever_the_accumulation(rules: dict[str, object])
     assert told == {(num_packs + 1, num_bytes + 3 * 4)}
 
 
-@pytest.mark.parametrize("num_replicas", [2, 4])
+@pytest.mark.parametrize("num_replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_packs_of_any_size_give_the_same_bits(num_replicas: int) -> None:
     tokens, found = np.random.default_rng(0).integers(0, 32, (8, 9)), []
     for bytes_per_pack in (0, 256, 1 << 20):

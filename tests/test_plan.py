@@ -17,6 +17,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_bytes_of_a_plan_are_those_of_the_run(tmp_path: Path, corpus_dir: Path) -> None:
     common = [*TINY, f"--data.source=text:{corpus_dir}/*.txt", "--training.steps=2", "--training.sample_tokens=0"]

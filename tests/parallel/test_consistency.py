@@ -146,6 +146,7 @@ def test_clean_steps_raise_no_alarm(num_steps: int) -> None:
     assert len(results.loss) == num_steps
 
 
+@pytest.mark.slow
 def test_a_run_ends_and_goes_on_from_before_the_corruption(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def files_of(config: Config) -> list[Path]:
     return sorted(Path(str(config.run_dir), "checkpoints").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_frozen_weights_are_saved_once_and_come_back(make: Callable[..., Config], remat: bool) -> None:
     whole = causal_lm.train(make("whole", 8, remat=remat))
     begun = make("halves", 4, remat=remat)

@@ -126,6 +126,7 @@ def logged(config: Config, key: str) -> list[float]:
     return [row[key] for row in rows if key in row]
 
 
+@pytest.mark.slow
 def test_a_run_in_float16_resumes_with_its_scale_and_stays_near_float32(tiny_config: Callable[..., Config]) -> None:
     training = {"precision": "float16", "steps": 12}
     whole, cut = tiny_config("whole", training=training), tiny_config("cut", training=training)
