@@ -272,6 +272,10 @@ def test_a_model_of_one_length_takes_shorter_rows(folder: Path, monkeypatch: pyt
     ("keys", "message"),
     [
         (["--model.builder=builders"], "model.builder (builders) must be MODULE:FUNCTION"),
+        (
+            ["--model.builder=os:system"],
+            "model.builder (os:system) must not be a function of Python's standard library",
+        ),
         (["--model.builder=builders:missing"], "must name MODULE:FUNCTION: AttributeError"),
         (["--model.builder=nowhere:build"], "must name MODULE:FUNCTION: ModuleNotFoundError"),
         ([], "model.builder () must be given: try my_package.my_module:build"),

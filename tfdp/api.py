@@ -1,6 +1,8 @@
 """tfdp from Python: `tfdp.load`, `tfdp.train`, `tfdp.fit`. Each does what a command does, and raises what it prints."""
 
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from tfdp.inference.language_model import LanguageModel
 from tfdp.inference.trained import TrainedGPT
 from tfdp.interop.origin import complete
 from tfdp.recipe import load_recipe
-from tfdp.system.exits import require
+from tfdp.system.exits import ConfigError, require
 
 if TYPE_CHECKING:
     import keras
@@ -31,7 +33,7 @@ def load(path: str, checkpoint: str | int = "best") -> LanguageModel:
     return LanguageModel(TrainedGPT.open(str(path), str(checkpoint), "read back"))
 
 
-def train(config: str | Mapping[str, Any] | None = None, /, **sections: Any) -> dict[str, Any]:
+def train(config: str | os.PathLike[str] | Mapping[str, Any] | None = None, /, **sections: Any) -> dict[str, Any]:
     """Trains, or resumes, as `python -m tfdp.train` does.
 
     Args:
@@ -44,7 +46,11 @@ def train(config: str | Mapping[str, Any] | None = None, /, **sections: Any) -> 
     Raises:
       ConfigError: a mistake in a key; see the other exceptions of `tfdp.system.exits`.
     """
-    file = [f"--config={config}"] if isinstance(config, str) else []
+    if multiprocessing.parent_process() is not None:  # it would wait for what its parent holds
+        raise ConfigError('tfdp.train must stand below `if __name__ == "__main__":` in a script: others import it')
+    is_known = config is None or isinstance(config, str | os.PathLike | Mapping)
+    require(is_known, "config", type(config).__name__, "must be the path of a YAML file, or a mapping")
+    file = [f"--config={os.fspath(config)}"] if isinstance(config, str | os.PathLike) else []
     values = flatten_mapping(config) if isinstance(config, Mapping) else {}
     values |= flatten_mapping(sections)
     flags = [f"--{key}={_text_of(value)}" for key, value in values.items()]
@@ -54,7 +60,10 @@ def train(config: str | Mapping[str, Any] | None = None, /, **sections: Any) -> 
 
 
 def fit(
-    model: "keras.Model | Callable[..., keras.Model]", config: str | Mapping[str, Any] | None = None, /, **sections: Any
+    model: "keras.Model | Callable[..., keras.Model]",
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    /,
+    **sections: Any,
 ) -> dict[str, Any]:
     """Trains a Keras model on next tokens, as its own `fit` cannot: in any layout, resumed to the bit.
 
@@ -95,4 +104,4 @@ def _module_of(function: Any) -> str:
 
 def _text_of(value: Any) -> str:
     """A value as a flag has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else json.dumps(value)

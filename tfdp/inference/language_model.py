@@ -119,4 +119,6 @@ def _sampling(keys: dict[str, Any]) -> SamplingConfig:
     known = [field.name for field in fields(SamplingConfig)]
     for key, value in keys.items():
         require(key in known, key, value, f"must be one of {', '.join(known)}")
-    return SamplingConfig(**keys)
+    stop = keys.get("stop", ())
+    require(not isinstance(stop, str), "stop", stop, 'must be a list of texts: try ["\\n\\n"]')
+    return SamplingConfig(**{**keys, "stop": tuple(stop)})

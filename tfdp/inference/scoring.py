@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfdp.system.exits import require
+
 _STEP = 64  # tokens; rows are padded to multiples, so that few lengths are traced
 
 
@@ -42,7 +44,12 @@ class Scorer:
 
         Of what is longer than the context length, the last tokens are seen; a continuation that is longer itself is
         scored in pieces that follow each other, each after the last token before it.
+
+        Raises:
+          ConfigError: a context without tokens.
         """
+        for context, _ in requests:
+            require(len(context) > 0, "context", list(context), "must hold one token at least: try the end of text")
         pieces = [
             (index, *piece) for index, request in enumerate(requests) for piece in self._pieces(*map(list, request))
         ]

@@ -194,6 +194,8 @@ def build(config: KerasModelConfig, vocab_size: int, seed: int, precision: str) 
     function = find_builder(config.builder)
     known = {"vocab_size": vocab_size, "context_length": config.context_length}
     given = json.loads(config.arguments)
+    if config.builder.startswith("keras.") and {*given} - {"filepath"}:
+        raise ConfigError("model.arguments must hold filepath alone for a builder of Keras: others run foreign code")
     taken = inspect.signature(function).parameters
     policy, names = keras.config.dtype_policy(), global_state.get_global_attribute(_NAMES)
     keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
@@ -215,6 +217,8 @@ def build(config: KerasModelConfig, vocab_size: int, seed: int, precision: str) 
 def find_builder(name: str) -> Callable[..., Any]:
     """The function "package.module:function". Raises `ConfigError` where there is none."""
     module, _, function = name.partition(":")
+    is_foreign = module.partition(".")[0] in sys.stdlib_module_names - {"__main__"}
+    require(not is_foreign, "model.builder", name, "must not be a function of Python's standard library")
     try:
         found: Any = _running_script(module) or importlib.import_module(module)
         for part in function.split("."):
