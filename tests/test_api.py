@@ -75,6 +75,29 @@ def test_text_comes_whole_in_pieces_and_as_a_batch(model: LanguageModel) -> None
         model.generate("alpha", temprature=0)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_tokens": 2.5}, r"^num_tokens \(2\.5\) must be a whole number"),
+        ({"stop": "et"}, r"^stop \(et\) must be a list of texts"),
+        ({"temperature": None}, r"^temperature \(null\) must be a number"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(model: LanguageModel, keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model.generate("a", **keys)
+
+
+def test_ids_that_are_none_are_refused(model: LanguageModel, tmp_path: Path) -> None:
+    for ids in ([1.5, 2.0], [[1, 2], [3]]):
+        with pytest.raises(ConfigError, match=r"^ids "):
+            model.logits(ids)
+    with pytest.raises(ConfigError, match=r"^context \(\[\]\) must hold one token"):
+        model.likelihoods([([], [1, 2])])
+    with pytest.raises(ConfigError, match=r"^form \(onnx\) must be one of format, output"):
+        model.export(str(tmp_path / "out"), form="onnx")
+
+
 def test_an_export_is_the_same_model(model: LanguageModel, tmp_path: Path) -> None:
     model.export(str(tmp_path / "exported"))
     again = tfdp.load(str(tmp_path / "exported"))
@@ -101,6 +124,12 @@ def test_a_keras_model_is_fitted_and_read_back(tmp_path: Path, corpus_dir: Path)
     weights = [again._model.named_weights()[name].numpy() for name in again._model.named_weights()]
     assert not np.array_equal(weights[0], before[0])
     np.testing.assert_allclose(logits[1], weights[0][6] @ weights[1] + weights[2], atol=1e-5)
+    other = keras.Model(ids, keras.layers.Dense(256)(keras.layers.Dense(9)(x)))
+    with pytest.raises(ConfigError, match="must be the one that the run was begun with: name another run_dir"):
+        tfdp.fit(other, keys, run_dir=str(tmp_path / "own"), model={"context_length": 16}, training=training)
+    with pytest.raises(ConfigError, match=r"unknown key training\.step "):
+        tfdp.fit(own, keys, run_dir=str(tmp_path / "mistaken"), training={"step": 3})
+    assert not list(tmp_path.glob("*mistaken*"))
     with pytest.raises(ConfigError, match="must be a function of a module"):
         tfdp.fit(lambda vocab_size: own)
 

@@ -12,8 +12,8 @@ from tfdp import assembly
 from tfdp.config.run_config import flatten_mapping, with_run_config
 from tfdp.inference.language_model import LanguageModel
 from tfdp.inference.trained import TrainedGPT
-from tfdp.interop.origin import complete
-from tfdp.recipe import load_recipe
+from tfdp.interop.origin import complete, has_checkpoints
+from tfdp.recipe import Recipe, load_recipe
 from tfdp.system.exits import ConfigError, require
 
 if TYPE_CHECKING:
@@ -46,17 +46,7 @@ def train(config: str | os.PathLike[str] | Mapping[str, Any] | None = None, /, *
     Raises:
       ConfigError: a mistake in a key; see the other exceptions of `tfdp.system.exits`.
     """
-    if multiprocessing.parent_process() is not None:  # it would wait for what its parent holds
-        raise ConfigError('tfdp.train must stand below `if __name__ == "__main__":` in a script: others import it')
-    is_known = config is None or isinstance(config, str | os.PathLike | Mapping)
-    require(is_known, "config", type(config).__name__, "must be the path of a YAML file, or a mapping")
-    file = [f"--config={os.fspath(config)}"] if isinstance(config, str | os.PathLike) else []
-    values = flatten_mapping(config) if isinstance(config, Mapping) else {}
-    values |= flatten_mapping(sections)
-    flags = [f"--{key}={_text_of(value)}" for key, value in values.items()]
-    recipe, made = load_recipe(with_run_config([*file, *flags]), "tfdp.train", "", complete)
-    found: dict[str, Any] = recipe.train(made) if hasattr(recipe, "train") else assembly.train(recipe, made)
-    return found
+    return _run(*_configured(config, sections))
 
 
 def fit(
@@ -80,26 +70,81 @@ def fit(
     Raises:
       ConfigError: besides what `train` raises, a model that no step can train; the message says why.
     """
-    own = dict(sections.pop("model", {}))
+    own = sections.pop("model", {})
+    require(isinstance(own, Mapping), "model", type(own).__name__, "must be a mapping of the keys of section model")
     if hasattr(model, "save"):
-        run_dir = sections.get("run_dir") or (config.get("run_dir") if isinstance(config, Mapping) else None)
-        require(bool(run_dir), "run_dir", run_dir, "must be named, to save the model beside it: try runs/mine")
-        path = Path(f"{run_dir}.keras")
-        if not Path(str(run_dir)).exists():  # a run that is resumed has its model already
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model.save(path)
-        own |= {"builder": "keras.saving:load_model", "arguments": json.dumps({"filepath": str(path)})}
+        return _fit_saved(model, config, sections, own)
+    require(hasattr(model, "__qualname__"), "model", type(model).__name__, "must be a keras.Model or a function")
+    builder = f"{_module_of(model)}:{model.__qualname__}"
+    rule = "must be a function of a module, so that every process that reads the run finds it"
+    require("<" not in builder, "builder", builder, rule)
+    return train(config, **{"trainer": "keras_model", **sections, "model": {**own, "builder": builder}})
+
+
+def _fit_saved(model: Any, config: Any, sections: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains a model that exists, which each reader of the run loads from RUN_DIR.keras."""
+    run_dir = sections.get("run_dir") or (config.get("run_dir") if isinstance(config, Mapping) else None)
+    require(bool(run_dir), "run_dir", run_dir, "must be named, to save the model beside it: try runs/mine")
+    path = Path(f"{run_dir}.keras").absolute()
+    saved = {"builder": "keras.saving:load_model", "arguments": json.dumps({"filepath": str(path)})}
+    keys = {"trainer": "keras_model", **sections, "model": {**own, **saved}}
+    recipe, made = _configured(config, keys)  # before anything is written
+    from tfdp.parallel.cluster_spec import find_cluster
+
+    rule = "must be a function that builds it where there are several workers"
+    require(find_cluster(made.distribution).num_workers == 1, "model", type(model).__name__, rule)
+    if has_checkpoints(str(run_dir)):
+        _require_same(model, path)
     else:
-        own["builder"] = f"{_module_of(model)}:{model.__qualname__}"
-        rule = "must be a function of a module, so that every process that reads the run finds it"
-        require("<" not in own["builder"], "builder", own["builder"], rule)
-    return train(config, **{"trainer": "keras_model", **sections, "model": own})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.stem}.{os.getpid()}.keras")
+        model.save(scratch)
+        os.replace(scratch, path)
+    return _run(recipe, made)
+
+
+def _require_same(model: Any, path: Path) -> None:
+    """Raises `ConfigError` where a run was begun with another model than the one that is given now."""
+    import keras
+
+    def form(each: Any) -> list[tuple[str, tuple[int, ...]]]:
+        return [(variable.name, tuple(variable.shape)) for variable in each.weights]
+
+    try:
+        begun = keras.saving.load_model(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model ({path}) of the run cannot be read: {error}") from None
+    rule = "must be the one that the run was begun with: name another run_dir"
+    require(form(begun) == form(model), "model", type(model).__name__, rule)
+
+
+def _configured(config: Any, sections: Mapping[str, Any]) -> tuple[Recipe, Any]:
+    """The recipe and its configuration, from a file or a mapping and the keys that win over it."""
+    if multiprocessing.parent_process() is not None:  # it would wait for what its parent holds
+        raise ConfigError('tfdp.train must stand below `if __name__ == "__main__":` in a script: others import it')
+    is_known = config is None or isinstance(config, str | os.PathLike | Mapping)
+    require(is_known, "config", type(config).__name__, "must be the path of a YAML file, or a mapping")
+    file = [f"--config={os.fspath(config)}"] if isinstance(config, str | os.PathLike) else []
+    values = flatten_mapping(config) if isinstance(config, Mapping) else {}
+    values |= flatten_mapping(sections)
+    flags = [f"--{key}={_text_of(value)}" for key, value in values.items()]
+    return load_recipe(with_run_config([*file, *flags]), "tfdp.train", "", complete)
+
+
+def _run(recipe: Recipe, config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = recipe.train(config) if hasattr(recipe, "train") else assembly.train(recipe, config)
+    return found
 
 
 def _module_of(function: Any) -> str:
     """The name by which another process imports the module of a function; of a script, that of its file."""
-    name, file = str(function.__module__), getattr(sys.modules["__main__"], "__file__", None)
-    return Path(file).stem if name == "__main__" and file is not None else name
+    main = sys.modules["__main__"]
+    if function.__module__ != "__main__":
+        return str(function.__module__)
+    if main.__spec__ is not None:  # `python -m package.module`
+        return main.__spec__.name
+    file = getattr(main, "__file__", None)
+    return Path(file).stem if file is not None else "__main__"
 
 
 def _text_of(value: Any) -> str:

@@ -59,6 +59,7 @@ def require_free(output: str) -> Path:
     path = Path(output)
     is_free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
     require(is_free, "output", output, "must not exist, or be an empty folder: name a new one")
+    require(path.name not in ("", ".."), "output", output, "must name a folder: try exported")
     return path
 
 
@@ -122,7 +123,8 @@ def _keras_hub(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
 def _saved_model(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
     from tfdp.interop.saved_model import write_saved_model
 
-    write_saved_model(folder, _gpt(trained, trained.config.training.precision), trained.tokenizer.end_of_text)
+    gpt, tokenizer = _gpt(trained, trained.config.training.precision), trained.tokenizer
+    write_saved_model(folder, gpt, tokenizer.end_of_text, tokenizer.vocab_size)
 
 
 def _onnx(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
@@ -151,7 +153,7 @@ def _model_card(trained: TrainedGPT, config: ExportConfig, command: str) -> str:
     from tfdp.data.corpus import licence_of
 
     run, summary = trained.config, trained.summary
-    licence = licence_of(run.data.source)
+    licence = licence_of(run.data.source) if trained.corpus_sha256 else None
     rows = {
         "data": f"`{run.data.source}`, sha256 {trained.corpus_sha256[:16]}"
         if trained.corpus_sha256

@@ -1,12 +1,13 @@
 """A trained model for programs: text, logits and scores from a run, or from a folder of another library."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
+from tfdp.config import options
+from tfdp.config.parsing import known_keys
 from tfdp.config.sections import SamplingConfig
 from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.inference.exporting import ExportConfig, export
@@ -17,6 +18,8 @@ from tfdp.system.startup import load_tensorflow
 if TYPE_CHECKING:
     from tfdp.inference.sampling import Sampler
     from tfdp.inference.scoring import Likelihood, Scorer
+
+Keys = TypeVar("Keys")
 
 
 class LanguageModel:
@@ -68,7 +71,12 @@ class LanguageModel:
         Returns:
           float32, (time, vocab_size) or (rows, time, vocab_size).
         """
-        tokens = np.asarray(ids, np.int32)
+        try:
+            tokens = np.asarray(ids)
+        except ValueError:
+            tokens = np.zeros(())  # rows of several lengths
+        require(tokens.dtype.kind in "iu" or not tokens.size, "ids", tokens.dtype.name, "must be whole numbers")
+        tokens = tokens.astype(np.int32)
         is_plain = tokens.ndim in (1, 2) and 1 <= tokens.shape[-1] <= self.context_length
         require(is_plain, "ids", list(tokens.shape), f"must be of shape (time,) or (rows, time {self.context_length})")
         vocab_size = self.tokenizer.vocab_size
@@ -93,7 +101,7 @@ class LanguageModel:
           output: a new folder.
           **keys: the keys of `ExportConfig`: format, dtype, merge, file_megabytes.
         """
-        export(self._trained, ExportConfig(output=output, **keys), "tfdp.load(...).export(...)")
+        export(self._trained, _typed(ExportConfig, {"output": output, **keys}), "tfdp.load(...).export(...)")
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -115,10 +123,15 @@ class LanguageModel:
         return Scorer(model, self.tokenizer.vocab_size)
 
 
-def _sampling(keys: dict[str, Any]) -> SamplingConfig:
-    known = [field.name for field in fields(SamplingConfig)]
-    for key, value in keys.items():
-        require(key in known, key, value, f"must be one of {', '.join(known)}")
+def _sampling(keys: Mapping[str, Any]) -> SamplingConfig:
     stop = keys.get("stop", ())
     require(not isinstance(stop, str), "stop", stop, 'must be a list of texts: try ["\\n\\n"]')
-    return SamplingConfig(**{**keys, "stop": tuple(stop)})
+    return _typed(SamplingConfig, {**keys, "stop": list(stop)})
+
+
+def _typed(kind: type[Keys], keys: Mapping[str, Any]) -> Keys:
+    """A section of keys from values of Python, each checked as the command checks it."""
+    known = known_keys(kind)
+    for key, value in keys.items():
+        require(key in known, key, value, f"must be one of {', '.join(known)}")
+    return kind(**{key: options.read(key, known[key], value) for key, value in keys.items()})

@@ -52,6 +52,8 @@ class Sampler:
             for row, token in enumerate(tokens):
                 if token is not None and not written[row].is_stopped:
                     found[row] += written[row].add(token)
+            if all(each.is_stopped for each in written):
+                break
         return [text + each.end() for text, each in zip(found, written, strict=True)]
 
     def tokens(self, prompt: str, config: SamplingConfig) -> Iterator[int]:

@@ -21,15 +21,16 @@ _OPSET, _MOST_BYTES = 18, 2 * 10**9  # of ONNX
 _TOKENS = tf.TensorSpec([None, None], tf.int32, name="tokens")
 
 
-def write_saved_model(folder: Path, model: GPT, end_of_text: int) -> None:
+def write_saved_model(folder: Path, model: GPT, end_of_text: int, vocab_size: int | None = None) -> None:
     """Writes a SavedModel into a folder.
 
     Args:
       folder: is made where it does not exist.
       model: computes in its own precision; build it with `fuse=False`, or XLA compiles anew for each length of a row.
       end_of_text: the id after which `generate` adds nothing but itself.
+      vocab_size: of the tokenizer: rows beyond it are never drawn. None: there are none.
     """
-    graphs = _Graphs(model, end_of_text)
+    graphs = _Graphs(model, end_of_text, vocab_size)
     signatures = {"score": graphs.score, "logits": graphs.logits, "generate": graphs.generate}
     tf.saved_model.save(graphs, str(folder), signatures=signatures)
 
@@ -57,8 +58,9 @@ class _Graphs(tf.Module):
     attribute: TensorFlow would save Keras's objects with it.
     """
 
-    def __init__(self, model: GPT, end_of_text: int) -> None:
+    def __init__(self, model: GPT, end_of_text: int, vocab_size: int | None = None) -> None:
         super().__init__()
+        self._vocab_size = vocab_size or model.vocab_size
         self._config, self._dtype, self._end_of_text = model.config, model.compute_dtype, end_of_text
         self.weights = [each.value for each in (model.named_weights() | model.named_frozen_weights()).values()]
         slots = tf.TensorSpec([None, model.config.kv_heads, None, model.config.dim_per_head], model.compute_dtype)
@@ -94,7 +96,7 @@ class _Graphs(tf.Module):
         with tf.control_dependencies([*_checks(time + num_tokens, self._config.context_length), *checks]):
             cache = self._empty_cache(tokens, time + num_tokens)
         found, cache = self._extend(tokens, cache, 0)
-        first = _draw(found[:, -1], temperature, seed, 0)
+        first = _draw(found[:, -1, : self._vocab_size], temperature, seed, 0)
         is_first = tf.range(num_tokens) == 0  # what is not drawn yet, or never, is end of text
         written = tf.where(is_first, first[:, tf.newaxis], end_of_text)
 
@@ -104,7 +106,8 @@ class _Graphs(tf.Module):
         def add_token(step: tf.Tensor, written: tf.Tensor, cache: Cache) -> tuple[tf.Tensor, tf.Tensor, Cache]:
             last = written[:, step - 1]
             found, cache = self._extend(last[:, tf.newaxis], cache, time + step - 1)
-            drawn = tf.where(last == end_of_text, end_of_text, _draw(found[:, -1], temperature, seed, step))
+            own = _draw(found[:, -1, : self._vocab_size], temperature, seed, step)
+            drawn = tf.where(last == end_of_text, end_of_text, own)
             is_now = tf.range(num_tokens) == step
             return step + 1, tf.where(is_now, drawn[:, tf.newaxis], written), cache
 

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -230,14 +230,10 @@ def find_builder(name: str) -> Callable[..., Any]:
 
 
 def _running_script(module: str) -> Any:
-    """The script that runs, where it is the module: to import it would run it once more."""
+    """The script that runs, where it is the module: to import it would run it once more. A command is no script."""
     script = sys.modules["__main__"]
-    return script if Path(getattr(script, "__file__", None) or "").stem == module else None
-
-
-def weight_shapes(model: keras.Model) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each weight by its path."""
-    return {variable.path: tuple(variable.shape) for variable in model.weights}
+    is_script = script.__spec__ is None and Path(getattr(script, "__file__", None) or "").stem == module
+    return script if is_script else None
 
 
 def _owner(model: keras.Model, variable: keras.Variable) -> str:
