@@ -89,6 +89,46 @@ def twice(vocab_size):
     ids = keras.Input((None,), dtype="int32")
     return keras.Model(ids, Twice()(layers.Embedding(vocab_size, vocab_size)(ids)))
 
+def future_behind_zeros(vocab_size):
+    return functional(vocab_size, layers.Lambda(lambda x: x + ops.mean(x, axis=1, keepdims=True)),
+                      layers.Dense(8, kernel_initializer="zeros", use_bias=False))
+
+class Wild(layers.Layer):
+    def call(self, x, training=False):
+        import tensorflow as tf
+        return x + tf.random.normal(tf.shape(x)) if training else x
+
+def wild(vocab_size):
+    return functional(vocab_size, Wild())
+
+class Global(layers.Layer):
+    def call(self, x, training=False):
+        return x + keras.random.normal(ops.shape(x)) if training else x
+
+def global_noise(vocab_size):
+    return functional(vocab_size, Global())
+
+class Penalty(layers.Layer):
+    def call(self, x, training=False):
+        if training:
+            self.add_loss(ops.mean(x))
+        return x
+
+def penalised(vocab_size):
+    return functional(vocab_size, Penalty())
+
+class Late(keras.Model):
+    def build(self, shape):
+        self.embed, self.project = layers.Embedding(self.size, 8), layers.Dense(self.size)
+        self.drop = layers.Dropout(0.2)
+    def call(self, ids, training=False):
+        return self.project(self.drop(self.embed(ids), training=training))
+
+def late(vocab_size):
+    model = Late()
+    model.size = vocab_size
+    return model
+
 def noisy(vocab_size):
     return functional(vocab_size, layers.GaussianNoise(0.1))
 
@@ -241,6 +281,19 @@ def test_masks_belong_to_sequences_and_not_to_rows(folder: Path, monkeypatch: py
     np.testing.assert_array_equal(*model.features(tokens).numpy()[:2])
 
 
+def test_layers_made_in_build_have_names_masks_and_a_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tfdp.config.sections import KerasModelConfig
+    from tfdp.models.wrapped import WrappedModel, build
+
+    monkeypatch.syspath_prepend(str(folder))
+    config = KerasModelConfig(builder="builders:late", context_length=16)
+    drawn = np.random.get_state()[1].tolist()
+    models = [WrappedModel(build(config, 64, 0, "bfloat16"), config, 64) for _ in range(2)]
+    assert np.random.get_state()[1].tolist() == drawn  # the caller's own numbers go on
+    assert [*models[0].named_weights()] == [*models[1].named_weights()]
+    assert models[0].features(np.ones((1, 16), np.int32)).dtype == "bfloat16"
+
+
 def test_a_layer_that_is_used_twice_draws_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
@@ -280,6 +333,7 @@ def test_a_model_of_one_length_takes_shorter_rows(folder: Path, monkeypatch: pyt
         (["--model.builder=nowhere:build"], "must name MODULE:FUNCTION: ModuleNotFoundError"),
         ([], "model.builder () must be given: try my_package.my_module:build"),
         (["--model.builder=builders:own", "--model.arguments=[1]"], "model.arguments ([1]) must be an object in JSON"),
+        (["--model.builder=builders:own", "--training.loss_chunk_size=8"], "training.loss_chunk_size (8) must be null"),
         (["--model.builder=builders:own", "--data.document_attention=true"], "data.document_attention (True) must be"),
     ],
 )
@@ -292,6 +346,10 @@ def test_a_mistake_in_keys_is_one_line(folder: Path, corpus_dir: Path, keys: lis
     ("builder", "message"),
     [
         ("future", "must make a causal model: a token moves the logits of those before it"),
+        ("future_behind_zeros", "must make a causal model: a token moves the logits of those before it"),
+        ("wild", "draws random numbers of its own: try keras.layers.Dropout"),
+        ("global_noise", "state that each step would change: one outside of its layers, such as the global generator"),
+        ("penalised", "with losses of its own, which no step adds: try optimizer.weight_decay"),
         ("noisy", "state that each step would change: seed_generator_state of gaussian_noise (GaussianNoise)"),
         ("normal", "state that each step would change: moving_mean of batch_norm (BatchNormalization)"),
         ("regular", "with losses of its own, which no step adds: try optimizer.weight_decay"),

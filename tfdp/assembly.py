@@ -227,14 +227,14 @@ def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[st
 
 def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_workers: int) -> int:
     """Micro-batches that each replica computes at the same time."""
-    from tfdp.models.dimensions import num_params, trained
+    from tfdp.models.dimensions import gradient_size
     from tfdp.parallel import batch_layout, distribution
 
     return batch_layout.parallel_microbatches(
         config.distribution,
         config.training,
         num_workers,
-        num_params(trained(recipe.weight_shapes(config, corpus.tokenizer.vocab_size))),
+        gradient_size(recipe.weight_shapes(config, corpus.tokenizer.vocab_size)),
         config.model.context_length,
         distribution.num_gpus(),
     )

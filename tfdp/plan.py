@@ -95,6 +95,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     """
     vocab_size = sources.expected_vocab_size(run.data)
     trained = dimensions.trained(shapes := recipe.weight_shapes(run, vocab_size))
+    require(bool(shapes), "trainer", run.trainer, "must know the shapes of its weights to be planned: try causal_lm")
     num_here = len(available_gpus())
     num_local = run.distribution.num_replicas or num_here or 1
     num_replicas = num_local * config.num_workers
@@ -107,9 +108,13 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     )
     num_params, num_trained = dimensions.num_params(shapes), dimensions.num_params(trained)
     num_state = estimates.num_state_numbers(run.optimizer, trained)
-    num_gpus = num_local if config.device else num_here
     parallel = batch_layout.parallel_microbatches(
-        run.distribution, run.training, config.num_workers, num_trained, run.model.context_length, num_gpus
+        run.distribution,
+        run.training,
+        config.num_workers,
+        num_trained,
+        run.model.context_length,
+        num_local if config.device else num_here,
     )
     size = batch_layout.cut_batch(num_replicas, run.training, run.distribution.reduction, parallel).microbatch_size
     activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)

@@ -34,6 +34,8 @@ class Config(causal_lm.Config):
         super().__post_init__()
         key, rule = "data.document_attention", "must be false: a Keras model attends to all that is before"
         require(not self.data.document_attention, key, self.data.document_attention, rule)
+        size, rule = self.training.loss_chunk_size, "must be null: a Keras model gives all its logits at once"
+        require(size is None, "training.loss_chunk_size", size, rule)
         rule = "must be false: a Keras model keeps its activations"
         require(not self.training.remat, "training.remat", self.training.remat, rule)
 

@@ -1,6 +1,7 @@
 """The weights of a model by their configuration alone: shapes and numbers, before there is a model."""
 
 import math
+import sys
 from collections.abc import Mapping
 
 from tfdp.config.sections import ModelConfig
@@ -55,6 +56,11 @@ def trained(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights that are trained: of adapters alone, where there are any."""
     adapters = {name: shape for name, shape in shapes.items() if is_adapter(name)}
     return adapters or dict(shapes)
+
+
+def gradient_size(shapes: Shapes) -> int:
+    """Numbers of a gradient; where no shape is known, so many that two at a time need a reason."""
+    return num_params(trained(shapes)) if shapes else sys.maxsize
 
 
 def num_params(shapes: Shapes) -> int:

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import math
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,11 +119,14 @@ class WrappedModel:
         tokens = np.arange(2 * time, dtype=np.int32).reshape(2, time) % self._vocab_size
         tokens[1, :-1] = tokens[0, :-1]
         tokens[1, -1] = (tokens[0, -1] + 1) % self._vocab_size
+        keys = tf.zeros([2], tf.uint32)
         try:
-            with self._masks.keyed(tf.zeros([2], tf.uint32)), keras.StatelessScope() as scope:
+            with self._masks.keyed(keys), keras.StatelessScope(collect_losses=True) as scope:
                 found = tf.cast(self._logits(tf.constant(tokens), training=True), tf.float32)
-                changed = [variable for variable in self._model.variables if id(variable) in scope.state_mapping]
-            logits = tf.cast(self._logits(tf.constant(tokens), training=False), tf.float32).numpy()
+            with self._masks.keyed(keys), keras.StatelessScope():
+                again = tf.cast(self._logits(tf.constant(tokens), training=True), tf.float32)
+            with keras.StatelessScope(state_mapping=self._random_for_zeros()):
+                logits = tf.cast(self._logits(tf.constant(tokens), training=False), tf.float32).numpy()
         except ConfigError:
             raise
         except Exception as error:  # whatever the layers of a user raise
@@ -130,13 +134,32 @@ class WrappedModel:
         if found.shape.rank != 3 or found.shape[:2] != (2, time) or found.shape[2] < self._vocab_size:
             shape = f"(batch, time, {self._vocab_size})"
             self._refuse(f"must make a model that gives logits of shape {shape} or wider, not {list(found.shape)}")
-        if changed:
-            layer = _owner(self._model, changed[0])
-            self._refuse(f"makes a model with state that each step would change: {layer}; leave that layer out")
-        if self._model.losses:
+        self._check_state(scope)
+        if not np.allclose(found, again, equal_nan=True):
+            self._refuse("makes a model that draws random numbers of its own: try keras.layers.Dropout")
+        if self._model.losses or scope.losses:
             self._refuse("makes a model with losses of its own, which no step adds: try optimizer.weight_decay")
+        if not np.isfinite(logits).all():
+            self._refuse("must make a model whose first logits are finite")
         if not np.allclose(logits[0, :-1], logits[1, :-1], atol=1e-5 * np.abs(logits).max()):
             self._refuse("must make a causal model: a token moves the logits of those before it")
+
+    def _check_state(self, scope: keras.StatelessScope) -> None:
+        """Refuses variables that a pass has assigned to."""
+        changed = [variable for variable in self._model.variables if id(variable) in scope.state_mapping]
+        if scope.state_mapping:
+            where = (
+                _owner(self._model, changed[0])
+                if changed
+                else "one outside of its layers, such as the global generator"
+            )
+            self._refuse(f"makes a model with state that each step would change: {where}; leave that layer out")
+
+    def _random_for_zeros(self) -> list[tuple[keras.Variable, np.ndarray]]:
+        """Values for the weights that start at zero, through which a token would move nothing."""
+        generator = np.random.default_rng(0)
+        zero = (weight for weight in self._model.weights if not np.any(weight.numpy()))
+        return [(weight, generator.normal(0, 0.1, weight.shape).astype(np.float32)) for weight in zero]
 
     def _refuse(self, rule: str) -> None:
         raise ConfigError(f"model.builder ({shown(self.config.builder)}) {rule}")
@@ -200,17 +223,25 @@ def build(config: KerasModelConfig, vocab_size: int, seed: int, precision: str) 
     policy, names = keras.config.dtype_policy(), global_state.get_global_attribute(_NAMES)
     keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
     global_state.set_global_attribute(_NAMES, collections.defaultdict(int))
+    states = random.getstate(), np.random.get_state()
     keras.utils.set_random_seed(seed)
     try:
         model = function(**{name: value for name, value in known.items() if name in taken}, **given)
+        if isinstance(model, keras.Model) and not model.built:  # its layers get names and policy here
+            model(tf.zeros([1, config.context_length], tf.int32))
     except Exception as error:  # whatever the function of a user raises
         where = f"model.builder ({shown(config.builder)})"
         raise CommandError(f"{where} cannot build a model: {what_and_where(error)}") from error
     finally:
         keras.config.set_dtype_policy(policy)
         global_state.set_global_attribute(_NAMES, names)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     rule = "must be a function that returns a keras.Model"
     require(isinstance(model, keras.Model), "model.builder", config.builder, rule)
+    policy = model.dtype_policy.name
+    rule = f"must be float32, or the precision of the model, whose policy is {policy}"
+    require(precision == "float32" or policy == f"mixed_{precision}", "training.precision", precision, rule)
     return model
 
 
