@@ -12,7 +12,7 @@ from commands import kill_a_worker
 
 SIZE = ["--model.num_layers=2", "--model.num_heads=2", "--model.model_dim=32", "--model.context_length=32"]
 SHORT = ["--training.steps=12", "--training.global_batch_size=8", "--training.sample_tokens=0"]
-ADAPTERS = ["--model.init_from=run", "--model.lora_rank=2", "--model.lora_dropout=0.1", "--training.log_every=1"]
+ADAPTERS = ["--model.init_from=exported", "--model.lora_rank=2", "--model.lora_dropout=0.1", "--training.log_every=1"]
 TEXT = ["--data.source=text:text/*.txt", "--data.validation_fraction=0.2"]
 
 pytestmark = pytest.mark.timeout(180)
@@ -88,6 +88,19 @@ def test_a_run_needs_the_folder_that_it_started_from_no_more(folder: Path) -> No
     assert summary(folder / "left")["state_sha256"] == summary(folder / "stayed")["state_sha256"]
     anew = tfdp(folder, "train", "--run_dir=anew", *half)
     assert anew.returncode == 2 and "model.init_from (passing) must be a folder" in anew.stderr
+
+
+@pytest.mark.slow
+def test_adapters_that_peft_could_not_use_are_not_written(folder: Path) -> None:
+    for name, origin in (
+        ("on_run", ["--model.init_from=run"]),
+        ("grown_adapted", ["--model.init_from=exported", "--model.vocab_size=300"]),
+    ):
+        done = tfdp(folder, "train", f"--run_dir={name}", *origin, "--model.lora_rank=2", *TEXT, *SHORT)
+        assert done.returncode == 0, done.stderr
+        done = tfdp(folder, "export", f"--run_dir={name}", "--format=peft", "--output=useless")
+        assert done.returncode == 2 and "try --format huggingface --merge true" in done.stderr, done.stderr
+        assert not (folder / "useless").exists()
 
 
 @pytest.mark.slow
@@ -255,6 +268,7 @@ def test_a_folder_that_is_not_understood_is_one_line(folder: Path, tmp_path: Pat
             ["--run_dir=exported"],
             "source (null) must be named to evaluate a folder of another library: try --source",
         ),
+        ("generate", ["--run_dir=exported", "--checkpoint=7"], "checkpoint (7) must be best for a folder of another"),
         ("export", ["--run_dir=run"], "output (null) must name a folder: try --output exported"),
         ("export", ["--run_dir=run", "--output=exported"], "output (exported) must not exist, or be an empty folder"),
         ("export", ["--run_dir=nowhere", "--output=new"], "run_dir (nowhere) must be the directory of a run"),
@@ -291,13 +305,17 @@ def test_adapters_alone_are_trained_sent_and_saved_and_go_out_again(folder: Path
     done = tfdp(folder, "train", "--run_dir=adapted", *ADAPTERS, *TEXT, *SHORT, "--distribution.num_replicas=2")
     assert done.returncode == 0, done.stderr
     num_trained = summary(folder / "adapted")["num_params"]
-    assert f"{num_trained:,} parameters trained, {summary(folder / 'run')['num_params']:,} frozen" in done.stdout
+    num_frozen = summary(folder / "run")["num_params"] + 2 * 2 * 16  # and the gains of QK-norm that an export has
+    assert f"{num_trained:,} parameters trained, {num_frozen:,} frozen" in done.stdout
     rows = [json.loads(line) for line in (folder / "adapted" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-2]["loss"] < rows[0]["loss"] < 0.8 * np.log(256)
     assert 4 * num_trained < rows[0]["reduction_bytes"] < 4.5 * num_trained  # and statistics and digests
     saved = {path.name: path.stat().st_size for path in (folder / "adapted" / "checkpoints").rglob("*.safetensors")}
     assert saved["weights.safetensors"] < 5 * num_trained + 4000
 
+    other = tfdp(folder, "train", "--run_dir=adapted", "--model.init_from=run", "--training.steps=14")
+    assert other.returncode == 2
+    assert "model.init_from (run) must be exported, from which this run started: name another run_dir" in other.stderr
     refused = tfdp(folder, "export", "--run_dir=adapted", "--output=out")
     assert refused.returncode == 2
     rule = "format (huggingface) has no place for the adapters of this run: try --merge true, or --format peft"
@@ -315,7 +333,6 @@ def test_adapters_alone_are_trained_sent_and_saved_and_go_out_again(folder: Path
 def test_a_run_with_adapters_is_one_run_in_any_layout_and_after_a_stop(folder: Path) -> None:
     """From an adapter of PEFT's form too; with dropout of the adapters' inputs."""
     keys = [*ADAPTERS, *TEXT, *SHORT, "--distribution.reduction=canonical", "--training.microbatch_size=2"]
-    keys[0] = "--model.init_from=exported"
     runs = {
         "of_one": ("train", []),
         "of_replicas": ("train", ["--distribution.num_replicas=2"]),

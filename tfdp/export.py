@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfdp.config.parsing import load
-from tfdp.data.inputs import path_of
 from tfdp.inference.exporting import LOADERS, ExportConfig, export, require_free
 from tfdp.inference.trained import TrainedGPT
-from tfdp.interop.origin import is_foreign
 from tfdp.system.exits import run_command
 from tfdp.system.startup import load_tensorflow
 
@@ -33,8 +31,6 @@ def main() -> None:
     name = Path(config.run_dir).name
     export(trained, config, f"python -m tfdp.export --run_dir {name} --checkpoint {config.checkpoint}")
     print(f"exported   {config.output}, step {trained.step} of {config.run_dir}")
-    if config.format == "peft" and trained.started_from is not None and not is_foreign(path_of(trained.started_from)):
-        print(f"note       its base is a run: export {trained.started_from} too, and name that in adapter_config.json")
     print(f"next       {LOADERS[config.format].format(config.output)}")
 
 

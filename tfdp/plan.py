@@ -100,21 +100,13 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     num_local = run.distribution.num_replicas or num_here or 1
     num_replicas = num_local * config.num_workers
     batch = run.training.global_batch_size
-    require(
-        batch % num_replicas == 0,
-        "training.global_batch_size",
-        batch,
-        f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}",
-    )
+    rule = f"must be a multiple of the {num_replicas} replicas: try {-(-batch // num_replicas) * num_replicas}"
+    require(batch % num_replicas == 0, "training.global_batch_size", batch, rule)
     num_params, num_trained = dimensions.num_params(shapes), dimensions.num_params(trained)
     num_state = estimates.num_state_numbers(run.optimizer, trained)
+    num_gpus = num_local if config.device else num_here
     parallel = batch_layout.parallel_microbatches(
-        run.distribution,
-        run.training,
-        config.num_workers,
-        num_trained,
-        run.model.context_length,
-        num_local if config.device else num_here,
+        run.distribution, run.training, config.num_workers, num_trained, run.model.context_length, num_gpus
     )
     size = batch_layout.cut_batch(num_replicas, run.training, run.distribution.reduction, parallel).microbatch_size
     activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)

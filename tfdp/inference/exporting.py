@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tfdp.config.sections import MOST, ModelConfig
+from tfdp.data.inputs import path_of
 from tfdp.inference.trained import TrainedGPT
 from tfdp.interop import hugging_face, keras_hub, origin, peft
 from tfdp.interop.tokenizer_json import write_tokenizer
 from tfdp.models import lora
 from tfdp.system.exits import ConfigError, require, require_at_most
+from tfdp.system.messages import shown
 
 if TYPE_CHECKING:  # folders of Hugging Face are written without TensorFlow
     from tfdp.models.gpt import GPT
@@ -110,8 +112,14 @@ def _hugging_face(folder: Path, trained: TrainedGPT, config: ExportConfig) -> No
 
 
 def _peft(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
-    base = None if trained.started_from is None else origin.base_of(trained.started_from)
     model, weights = trained.config.model, {**trained.weights, **trained.frozen}
+    base = None if trained.started_from is None else origin.base_of(trained.started_from)
+    rule = "is for adapters on the folder of a Hugging Face model: try --format huggingface --merge true"
+    is_folder = base is not None and hugging_face.is_folder(path_of(base))
+    require(is_folder, "format", config.format, f"{rule}; the base of these is {shown(base)}")
+    rows = hugging_face.HuggingFaceModel.open(path_of(str(base)), "base").keys["vocab_size"]
+    rule = f"is for adapters on a base that did not grow, and {base} has {rows} tokens: try --format huggingface"
+    require(rows == len(weights["token_embedding"]), "format", config.format, f"{rule} --merge true")
     peft.write_adapter(folder, model, weights, base, trained.model_type)
     write_tokenizer(folder, trained.tokenizer, model.context_length)
 

@@ -17,7 +17,7 @@ from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_token
 from tfdp.interop import hugging_face, origin
 from tfdp.models.dimensions import largest_matrix
 from tfdp.recipe import Model, Recipe, import_recipe, recipe_of_file
-from tfdp.system.exits import ConfigError
+from tfdp.system.exits import ConfigError, require
 from tfdp.system.messages import shown
 from tfdp.training.run_directory import RunDirectory
 from tfdp.training.weights import Tensors, restore
@@ -58,6 +58,8 @@ class TrainedGPT:
           ConfigError: no such run or checkpoint, a damaged one, or one that the other files of the run do not fit.
         """
         if origin.is_foreign(Path(run_dir)):
+            rule = "must be best for a folder of another library, which has one model"
+            require(which in ("best", "newest"), "checkpoint", which, rule)
             return cls._of_folder(run_dir)
         run = RunDirectory.open(run_dir)
         recipe, config = recipe_of_file(run.config_path, functions, purpose)

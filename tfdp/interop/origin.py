@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def base_of(name: str) -> str:
     """The folder of the model below the adapters that a folder may hold; the folder itself where it holds none."""
     folder = path_of(name)
     if peft.is_folder(folder):
-        return str(PeftModel.open(folder, INIT_FROM).base.folder)
+        return peft.base_name(folder) or name
     for path in config_records(folder):
         content = flatten_yaml(path.read_text(encoding="utf-8"))
         below = content.get(INIT_FROM)
@@ -139,7 +139,11 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
       ConfigError: a key was given another value than the folder has.
     """
     found, name = dict(values), values.get(INIT_FROM)
-    if name is None or has_checkpoints(values.get("run_dir")):
+    run_dir = values.get("run_dir")
+    if has_checkpoints(run_dir):
+        _require_same_origin(Path(run_dir), name)
+        return found
+    if name is None:
         return found
     origin = open_origin(name)
     for own, value in origin.keys.items():
@@ -167,6 +171,17 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _require_same_origin(run_dir: Path, name: str | None) -> None:
+    """Raises `ConfigError` where a run that has weights of its own is to start from another folder now."""
+    record: dict[str, Any] = {}
+    for path in config_records(run_dir):
+        record |= flatten_yaml(path.read_text(encoding="utf-8"))
+    begun = record.get(INIT_FROM)
+    if begun != name:
+        rule = f"must be {shown(begun)}, from which this run started: name another run_dir"
+        raise ConfigError(f"{INIT_FROM} ({shown(name)}) {rule}")
+
+
 def _require_tokenizer(shards: Sequence[str], origin: Origin) -> None:
     """Raises `ConfigError` where token shards were made by another tokenizer than that of the model."""
     wanted = make_tokenizer(origin.tokenizer, INIT_FROM)
@@ -179,7 +194,7 @@ def _require_tokenizer(shards: Sequence[str], origin: Origin) -> None:
             )
 
 
-def has_checkpoints(run_dir: str | None) -> bool:
+def has_checkpoints(run_dir: str | None) -> TypeGuard[str]:
     """Whether a run has weights of its own by now."""
     return run_dir is not None and bool(CheckpointFolder(Path(run_dir) / "checkpoints").steps())
 

@@ -203,7 +203,7 @@ class PeftModel:
             content: Any = strict_json.parse((folder / CONFIG_FILE).read_bytes())
             _refuse_unknown(content, where)
             _refuse_patterns(content, folder, where)
-            base = _open_base(content, folder, where)
+            base = _open_base(folder, where)
             rank, targets = int(content["r"]), _targets(content, base, folder)
             keys = {
                 **base.keys,
@@ -311,9 +311,18 @@ def _refuse_patterns(content: Any, folder: Path, where: str) -> None:
             raise ConfigError(f"{where} must have one {what} for all modules: its {key} is {found}")
 
 
-def _open_base(content: Any, folder: Path, where: str) -> HuggingFaceModel:
-    name = content.get("base_model_name_or_path")
-    if isinstance(name, str) and name:
+def base_name(folder: Path) -> str | None:
+    """The base that the configuration of an adapter names, which need not be there; None where it names none."""
+    try:
+        content: Any = strict_json.parse((folder / CONFIG_FILE).read_bytes())
+        name = content.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) and name else None
+
+
+def _open_base(folder: Path, where: str) -> HuggingFaceModel:
+    if name := base_name(folder):
         for path in (path_of(name), folder / name):
             if (path / "config.json").is_file():
                 return HuggingFaceModel.open(path, f"{where}: its base")
