@@ -15,6 +15,7 @@ from tfdp.interop import hugging_face, keras_hub, origin, peft
 from tfdp.interop.tokenizer_json import write_tokenizer
 from tfdp.models import lora
 from tfdp.system.exits import ConfigError, require, require_at_most
+from tfdp.system.lazy import Lazy
 from tfdp.system.messages import shown
 
 if TYPE_CHECKING:  # folders of Hugging Face are written without TensorFlow
@@ -101,7 +102,13 @@ def export(trained: TrainedGPT, config: ExportConfig, command: str) -> None:
 def _plain(trained: TrainedGPT) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The model and its weights, adapters added to them."""
     model = trained.config.model
-    return lora.merged_model(model), lora.merged(model, {**trained.weights, **trained.frozen})
+    return lora.merged_model(model), lora.merged(model, _all(trained))
+
+
+def _all(trained: TrainedGPT) -> Mapping[str, Any]:
+    """All weights by name, read when they are asked for where they lie in a folder of another library."""
+    own, frozen = trained.weights, trained.frozen
+    return Lazy([*own, *frozen], lambda name: frozen[name] if name in frozen else own[name])
 
 
 def _hugging_face(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
@@ -112,7 +119,7 @@ def _hugging_face(folder: Path, trained: TrainedGPT, config: ExportConfig) -> No
 
 
 def _peft(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
-    model, weights = trained.config.model, {**trained.weights, **trained.frozen}
+    model, weights = trained.config.model, _all(trained)
     base = None if trained.started_from is None else origin.base_of(trained.started_from)
     rule = "is for adapters on the folder of a Hugging Face model: try --format huggingface --merge true"
     is_folder = base is not None and hugging_face.is_folder(path_of(base))

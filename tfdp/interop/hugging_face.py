@@ -1,7 +1,7 @@
 """A model in a Hugging Face folder: read as the weights of a GPT, and written from them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from tfdp.interop import architectures
 from tfdp.interop.architectures import ARCHITECTURES
 from tfdp.interop.model_forms import typed_keys
 from tfdp.interop.tensor_folder import TensorFolder, write_tensors
-from tfdp.interop.tensor_names import Origin, origins, without_aliases
+from tfdp.interop.tensor_names import origins, without_aliases
 from tfdp.models.dimensions import weight_shapes
 from tfdp.system.exits import ConfigError
+from tfdp.system.lazy import Lazy
 from tfdp.system.messages import one_line, shown
 
 CONFIG_FILE = "config.json"
@@ -101,24 +102,11 @@ class HuggingFaceModel:
                 raise ConfigError(
                     f"{self.where} holds a tensor that its architecture has no place for: {shown(theirs)}"
                 )
-        return _Weights(tensors, wanted, stored)
 
+        def read(name: str) -> np.ndarray:
+            return wanted[name].join([tensors.read(stored[theirs]) for theirs in wanted[name].names])
 
-class _Weights(Mapping[str, np.ndarray]):
-    """Weights by name, each made of its tensors when it is asked for."""
-
-    def __init__(self, tensors: TensorFolder, wanted: Mapping[str, Origin], stored: Mapping[str, str]) -> None:
-        self._tensors, self._wanted, self._stored = tensors, wanted, stored
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        origin = self._wanted[name]
-        return origin.join([self._tensors.read(self._stored[theirs]) for theirs in origin.names])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._wanted)
-
-    def __len__(self) -> int:
-        return len(self._wanted)
+        return Lazy(wanted, read)
 
 
 def write_model(

@@ -4,7 +4,7 @@ A preset is `config.json` (the backbone), `model.weights.h5`, and what makes a t
 `preprocessor.json`, `assets/`. It is read without KerasHub and without TensorFlow, and written by KerasHub itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from tfdp.data import strict_json
 from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.interop import keras_hub_backbones, keras_hub_tokenizer
 from tfdp.interop.keras_hub_backbones import BACKBONES, Backbone
-from tfdp.interop.keras_hub_weights import Place, places
+from tfdp.interop.keras_hub_weights import places
 from tfdp.interop.model_forms import typed_keys
 from tfdp.models.dimensions import weight_shapes
 from tfdp.system.exits import ConfigError
+from tfdp.system.lazy import Lazy
 from tfdp.system.messages import one_line, shown
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.weights.h5", "model.weights.json"
@@ -107,7 +108,7 @@ class KerasHubModel:
         for address in tensors.shapes:
             if address not in used and "seed_generator" not in address:
                 raise ConfigError(f"{self.where} holds a tensor that its backbone has no place for: {shown(address)}")
-        return _Weights(tensors.read, wanted)
+        return Lazy(wanted, lambda name: wanted[name].join([tensors.read(each) for each in wanted[name].addresses]))
 
 
 def _check_dtype(policy: Any, where: str) -> None:
@@ -155,23 +156,6 @@ class _Tensors:
             if file[address].attrs.get("dtype") == "bfloat16":  # the upper half of a float32
                 return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32, copy=False)
-
-
-class _Weights(Mapping[str, np.ndarray]):
-    """Weights by name, each made of its tensors when it is asked for."""
-
-    def __init__(self, read: Callable[[str], np.ndarray], wanted: Mapping[str, Place]) -> None:
-        self._read, self._wanted = read, wanted
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        place = self._wanted[name]
-        return place.join([self._read(address) for address in place.addresses])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._wanted)
-
-    def __len__(self) -> int:
-        return len(self._wanted)
 
 
 # ---------------------------------------------------------------------------------------------------

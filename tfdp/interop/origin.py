@@ -5,7 +5,7 @@ keys of section `model` come from there, and so does the tokenizer unless anothe
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -25,6 +25,7 @@ from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.interop.keras_hub import KerasHubModel
 from tfdp.interop.peft import PeftModel
 from tfdp.system.exits import ConfigError
+from tfdp.system.lazy import Lazy
 from tfdp.system.messages import shown
 from tfdp.training.checkpoint import CheckpointFolder
 
@@ -217,27 +218,21 @@ def given_weights(model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarra
     own_size = origin.keys.get("vocab_size")
     weights = origin.weights(replace(model, vocab_size=own_size), vocab_size)
     is_larger = own_size is not None and model.vocab_size is not None and model.vocab_size > own_size
-    return _Widened(weights, model.vocab_size) if is_larger else weights
+    return _widened(weights, int(model.vocab_size or 0)) if is_larger else weights
 
 
-class _Widened(Mapping[str, np.ndarray]):
-    """Weights whose tables have more rows: the new ones are the mean of the others, which no prediction is far from."""
+def _widened(weights: Mapping[str, np.ndarray], num_rows: int) -> Mapping[str, np.ndarray]:
+    """Weights whose tables have more rows: the mean of the others, so that no new token starts out far more or less
+    likely than they are."""
 
-    def __init__(self, weights: Mapping[str, np.ndarray], num_rows: int | None) -> None:
-        self._weights, self._num_rows = weights, num_rows or 0
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        weight = self._weights[name]
+    def read(name: str) -> np.ndarray:
+        weight = weights[name]
         if name not in ("token_embedding", "output_embedding"):
             return weight
         mean = weight.mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
-        return np.concatenate([weight, mean.repeat(self._num_rows - len(weight), axis=0)])
+        return np.concatenate([weight, mean.repeat(num_rows - len(weight), axis=0)])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+    return Lazy(weights, read)
 
 
 def digest_of(name: str) -> str:

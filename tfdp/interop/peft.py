@@ -6,7 +6,7 @@ here they have adapters of their own. Three of rank r are one of rank 3 r, whose
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +23,7 @@ from tfdp.interop.tensor_folder import TensorFolder, metadata_of, save_tensors
 from tfdp.interop.tensor_names import origins
 from tfdp.models import lora
 from tfdp.system.exits import ConfigError
+from tfdp.system.lazy import Lazy
 from tfdp.system.messages import one_line, shown
 from tfdp.training.weights import digests_of
 
@@ -165,8 +166,9 @@ def _short(name: str) -> str:
 
 
 def _base_digest(weights: Mapping[str, np.ndarray]) -> str:
-    base = {name: weight for name, weight in weights.items() if not lora.is_adapter(name)}
-    return digests_of(base, {})["weights_sha256"]
+    """The digest of the weights below the adapters, each read once."""
+    names = (name for name in weights if not lora.is_adapter(name))
+    return digests_of(Lazy(names, lambda name: weights[name]), {})["weights_sha256"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -262,7 +264,7 @@ class PeftModel:
             found = adapters[name].shape
             if found != shape:
                 raise ConfigError(f"{self.where} must have {name} of shape {list(shape)}, but has {list(found)}")
-        return _Joint(base, adapters)
+        return Lazy([*base, *adapters], lambda name: adapters[name] if name in adapters else base[name])
 
     def _split(self, module: Module, a: np.ndarray, b: np.ndarray, model: ModelConfig) -> dict[str, np.ndarray]:
         """The adapter of each target of a module; of one that all share, each target gets A and its part of B."""
@@ -277,23 +279,6 @@ class PeftModel:
             found[f"{prefix}/{target}_a"] = np.ascontiguousarray(a[:, own])
             found[f"{prefix}/{target}_b"] = np.ascontiguousarray(b[own, columns])
         return found
-
-
-class _Joint(Mapping[str, np.ndarray]):
-    """The weights of a base, each read when it is asked for, and those of its adapters."""
-
-    def __init__(self, base: Mapping[str, np.ndarray], adapters: Mapping[str, np.ndarray]) -> None:
-        self._base, self._adapters = base, adapters
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._adapters[name] if name in self._adapters else self._base[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._base
-        yield from self._adapters
-
-    def __len__(self) -> int:
-        return len(self._base) + len(self._adapters)
 
 
 def _refuse_unknown(content: Any, where: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tfdp.config.sections import ModelConfig
+from tfdp.system.lazy import Lazy
 
 FOLDER = "lora"  # in the paths of adapters: block_0/mlp/contract/lora/down_a
 
@@ -79,18 +80,23 @@ def merged_model(config: ModelConfig) -> ModelConfig:
     return replace(config, **none)
 
 
-def merged(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights of the model without adapters that computes the same: W + s A B."""
-    found = {name: weight for name, weight in weights.items() if not is_adapter(name)}
-    for path, layer in _layers(config):
-        kernel = np.array(found[f"{path}/kernel"], np.float64)
+def merged(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The weights of the model without adapters that computes the same, W + s A B; each made when it is asked for."""
+    layers = {f"{path}/kernel": (path, layer) for path, layer in _layers(config)}
+
+    def read(name: str) -> np.ndarray:
+        if name not in layers:
+            return weights[name]
+        path, layer = layers[name]
+        kernel = np.array(weights[name], np.float64)
         ends = np.cumsum(list(layer.widths.values()))
         for (target, width), end in zip(layer.widths.items(), ends, strict=True):
             if target in layer.targets:
                 a, b = (weights[f"{path}/{FOLDER}/{target}_{each}"].astype(np.float64) for each in "ab")
                 kernel[:, end - width : end] += scale(config) * (a @ b)
-        found[f"{path}/kernel"] = kernel.astype(np.float32)
-    return found
+        return kernel.astype(np.float32)
+
+    return Lazy((name for name in weights if not is_adapter(name)), read)
 
 
 def _layers(config: ModelConfig) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -71,7 +71,7 @@ def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
         raise ConfigError(f"run_dir holds the checkpoints of another run: {listed}; name another run_dir")
 
 
-def digests_of(weights: Tensors, optimizer: Tensors) -> dict[str, str]:
+def digests_of(weights: Mapping[str, np.ndarray], optimizer: Mapping[str, np.ndarray]) -> dict[str, str]:
     """sha256 over the float32 bytes of every tensor by name: of the weights, and of those and the optimizer's."""
     total = hashlib.sha256()
     found = {}
