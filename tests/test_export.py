@@ -375,7 +375,7 @@ def test_a_run_with_adapters_is_one_run_in_any_layout_and_after_a_stop(folder: P
         ),
         (
             ["--model.lora_rank=2", "--model.activation=gelu", "--model.lora_targets=[gate]"],
-            "has gate with swiglu only",
+            "has gate with model.activation swiglu only",
         ),
     ],
 )

@@ -21,8 +21,8 @@ def main() -> None:
     print("tfdp trains GPT language models with data parallelism on TensorFlow and Keras 3.\n")
     for name in COMMANDS:
         source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")  # importing them takes longer
-        told = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-        print(f"  python -m tfdp.{name:<10} {told.partition(': `')[0].rstrip('.')}")
+        summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+        print(f"  python -m tfdp.{name:<10} {summary.partition(': `')[0].rstrip('.')}")
     print("\nEach has --help. The first run needs nothing: python -m tfdp.train")
 
 

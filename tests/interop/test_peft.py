@@ -90,7 +90,10 @@ def test_what_is_no_plain_adapter_of_this_base_is_refused(tmp_path: Path) -> Non
     assert 'must be a plain LoRA adapter: init_lora_weights is "pissa"' in message(init_lora_weights="pissa")
     assert "must have one alpha for all modules: its alpha_pattern is" in message(alpha_pattern={"q_proj": 32})
     assert "its base (gone) must be a folder with a model" in message(base_model_name_or_path="gone")
-    assert "must hold a whole adapter_config.json: " in message(r=None)
+    assert "must have a number or a truth value as r, but has null" in message(r=None)
+    assert "must have a number or a truth value as r, but has 4.7" in message(r=4.7)
+    assert 'must have a number or a truth value as use_rslora, but has "false"' in message(use_rslora="false")
+    assert "must be a plain LoRA adapter: some_future_key is 3.0" in message(some_future_key=3.0)
     assert "must have block_0/attention/query_key_value/lora/query_a of shape [32, 5], but has [32, 4]" in message(r=5)
 
 

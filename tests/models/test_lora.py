@@ -85,8 +85,8 @@ def test_masks_of_adapters_belong_to_sequences() -> None:
     ("keys", "message"),
     [
         ({"lora_dropout": 0.1}, "model.lora_dropout (0.1) needs model.lora_rank: try lora_rank 8"),
-        ({"lora_rank": 2, "lora_targets": ()}, "model.lora_targets (()) must name each one once"),
-        ({"lora_rank": 2, "lora_targets": ("up", "up")}, "must name each one once"),
+        ({"lora_rank": 2, "lora_targets": ()}, "model.lora_targets (()) must name at least one, each once"),
+        ({"lora_rank": 2, "lora_targets": ("up", "up")}, "must name at least one, each once"),
         ({"lora_rank": 2, "lora_alpha": -1.0}, "model.lora_alpha (-1.0) must be positive: try 16"),
         ({"lora_rank": 2, "lora_dropout": 1.0}, "model.lora_dropout (1.0) must lie in [0, 1): try 0.05"),
     ],

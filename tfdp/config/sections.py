@@ -182,9 +182,15 @@ class ModelConfig(_Section):
         self._require(self.adapter_alpha > 0, "lora_alpha", "must be positive: try 16")
         self._require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", "must lie in [0, 1): try 0.05")
         targets = self.lora_targets
-        self._require(targets is None or len({*targets}) == len(targets) > 0, "lora_targets", "must name each one once")
+        self._require(
+            targets is None or len({*targets}) == len(targets) > 0, "lora_targets", "must name at least one, each once"
+        )
         is_gated = self.activation == "swiglu"
-        self._require(is_gated or "gate" not in (targets or ()), "lora_targets", "has gate with swiglu only: leave it")
+        self._require(
+            is_gated or "gate" not in (targets or ()),
+            "lora_targets",
+            "has gate with model.activation swiglu only: leave gate out",
+        )
 
     @property
     def adapted_targets(self) -> tuple[str, ...]:

@@ -25,14 +25,18 @@ Keys = TypeVar("Keys")
 class LanguageModel:
     """A model and its tokenizer; `tfdp.load` makes one. Its weights are read once, at the first use.
 
+    Args:
+      trained: what was read back.
+      rows: texts that are scored in one forward pass.
+
     Attributes:
       tokenizer: `encode` and `decode`.
       context_length: the most tokens that a prediction looks back on.
       step: of the checkpoint; 0 for a folder of another library.
     """
 
-    def __init__(self, trained: TrainedGPT) -> None:
-        self._trained = trained
+    def __init__(self, trained: TrainedGPT, rows: int = 16) -> None:
+        self._trained, self._rows = trained, rows
         self.tokenizer: Tokenizer = trained.tokenizer
         self.context_length: int = trained.config.model.context_length
         self.step = trained.step
@@ -120,7 +124,7 @@ class LanguageModel:
         model = self._model
         from tfdp.inference.scoring import Scorer
 
-        return Scorer(model, self.tokenizer.vocab_size)
+        return Scorer(model, self.tokenizer.vocab_size, self._rows)
 
 
 def _sampling(keys: Mapping[str, Any]) -> SamplingConfig:

@@ -11,6 +11,7 @@ from lm_eval.api.model import TemplateLM
 from tfdp.data.tokenizers.tokenizer import prompt_ids
 from tfdp.inference.language_model import LanguageModel
 from tfdp.inference.trained import TrainedGPT
+from tfdp.system.exits import require
 
 NUM_TOKENS = 256  # to generate, where a task does not say
 
@@ -21,7 +22,8 @@ class TfdpLM(TemplateLM):
     Args:
       path: directory of a run, or a folder of Hugging Face, PEFT or KerasHub.
       checkpoint: of a run: best, newest, or a step.
-      batch_size, max_batch_size, device: as lm-eval passes them; prompts to continue together, and two without effect.
+      batch_size: texts that are computed together; "auto" is 16.
+      max_batch_size, device: have no effect; lm-eval passes them.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class TfdpLM(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        self._model = LanguageModel(TrainedGPT.open(path, str(checkpoint), "read back"))
-        self._rows = int(batch_size) if str(batch_size).isdigit() else 16
+        is_number = str(batch_size).isdigit() and int(batch_size) > 0
+        require(is_number or batch_size == "auto", "batch_size", batch_size, "must be at least 1, or auto")
+        self._rows = int(batch_size) if is_number else 16
+        self._model = LanguageModel(TrainedGPT.open(path, str(checkpoint), "read back"), self._rows)
 
     @property
     def eot_token_id(self) -> int:

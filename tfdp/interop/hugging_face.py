@@ -12,7 +12,7 @@ from tfdp.config.sections import ModelConfig
 from tfdp.data import strict_json
 from tfdp.interop import architectures
 from tfdp.interop.architectures import ARCHITECTURES
-from tfdp.interop.model_forms import typed_keys
+from tfdp.interop.model_forms import num_rows, typed_keys
 from tfdp.interop.tensor_folder import TensorFolder, write_tensors
 from tfdp.interop.tensor_names import origins, without_aliases
 from tfdp.models.dimensions import weight_shapes
@@ -131,9 +131,7 @@ def write_model(
       ConfigError: no architecture equals the model.
     """
     architecture = architectures.architecture_of(model, preferred)
-    vocab_size = len(weights["token_embedding"]) if "token_embedding" in weights else 0
-    for name in sorted({*weights} ^ {*weight_shapes(model, vocab_size)}):
-        raise ConfigError(f"format (huggingface) is for the GPT of section model: {name} is no weight of both")
+    vocab_size = num_rows(model, weights, "huggingface")
     config = architectures.config_json(model, architecture, vocab_size, end_of_text, dtype)
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     for name, content in ((CONFIG_FILE, config), ("generation_config.json", generation)):

@@ -17,8 +17,7 @@ from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.interop import keras_hub_backbones, keras_hub_tokenizer
 from tfdp.interop.keras_hub_backbones import BACKBONES, Backbone
 from tfdp.interop.keras_hub_weights import places
-from tfdp.interop.model_forms import typed_keys
-from tfdp.models.dimensions import weight_shapes
+from tfdp.interop.model_forms import num_rows, typed_keys
 from tfdp.system.exits import ConfigError
 from tfdp.system.lazy import Lazy
 from tfdp.system.messages import one_line, shown
@@ -181,9 +180,7 @@ def write_preset(folder: Path, model: ModelConfig, weights: Mapping[str, np.ndar
 
     backbone = keras_hub_backbones.backbone_of(model)
     keras_hub_tokenizer.check(tokenizer)
-    vocab_size = len(weights["token_embedding"]) if "token_embedding" in weights else 0
-    for name in sorted({*weights} ^ {*weight_shapes(model, vocab_size)}):
-        raise ConfigError(f"format (keras_hub) is for the GPT of section model: {name} is no weight of both")
+    vocab_size = num_rows(model, weights, "keras_hub")
     _make_task(backbone, model, vocab_size, tokenizer).save_to_preset(str(folder), max_shard_size=None)
     wanted = places(backbone, model, vocab_size)
     with h5py.File(folder / WEIGHTS_FILE, "r+") as file:

@@ -7,6 +7,7 @@ from typing import Any
 from tfdp.config import options
 from tfdp.config.parsing import known_keys
 from tfdp.config.sections import ModelConfig
+from tfdp.models.dimensions import weight_shapes
 from tfdp.system.exits import ConfigError
 from tfdp.system.messages import one_line, shown
 
@@ -65,3 +66,15 @@ def nearest(forms: Mapping[str, Mapping[str, tuple[Any, ...]]], own: Mapping[str
     if differences[found]:
         raise ConfigError(f"{what} for this model; the nearest is {found}: {'; '.join(wanted)}")
     return found
+
+
+def num_rows(model: ModelConfig, weights: Mapping[str, Any], form: str) -> int:
+    """Rows of the embedding tables of a model that is to be written.
+
+    Raises:
+      ConfigError: its weights are not those of the GPT of section `model`.
+    """
+    rows = len(weights["token_embedding"]) if "token_embedding" in weights else 0
+    for name in sorted({*weights} ^ {*weight_shapes(model, rows)}):
+        raise ConfigError(f"format ({form}) is for the GPT of section model: only one of it and the run has {name}")
+    return rows

@@ -1,7 +1,8 @@
 """Low-rank adapters in the folders of the library PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
 PEFT keeps an adapter for each of its modules. Queries, keys and values are one module in GPT-2 and three elsewhere;
-here they have adapters of their own. Three of rank r are one of rank 3 r, whose B is zero outside three blocks.
+here they have adapters of their own. Three of rank r are written as one of rank 3 r, whose B is zero outside three
+blocks.
 """
 
 import json
@@ -49,6 +50,33 @@ _PLAIN: dict[
     "use_bdlora": (False, None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
+}
+
+
+# Keys that are read, or that tell no logit apart.
+_READ = {
+    "alpha_pattern",
+    "arrow_config",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",
+    "loftq_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
 }
 
 
@@ -282,10 +310,21 @@ class PeftModel:
 
 
 def _refuse_unknown(content: Any, where: str) -> None:
-    for key, values in _PLAIN.items():
-        value = content.get(key, values[0])
-        if not any(type(value) is type(each) and value == each for each in values):
+    """Refuses what is no plain LoRA: known keys with other values, and keys that nobody here knows."""
+    for key, value in content.items():
+        allowed = _PLAIN.get(key)
+        is_off = value is None or value is False or value in ([], {})
+        is_plain = key in _READ or (is_off if allowed is None else any(_is_same(value, each) for each in allowed))
+        if not is_plain:
             raise ConfigError(f"{where} must be a plain LoRA adapter: {key} is {shown(json.dumps(value))}")
+    for key, kind in (("r", int), ("lora_alpha", int | float), ("use_rslora", bool)):
+        value = content.get(key, {"r": None, "lora_alpha": 8, "use_rslora": False}[key])
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise ConfigError(f"{where} must have a number or a truth value as {key}, but has {json.dumps(value)}")
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and value == other
 
 
 def _refuse_patterns(content: Any, folder: Path, where: str) -> None:
