@@ -9,7 +9,7 @@ import pytest
 
 from tfdp.assembly import train
 from tfdp.config.parsing import load_file
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 from tfdp.recipe import import_recipe
 from tfdp.training.weights import digests_of, snapshot
 
@@ -31,7 +31,7 @@ EARLIER = pytest.mark.parametrize("run_dir", ["flat_modules"], indirect=True)
 @EARLIER
 def test_an_earlier_run_is_read_back(run_dir: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
-    trained = TrainedGPT.open(str(run_dir), "best", "evaluated")
+    trained = TrainedModel.open(str(run_dir), "best", "evaluated")
     assert (trained.step, trained.corpus_sha256) == (summary["step"], summary["corpus_sha256"])
     model = trained.make_model()
     assert digests_of(snapshot(model.named_weights()), {})["weights_sha256"] == summary["weights_sha256"]

@@ -14,7 +14,7 @@ import pytest
 from tfdp.config.parsing import load_file, to_yaml
 from tfdp.config.run_config import differing_keys, with_run_config
 from tfdp.data.tokenizers.tokenizer import open_tokenizer
-from tfdp.inference.trained import TrainedGPT, open_own_tokenizer, refuse_other_keys
+from tfdp.inference.trained import TrainedModel, open_own_tokenizer, refuse_other_keys
 from tfdp.system.exits import ConfigError
 from tfdp.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
 from tfdp.training.run_directory import RunDirectory
@@ -198,7 +198,7 @@ def test_another_model_in_the_configuration_is_refused(run: RunDirectory) -> Non
     expected = r"holds a config\.yaml that is not the run's: model\.norm_epsilon: 1e-05 -> 0\.0001$"
     try:
         with pytest.raises(ConfigError, match=expected):
-            TrainedGPT.open(str(run.path), "newest", "read back")
+            TrainedModel.open(str(run.path), "newest", "read back")
     finally:
         run.config_path.write_text(text)
 
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_told_of_where_the_best_is_chosen(
     first, last = folder.steps()
     assert folder.best_step() == last
     (folder.path(last) / "state.json").write_text("{}")
-    assert TrainedGPT.open(str(tmp_path / "run"), "best", "read back").step == first
+    assert TrainedModel.open(str(tmp_path / "run"), "best", "read back").step == first
     assert f"warning: checkpoint {folder.path(last)}/state.json is damaged" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is damaged"):
-        TrainedGPT.open(str(tmp_path / "run"), "newest", "read back")
+        TrainedModel.open(str(tmp_path / "run"), "newest", "read back")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tfdp import assembly
 from tfdp.config.run_config import flatten_mapping, with_run_config
 from tfdp.inference.language_model import LanguageModel
-from tfdp.inference.trained import TrainedGPT
-from tfdp.interop.origin import complete, has_checkpoints
+from tfdp.inference.trained import TrainedModel
+from tfdp.interop.origin import has_checkpoints, with_origin_keys
 from tfdp.recipe import Recipe, load_recipe
 from tfdp.system.exits import ConfigError, require
 
@@ -30,7 +30,7 @@ def load(path: str, checkpoint: str | int = "best") -> LanguageModel:
     Raises:
       ConfigError: there is no such run, folder or checkpoint, or one that is damaged or not understood.
     """
-    return LanguageModel(TrainedGPT.open(str(path), str(checkpoint), "read back"))
+    return LanguageModel(TrainedModel.open(str(path), str(checkpoint), "read back"))
 
 
 def train(config: str | os.PathLike[str] | Mapping[str, Any] | None = None, /, **sections: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _configured(config: Any, sections: Mapping[str, Any]) -> tuple[Recipe, Any]:
     values = flatten_mapping(config) if isinstance(config, Mapping) else {}
     values |= flatten_mapping(sections)
     flags = [f"--{key}={_text_of(value)}" for key, value in values.items()]
-    return load_recipe(with_run_config([*file, *flags]), "tfdp.train", "", complete)
+    return load_recipe(with_run_config([*file, *flags]), "tfdp.train", "", with_origin_keys)
 
 
 def _run(recipe: Recipe, config: Any) -> dict[str, Any]:

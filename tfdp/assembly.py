@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfdp.config.parsing import flatten, to_yaml
+from tfdp.config.run_config import recorded_values
 from tfdp.config.sections import SamplingConfig
 from tfdp.recipe import FUNCTIONS, Model, Recipe, require_functions
-from tfdp.system.code import code_sha256
+from tfdp.system.code import code_sha256, place_of
 from tfdp.system.exits import require
 
 if TYPE_CHECKING:  # this module opens the text before TensorFlow is loaded
@@ -91,7 +92,8 @@ def _train(
     from tfdp.parallel.cluster import FailureDetector, require_agreement
     from tfdp.system.startup import load_tensorflow
 
-    data = sources.with_own_tokenizer(config.data, directory.tokenizer_path)
+    recorded = recorded_values(directory.path).get("data.tokenizer")
+    data = sources.with_own_tokenizer(config.data, directory.tokenizer_path, recorded)
     corpus = sources.open_corpus(data, sources.cache_dir(data))
     corpus.check_lengths(config.model.context_length)
     rows, num_tokens = getattr(config.model, "vocab_size", None), corpus.tokenizer.vocab_size
@@ -387,12 +389,13 @@ def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -
         **keys,
         **({} if folder is None else {"weights of model.init_from": digest_of(folder)}),
         "split_sha256": corpus.split_sha256,
-        "code_sha256": code_sha256(*_folders_of(recipe)),
+        "code_sha256": code_sha256(*_code_of(recipe, config)),
         **distribution.shared_facts(strategy),
     }
 
 
-def _folders_of(recipe: Recipe) -> list[Path]:
-    """Where the code of a recipe lies: its own folder, and that of the recipes that it may import from."""
+def _code_of(recipe: Recipe, config: Any) -> list[Path]:
+    """Where the code of a recipe lies: its own folder, that of recipes it may import from, and that of its model."""
     files = (getattr(module, "__file__", None) for module in (recipe, sys.modules.get("trainers")))
-    return sorted({Path(file).parent for file in files if file})
+    model = place_of(getattr(config.model, "builder", "").partition(":")[0])
+    return sorted({*(Path(file).parent for file in files if file), *([model] if model else [])})

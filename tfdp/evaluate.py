@@ -14,7 +14,7 @@ from tfdp.system.startup import load_tensorflow
 
 if TYPE_CHECKING:
     from tfdp.data.sources import Corpus
-    from tfdp.inference.trained import TrainedGPT
+    from tfdp.inference.trained import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def main() -> None:
     description = "Evaluate a run on its whole validation split; prints one JSON object."
     config = load(Config, sys.argv[1:], "python -m tfdp.evaluate", description)
     from tfdp import assembly
-    from tfdp.inference.trained import TrainedGPT
+    from tfdp.inference.trained import TrainedModel
 
-    trained = TrainedGPT.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
+    trained = TrainedModel.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = replace(trained.config, distribution=layout)
     corpus = _corpus(config, trained)
@@ -73,7 +73,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
 
 
-def _corpus(config: Config, trained: "TrainedGPT") -> "Corpus":
+def _corpus(config: Config, trained: "TrainedModel") -> "Corpus":
     """The text of the run, or the one that is named, under the tokenizer of the model."""
     from tfdp.data import sources
     from tfdp.training.run_directory import RunDirectory
@@ -91,7 +91,7 @@ def _corpus(config: Config, trained: "TrainedGPT") -> "Corpus":
         return corpus
     rule = "must be named to evaluate a folder of another library: try --source 'text:notes/*.txt'"
     require(bool(trained.corpus_sha256), "source", named, rule)
-    own_data = sources.with_own_tokenizer(data, RunDirectory.open(config.run_dir).tokenizer_path)
+    own_data = sources.with_own_tokenizer(data, RunDirectory.open(config.run_dir).tokenizer_path, data.tokenizer)
     return sources.open_same_corpus(own_data, trained.corpus_sha256)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tfdp.config.parsing import load
 from tfdp.inference.exporting import LOADERS, ExportConfig, export, require_free
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 from tfdp.system.exits import run_command
 from tfdp.system.startup import load_tensorflow
 
@@ -25,7 +25,7 @@ def main() -> None:
     description = "Write a trained model in the format of another library."
     config = load(Config, sys.argv[1:], "python -m tfdp.export", description)
     require_free(str(config.output))
-    trained = TrainedGPT.open(config.run_dir, config.checkpoint, "exported")
+    trained = TrainedModel.open(config.run_dir, config.checkpoint, "exported")
     if config.format in ("keras_hub", "saved_model", "onnx"):
         load_tensorflow()
     name = Path(config.run_dir).name

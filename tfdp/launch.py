@@ -23,7 +23,7 @@ from typing import IO
 
 from tfdp.config.parsing import load
 from tfdp.config.run_config import with_run_config
-from tfdp.interop.origin import complete
+from tfdp.interop.origin import with_origin_keys
 from tfdp.parallel.restarts import History, job_code, whereabouts
 from tfdp.recipe import load_recipe
 from tfdp.system import exits
@@ -116,7 +116,7 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
       SystemExit: the arguments hold `--help` or `--print_config`.
     """
     layered = with_run_config(arguments)
-    _, config = load_recipe(layered, "python -m tfdp.train", "", complete)
+    _, config = load_recipe(layered, "python -m tfdp.train", "", with_origin_keys)
     run_dir = getattr(config, "run_dir", None)
     if run_dir:
         return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed here, once for all restarts

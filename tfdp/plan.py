@@ -20,7 +20,7 @@ from tfdp.config.parsing import known_keys, load, to_yaml
 from tfdp.config.run_config import with_run_config
 from tfdp.config.sections import MOST, MOST_DEVICES, DataConfig
 from tfdp.data import sources
-from tfdp.interop.origin import complete
+from tfdp.interop.origin import with_origin_keys
 from tfdp.models import dimensions
 from tfdp.parallel import batch_layout
 from tfdp.recipe import FUNCTIONS, Recipe, load_recipe, require_functions
@@ -244,7 +244,7 @@ def main() -> None:
     )
     config = load(Config, own, "python -m tfdp.plan", description)
     rest = with_run_config(rest)
-    recipe, run = load_recipe(rest, "python -m tfdp.plan", description, complete)
+    recipe, run = load_recipe(rest, "python -m tfdp.plan", description, with_origin_keys)
     require_functions(recipe, run.trainer, FUNCTIONS, "planned")
     if config.num_replicas is not None:
         run = replace(run, distribution=replace(run.distribution, num_replicas=config.num_replicas))

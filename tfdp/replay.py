@@ -130,7 +130,8 @@ class PastRun:
         """The text of the run. Raises `ConfigError` where it is another one now."""
         from tfdp.data import sources
 
-        data = sources.with_own_tokenizer(self.config.data, self.directory.tokenizer_path)
+        data = self.config.data
+        data = sources.with_own_tokenizer(data, self.directory.tokenizer_path, data.tokenizer)
         if not self.states:  # nothing tells which it was
             return sources.open_corpus(data, sources.cache_dir(data))
         return sources.open_same_corpus(data, list(self.states.values())[-1]["identity"]["corpus_sha256"])

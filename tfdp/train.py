@@ -8,7 +8,7 @@ import sys
 
 from tfdp import assembly
 from tfdp.config.run_config import with_run_config
-from tfdp.interop.origin import complete
+from tfdp.interop.origin import with_origin_keys
 from tfdp.recipe import load_recipe
 from tfdp.system.exits import end, run_command
 
@@ -19,7 +19,7 @@ def main() -> None:
         "Train a GPT with data parallelism. With no argument: a byte-level GPT on the source code of Python's "
         "standard library, about a minute and a half on two CPU cores."
     )
-    recipe, config = load_recipe(arguments, "python -m tfdp.train", description, complete)
+    recipe, config = load_recipe(arguments, "python -m tfdp.train", description, with_origin_keys)
     if hasattr(recipe, "train"):  # a program of its own, or a recipe with its own way to train
         recipe.train(config)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 
 torch = pytest.importorskip("torch", reason="needs pip install 'tfdp[peers]'")
 transformers = pytest.importorskip("transformers", reason="needs pip install 'tfdp[peers]'")
@@ -37,7 +37,7 @@ def test_transformers_has_the_loss_and_the_greedy_text_of_the_run(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
 
-    trained = TrainedGPT.open(str(tmp_path / "run"), "best", "compared")
+    trained = TrainedModel.open(str(tmp_path / "run"), "best", "compared")
     from tfdp.data import sources
     from tfdp.data.sequences import PackedSequences
 

@@ -95,3 +95,10 @@ def test_a_mistake_names_its_key(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ModelConfig(**keys)
     assert message in str(caught.value)
+
+
+def test_gates_have_adapters_where_there_are_gates() -> None:
+    assert "gate" in ModelConfig(lora_rank=2).adapted_targets
+    assert "gate" not in ModelConfig(lora_rank=2, activation="gelu").adapted_targets
+    with pytest.raises(ConfigError, match=r"has gate with model\.activation swiglu only"):
+        ModelConfig(lora_rank=2, activation="gelu", lora_targets=("gate",))

@@ -28,5 +28,20 @@ def test_the_digest_of_the_code_covers_the_files_of_all_folders(
     (package / "ops" / "new.py").rename(package / "tasks" / "new.py")
     found.append(code.code_sha256(recipes))
     assert len(set(found)) == len(found)
+    alone = recipes / "mine.py"
+    found.append(code.code_sha256(alone))
+    alone.write_text("a = 3\n")
+    assert code.code_sha256(alone) != found.pop()
+    alone.write_text("a = 2\n")
     (package / "notes.txt").write_text("not code")
     assert code.code_sha256(recipes) == found[-1]
+
+
+def test_the_code_of_a_model_is_its_package_or_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_package" / "inner").mkdir(parents=True)
+    for name in ("a_package/__init__.py", "a_package/inner/__init__.py", "a_file.py"):
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert code.place_of("a_package.inner") == tmp_path / "a_package"
+    assert code.place_of("a_file") == tmp_path / "a_file.py"
+    assert code.place_of("nowhere") is code.place_of("__main__") is code.place_of("") is None

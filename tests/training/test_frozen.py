@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 from tfdp.system.exits import ConfigError
 from tfdp.training.checkpoint import CheckpointFolder, SaveFailed
 from trainers import causal_lm
@@ -64,7 +64,7 @@ def test_frozen_weights_are_saved_once_and_come_back(make: Callable[..., Config]
     assert files_of(begun) == [frozen]
     for key in ("weights_sha256", "state_sha256", "validation_loss", "num_params"):
         assert halves[key] == whole[key], key
-    model = TrainedGPT.open(str(begun.run_dir), "newest", "read back").make_model()
+    model = TrainedModel.open(str(begun.run_dir), "newest", "read back").make_model()
     for name, weight in model.named_frozen_weights().items():
         np.testing.assert_array_equal(weight.numpy(), saved[name])
 
@@ -82,7 +82,7 @@ def test_damaged_frozen_weights_are_refused(make: Callable[..., Config], damage:
     with pytest.raises(ConfigError, match=rf"no checkpoint in .* is whole: .*{frozen.name}"):
         causal_lm.train(make("run", 8))
     with pytest.raises(ConfigError, match=rf"^checkpoint .*{frozen.name}"):
-        TrainedGPT.open(str(config.run_dir), "newest", "read back")
+        TrainedModel.open(str(config.run_dir), "newest", "read back")
 
 
 def test_what_cannot_be_given_back_is_refused_before_it_is_saved(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def config_records(run_dir: Path) -> list[Path]:
     return [resolved, own] if is_changed else [resolved]
 
 
+def recorded_values(run_dir: Path) -> dict[str, Any]:
+    """The configuration of a run by dotted key; {} for a directory without one."""
+    content: dict[str, Any] = {}
+    for path in config_records(run_dir):
+        content |= flatten_yaml(path.read_text(encoding="utf-8"))
+    return content
+
+
 def is_record(path: Path) -> bool:
     """Whether a YAML file is the stored configuration of a run, by its location, and not a file that a user wrote."""
     folder = path.parent

@@ -197,7 +197,8 @@ class ModelConfig(_Section):
         """The matrix products that have adapters; none without lora_rank."""
         if self.lora_rank is None:
             return ()
-        return get_args(LoraTarget) if self.lora_targets is None else self.lora_targets
+        every = (each for each in get_args(LoraTarget) if each != "gate" or self.activation == "swiglu")
+        return tuple(every) if self.lora_targets is None else self.lora_targets
 
     @property
     def adapter_alpha(self) -> float:

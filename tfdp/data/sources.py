@@ -142,11 +142,15 @@ def cache_dir(config: DataConfig) -> Path:
         ) from None
 
 
-def with_own_tokenizer(config: DataConfig, own: Path) -> DataConfig:
-    """The text of a run with the tokenizer that its directory keeps, where the one that it names is gone."""
+def with_own_tokenizer(config: DataConfig, own: Path, recorded: str | None) -> DataConfig:
+    """The text of a run with the tokenizer that its directory keeps, where the recorded one is gone.
+
+    Any other name is somebody's wish: where nothing has it, that is a mistake to report.
+    """
     address = config.tokenizer.partition(":")[2]
     is_gone = address and size_to_train(config.tokenizer) is None and not os.path.lexists(path_of(address))
-    return replace(config, tokenizer=f"bpe:{own}") if is_gone and own.is_dir() else config
+    is_own = config.tokenizer == recorded and own.is_dir()
+    return replace(config, tokenizer=f"bpe:{own}") if is_gone and is_own else config
 
 
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:

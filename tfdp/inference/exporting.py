@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tfdp.config.sections import MOST, ModelConfig
 from tfdp.data.inputs import path_of
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 from tfdp.interop import hugging_face, keras_hub, origin, peft
 from tfdp.interop.tokenizer_json import write_tokenizer
 from tfdp.models import lora
@@ -66,7 +66,7 @@ def require_free(output: str) -> Path:
     return path
 
 
-def export(trained: TrainedGPT, config: ExportConfig, command: str) -> None:
+def export(trained: TrainedModel, config: ExportConfig, command: str) -> None:
     """Writes a model.
 
     Args:
@@ -99,26 +99,26 @@ def export(trained: TrainedGPT, config: ExportConfig, command: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _plain(trained: TrainedGPT) -> tuple[ModelConfig, Mapping[str, Any]]:
+def _plain(trained: TrainedModel) -> tuple[ModelConfig, Mapping[str, Any]]:
     """The model and its weights, adapters added to them."""
     model = trained.config.model
     return lora.merged_model(model), lora.merged(model, _all(trained))
 
 
-def _all(trained: TrainedGPT) -> Mapping[str, Any]:
+def _all(trained: TrainedModel) -> Mapping[str, Any]:
     """All weights by name, read when they are asked for where they lie in a folder of another library."""
     own, frozen = trained.weights, trained.frozen
     return Lazy([*own, *frozen], lambda name: frozen[name] if name in frozen else own[name])
 
 
-def _hugging_face(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+def _hugging_face(folder: Path, trained: TrainedModel, config: ExportConfig) -> None:
     model, weights = _plain(trained)
     end_of_text, most = trained.tokenizer.end_of_text, config.file_megabytes * 1_000_000
     hugging_face.write_model(folder, model, weights, end_of_text, trained.model_type, config.dtype, most)
     write_tokenizer(folder, trained.tokenizer, model.context_length)
 
 
-def _peft(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+def _peft(folder: Path, trained: TrainedModel, config: ExportConfig) -> None:
     model, weights = trained.config.model, _all(trained)
     base = None if trained.started_from is None else origin.base_of(trained.started_from)
     rule = "is for adapters on the folder of a Hugging Face model: try --format huggingface --merge true"
@@ -131,31 +131,31 @@ def _peft(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
     write_tokenizer(folder, trained.tokenizer, model.context_length)
 
 
-def _keras_hub(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+def _keras_hub(folder: Path, trained: TrainedModel, config: ExportConfig) -> None:
     keras_hub.write_preset(folder, *_plain(trained), trained.tokenizer)
 
 
-def _saved_model(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+def _saved_model(folder: Path, trained: TrainedModel, config: ExportConfig) -> None:
     from tfdp.interop.saved_model import write_saved_model
 
     gpt, tokenizer = _gpt(trained, trained.config.training.precision), trained.tokenizer
     write_saved_model(folder, gpt, tokenizer.end_of_text, tokenizer.vocab_size)
 
 
-def _onnx(folder: Path, trained: TrainedGPT, config: ExportConfig) -> None:
+def _onnx(folder: Path, trained: TrainedModel, config: ExportConfig) -> None:
     from tfdp.interop.saved_model import write_onnx
 
     write_onnx(folder / "model.onnx", _gpt(trained, "float32"), trained.tokenizer.end_of_text)
 
 
-def _gpt(trained: TrainedGPT, precision: str) -> "GPT":
+def _gpt(trained: TrainedModel, precision: str) -> "GPT":
     from tfdp.models.gpt import GPT
 
     model, weights = _plain(trained)
     return GPT(model, trained.tokenizer.vocab_size, precision=precision, given=weights)
 
 
-_WRITERS: Mapping[str, Callable[[Path, TrainedGPT, ExportConfig], None]] = {
+_WRITERS: Mapping[str, Callable[[Path, TrainedModel, ExportConfig], None]] = {
     "huggingface": _hugging_face,
     "peft": _peft,
     "keras_hub": _keras_hub,
@@ -164,7 +164,7 @@ _WRITERS: Mapping[str, Callable[[Path, TrainedGPT, ExportConfig], None]] = {
 }
 
 
-def _model_card(trained: TrainedGPT, config: ExportConfig, command: str) -> str:
+def _model_card(trained: TrainedModel, config: ExportConfig, command: str) -> str:
     from tfdp.data.corpus import licence_of
 
     run, summary = trained.config, trained.summary

@@ -11,7 +11,7 @@ from tfdp.config.parsing import known_keys
 from tfdp.config.sections import SamplingConfig
 from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.inference.exporting import ExportConfig, export
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 from tfdp.system.exits import require
 from tfdp.system.startup import load_tensorflow
 
@@ -35,7 +35,7 @@ class LanguageModel:
       step: of the checkpoint; 0 for a folder of another library.
     """
 
-    def __init__(self, trained: TrainedGPT, rows: int = 16) -> None:
+    def __init__(self, trained: TrainedModel, rows: int = 16) -> None:
         self._trained, self._rows = trained, rows
         self.tokenizer: Tokenizer = trained.tokenizer
         self.context_length: int = trained.config.model.context_length

@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 
 from tfdp.data.tokenizers.tokenizer import prompt_ids
 from tfdp.inference.language_model import LanguageModel
-from tfdp.inference.trained import TrainedGPT
+from tfdp.inference.trained import TrainedModel
 from tfdp.system.exits import require
 
 NUM_TOKENS = 256  # to generate, where a task does not say
@@ -38,7 +38,7 @@ class TfdpLM(TemplateLM):
         is_number = str(batch_size).isdigit() and int(batch_size) > 0
         require(is_number or batch_size == "auto", "batch_size", batch_size, "must be at least 1, or auto")
         self._rows = int(batch_size) if is_number else 16
-        self._model = LanguageModel(TrainedGPT.open(path, str(checkpoint), "read back"), self._rows)
+        self._model = LanguageModel(TrainedModel.open(path, str(checkpoint), "read back"), self._rows)
 
     @property
     def eot_token_id(self) -> int:
@@ -83,6 +83,7 @@ class TfdpLM(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         for members in groups.values():
             sampling = _sampling(requests[members[0]].args[1])
+            members.sort(key=lambda each: len(self.tok_encode(requests[each].args[0])))  # a batch reads as its shortest
             for start in range(0, len(members), self._rows):
                 share = members[start : start + self._rows]
                 for index, text in zip(

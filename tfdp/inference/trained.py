@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # this module reads, and refuses, before TensorFlow is loaded
 
 
 @dataclass(frozen=True)
-class TrainedGPT:
+class TrainedModel:
     """One checkpoint of a run, and what it was trained with; TensorFlow is not needed before the model is made."""
 
     recipe: Recipe
@@ -45,7 +45,7 @@ class TrainedGPT:
     @classmethod
     def open(
         cls, run_dir: str, which: str, purpose: str, functions: Sequence[str] = ("make_model", "weight_shapes")
-    ) -> "TrainedGPT":
+    ) -> "TrainedModel":
         """Reads a checkpoint.
 
         Args:
@@ -76,7 +76,7 @@ class TrainedGPT:
         return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from, name)
 
     @classmethod
-    def _of_folder(cls, name: str) -> "TrainedGPT":
+    def _of_folder(cls, name: str) -> "TrainedModel":
         """The model of a folder of another library."""
         found = origin.open_origin(name, "run_dir")
         recipe = import_recipe("causal_lm")

@@ -14,7 +14,7 @@ import numpy as np
 
 from tfdp.config import options, source_syntax
 from tfdp.config.parsing import known_keys
-from tfdp.config.run_config import config_records, flatten_yaml, standard_defaults
+from tfdp.config.run_config import config_records, recorded_values, standard_defaults
 from tfdp.config.sections import DataConfig, ModelConfig
 from tfdp.data.inputs import path_of
 from tfdp.data.shards import open_tokenizer_of
@@ -24,7 +24,7 @@ from tfdp.interop import hugging_face, keras_hub, peft
 from tfdp.interop.hugging_face import HuggingFaceModel
 from tfdp.interop.keras_hub import KerasHubModel
 from tfdp.interop.peft import PeftModel
-from tfdp.system.exits import ConfigError
+from tfdp.system.exits import ConfigError, require
 from tfdp.system.lazy import Lazy
 from tfdp.system.messages import shown
 from tfdp.training.checkpoint import CheckpointFolder
@@ -44,13 +44,13 @@ class RunModel:
 
     @classmethod
     def open(cls, folder: Path) -> "RunModel":
-        content: dict[str, Any] = {}
-        for path in config_records(folder):
-            content |= flatten_yaml(path.read_text(encoding="utf-8"))
-        content = {**standard_defaults(), **content}  # an earlier run lacks later keys
+        content = {**standard_defaults(), **recorded_values(folder)}  # an earlier run lacks later keys
         keys = {key.removeprefix("model."): value for key, value in content.items() if key.startswith("model.")}
         kinds = known_keys(ModelConfig)
-        found = {key: options.read(f"model.{key}", kinds[key], keys[key]) for key in keys if key in kinds}
+        for key in keys:
+            rule = f"must be the run of a GPT, but has the key model.{key}"
+            require(key in kinds, INIT_FROM, folder, rule)
+        found = {key: options.read(f"model.{key}", kinds[key], keys[key]) for key in keys}
         if found.get("lora_rank") is None:  # the next run may have adapters
             found = {key: value for key, value in found.items() if key not in _ADAPTER_KEYS}
         return cls(folder, found)
@@ -119,15 +119,12 @@ def base_of(name: str) -> str:
     folder = path_of(name)
     if peft.is_folder(folder):
         return peft.base_name(folder) or name
-    for path in config_records(folder):
-        content = flatten_yaml(path.read_text(encoding="utf-8"))
-        below = content.get(INIT_FROM)
-        if content.get("model.lora_rank") is not None and below is not None:
-            return base_of(below)
-    return name
+    content = recorded_values(folder)
+    below = content.get(INIT_FROM)
+    return base_of(below) if content.get("model.lora_rank") is not None and below is not None else name
 
 
-def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_origin_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration, with those that the folder of `model.init_from` decides about.
 
     A shorter context than the folder's may be chosen, unless its positions are learned, and a larger vocabulary. A run
@@ -145,6 +142,8 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
         _require_same_origin(Path(run_dir), name)
         return found
     if name is None:
+        rank = values.get("model.lora_rank")
+        require(rank is None, "model.lora_rank", rank, f"needs {INIT_FROM}, the model that is adapted")
         return found
     origin = open_origin(name)
     for own, value in origin.keys.items():
@@ -153,7 +152,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         given = found.setdefault(key, value)
         is_shorter = own == "context_length" and origin.keys["position"] != "learned" and given <= value
-        is_larger = own == "vocab_size" and value is not None and given is not None and given >= value
+        is_larger = own == "vocab_size" and given is not None and given >= (value or 0)
         if given != value and not is_shorter and not is_larger:
             at_most, at_least = own == "context_length" and given > value, own == "vocab_size" and value is not None
             rule = f"at {'most' if at_most else 'least'} {value}" if at_most or at_least else shown(value)
@@ -174,10 +173,7 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_same_origin(run_dir: Path, name: str | None) -> None:
     """Raises `ConfigError` where a run that has weights of its own is to start from another folder now."""
-    record: dict[str, Any] = {}
-    for path in config_records(run_dir):
-        record |= flatten_yaml(path.read_text(encoding="utf-8"))
-    begun = record.get(INIT_FROM)
+    begun = recorded_values(run_dir).get(INIT_FROM)
     if begun != name:
         rule = f"must be {shown(begun)}, from which this run started: name another run_dir"
         raise ConfigError(f"{INIT_FROM} ({shown(name)}) {rule}")
@@ -217,8 +213,10 @@ def given_weights(model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarra
     origin = open_origin(model.init_from)
     own_size = origin.keys.get("vocab_size")
     weights = origin.weights(replace(model, vocab_size=own_size), vocab_size)
-    is_larger = own_size is not None and model.vocab_size is not None and model.vocab_size > own_size
-    return _widened(weights, int(model.vocab_size or 0)) if is_larger else weights
+    asked = model.vocab_size
+    if asked is None or asked == own_size:
+        return weights
+    return _widened(weights, asked) if asked > (own_size or len(weights["token_embedding"])) else weights
 
 
 def _widened(weights: Mapping[str, np.ndarray], num_rows: int) -> Mapping[str, np.ndarray]:
