@@ -29,6 +29,7 @@ setup(
         "tiktoken",
         "sentencepiece",
         "safetensors",
+        "jinja2",  # the language of chat templates
         "jsonargparse[signatures]>=4.49",
         "pyyaml",
     ],

@@ -87,7 +87,7 @@ def test_a_run_needs_the_folder_that_it_started_from_no_more(folder: Path) -> No
         assert done.returncode == 0, done.stderr
     assert summary(folder / "left")["state_sha256"] == summary(folder / "stayed")["state_sha256"]
     mistyped = tfdp(folder, "train", "--run_dir=left", "--data.tokenizer=huggingface:exportde", "--training.steps=14")
-    assert mistyped.returncode == 2 and "data.tokenizer (huggingface:exportde)" in mistyped.stderr, mistyped.stderr
+    assert mistyped.returncode == 2 and "data.tokenizer (exportde)" in mistyped.stderr, mistyped.stderr
     anew = tfdp(folder, "train", "--run_dir=anew", *half)
     assert anew.returncode == 2 and "model.init_from (passing) must be a folder" in anew.stderr
 

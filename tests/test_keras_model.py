@@ -217,7 +217,7 @@ def test_a_model_of_ones_own_is_trained_read_back_and_resumed(folder: Path, corp
     code, out, error = tfdp(folder, "generate", "--run_dir=one", "--prompt=alpha", "--num_tokens=8", "--temperature=0")
     assert code == 0 and out.startswith("alpha") and len(out) > 6, error
     code, _, error = tfdp(folder, "train", "--model.init_from=one")
-    assert code == 2 and "model.init_from (one) must be the run of a GPT, but has the key model.arguments" in error
+    assert code == 2 and "model.init_from (one) must be the run of a GPT, but has the key model." in error
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
     from tfdp.system import console
     from tfdp.training import loop
     from tfdp.training.identity import identity
+    from tfdp.training.introduction import introduction
     from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
@@ -134,7 +135,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
         collectives.num_local_replicas(strategy) * components.layout.parallel_microbatches,
     )
     say = console.say if cluster.is_chief else (lambda _line: None)
-    for line in _introduction(config, corpus, strategy, components, matrix_peak):
+    for line in introduction(config, corpus, strategy, components, matrix_peak):
         say(line)
     say(f"run        {directory.path}")
     summary = loop.fit(
@@ -192,29 +193,6 @@ class _Sampling:
     def __call__(self) -> str:
         self.newest = self._sampler.text("", self._config)
         return self.newest
-
-
-def _introduction(
-    config: Any, corpus: "Corpus", strategy: Any, components: Components, matrix_peak: float
-) -> list[str]:
-    """The first lines of a run, for people."""
-    from tfdp.parallel import batch_layout, distribution
-
-    training, step, names = config.training, components.train_step, [source.name for source in corpus.sources]
-    num_replicas = int(strategy.num_replicas_in_sync)
-    cut = batch_layout.describe_batch(num_replicas, components.layout)
-    lines = [
-        f"model      {components.model.describe()}",
-        *(f"data       {line}" for line in corpus.describe()),
-        f"order      {components.order.describe(training.steps, names)}",
-        f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s",
-        f"precision  {training.precision}, {components.compilation}",
-        f"step       {cut} of {config.model.context_length} tokens",
-    ]
-    if step.num_reductions:
-        count, megabytes = step.num_reductions, step.reduction_bytes / 1e6
-        lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}")
-    return lines
 
 
 def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[str, int]:

@@ -14,6 +14,7 @@ from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_DEVICES
 from tfdp.data.cleaning import Cleaning
 from tfdp.data.encoding import Part
+from tfdp.data.examples import ExampleKeys, make_form
 from tfdp.data.manifest import SPLITS, read_manifest
 from tfdp.data.preparation import Watcher, prepare
 from tfdp.data.reading import Recipe
@@ -26,7 +27,7 @@ class Config:
     """The preparation."""
 
     source: str = "python-stdlib"
-    """Text: python-stdlib, text:GLOB, jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN] or
+    """Text: python-stdlib, text:GLOB, jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN], csv:GLOB[:COLUMN] or
     tfds:NAME[/CONFIG][:SPLIT][:FIELD]."""
     output: str | None = None
     """Folder for the shards; must be named."""
@@ -36,6 +37,16 @@ class Config:
     """Validation text, in the same notation; null: held out from source by validation_fraction."""
     validation_fraction: float = 0.02
     """Fraction of the text held out for validation: whole documents, or its end where it is one document."""
+    template: str = "auto"
+    """How fields of a record become one text: as data.template of a run has it."""
+    input_field: str | None = None
+    """Field of a record that is seen, and not learned; null, like those below: records are plain text."""
+    target_field: str | None = None
+    """Field of a record that is learned."""
+    label_field: str | None = None
+    """Field of a record that is its class."""
+    messages_field: str | None = None
+    """Field of a record that is a conversation."""
     cleaning: Cleaning = Cleaning()
     licence: str | None = None
     """Licence of the text, for the manifest; null: the one that is known of the source, if any."""
@@ -119,6 +130,7 @@ def main() -> None:
         config.tokenizer,
         config.cleaning,
         config.licence,
+        form=make_form(ExampleKeys.of(config), config.tokenizer, ""),
     )
     folder = Path(str(config.output))
     num_processes = config.num_processes or os.cpu_count() or 1

@@ -21,6 +21,7 @@ from tfdp.config.sections import MOST, MOST_DEVICES
 from tfdp.recipe import FUNCTIONS, Recipe, recipe_of_file
 from tfdp.system.exits import TrainingError, require, require_at_most, run_command
 from tfdp.system.startup import load_tensorflow
+from tfdp.tasks.flags import ID_MASK
 from tfdp.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ class Replayer:
         source, index = order.locate(tf.constant(position, tf.int64))
         sequences = order.sequences[int(source)]
         (tokens,) = sequences.rows(np.array([int(index)]))
-        text = self._tokenizer.decode(tokens[tokens != ABSENT])
+        text = self._tokenizer.decode(tokens[tokens != ABSENT] & ID_MASK)  # of examples the ids carry flags
         return Sequence(loss, position, sequences.documents_of(int(index)), text)
 
 

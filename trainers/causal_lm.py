@@ -90,7 +90,7 @@ def make_task(config: Config, corpus: "Corpus") -> "CausalLM":
 
 def make_sequences(config: Config, split: "Split") -> Sequences:
     """Rows of `context_length` tokens and one more, as `data.sequences` cuts them."""
-    return sequences_of(split, config.model.context_length, config.data.sequences)
+    return sequences_of(split, config.model.context_length, config.data.sequences, config.data.too_long)
 
 
 def weight_shapes(config: Config, vocab_size: int) -> Mapping[str, tuple[int, ...]]:

@@ -122,7 +122,7 @@ def test_an_unknown_kind_suggests_the_nearest(source: str, hint: str) -> None:
         documents(source)
     assert (
         str(caught.value)
-        == f"data.source ({source}) must begin with one of python-stdlib, text, jsonl, parquet, tfds: {hint}"
+        == f"data.source ({source}) must begin with one of python-stdlib, text, jsonl, parquet, csv, tfds: {hint}"
     )
 
 

@@ -269,8 +269,8 @@ class DataConfig(_Section):
 
     source: str = "python-stdlib"
     """Training text: python-stdlib (the source code of Python's standard library), text:GLOB (UTF-8 files),
-    jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN], tfds:NAME[/CONFIG][:SPLIT][:FIELD], tokens:FOLDER (of tfdp.prepare), or
-    a weighted sum of several: 0.7 * tokens:A + 0.3 * tokens:B."""
+    jsonl:GLOB[:FIELD], parquet:GLOB[:COLUMN], csv:GLOB[:COLUMN], tfds:NAME[/CONFIG][:SPLIT][:FIELD], tokens:FOLDER (of
+    tfdp.prepare), or a weighted sum of several: 0.7 * tokens:A + 0.3 * tokens:B."""
     validation_source: str | None = None
     """Validation text, written as source is; null: held out from source by validation_fraction, or by tfdp.prepare."""
     validation_fraction: float = 0.02
@@ -279,8 +279,26 @@ class DataConfig(_Section):
     """bytes (one token per UTF-8 byte), bpe:SIZE (trained on the text), bpe:FOLDER, gpt2:FOLDER,
     sentencepiece:FILE, huggingface:FOLDER (with a tokenizer.json); auto: that of tokens:FOLDER or model.init_from, else
     bytes."""
-    sequences: Literal["packed", "documents"] = "packed"
-    """packed: documents end to end, cut into sequences; documents: each one starts a sequence, padded at its end."""
+    template: str = "auto"
+    """How fields of a record become one text. Of a pair: a text with {input} and {target} or {label}, or the names of
+    other fields; auto: input, a line break, target. Of messages: chatml, tokenizer (the chat template of its folder),
+    or a text with {content} for each role, in JSON; auto: that of the tokenizer if it has one, else chatml."""
+    input_field: str | None = None
+    """Field of a record (of jsonl, parquet or csv) that a model is given: it is seen, and not learned."""
+    target_field: str | None = None
+    """Field of a record that is learned: an answer, a translation, a summary."""
+    label_field: str | None = None
+    """Field of a record that is its class."""
+    messages_field: str | None = None
+    """Field of a record that is a conversation: [{"role": "user", "content": "..."}, ...]; what the assistant says is
+    learned."""
+    sequences: Literal["packed", "documents", "whole"] = "packed"
+    """packed: documents end to end, cut into sequences; documents: each one starts a sequence, padded at its end;
+    whole: as many whole documents in a sequence as fit."""
+    too_long: Literal["cut_start", "cut_end", "skip", "refuse"] = "cut_start"
+    """What happens to an example, or with sequences whole to a document, that is longer than the context. cut_start:
+    its last tokens stay; cut_end: its first ones; skip: it is left out; refuse: the run ends. The first lines of a run
+    say how many there are."""
     document_attention: bool = False
     """Whether attention and positions restart at each document of a packed sequence, so that documents do not see each
     other."""

@@ -5,10 +5,12 @@ A source is named by a string: `python-stdlib`, or `KIND:ADDRESS`:
     text:GLOB               UTF-8 files, one document each
     jsonl:GLOB[:FIELD][:KEY=VALUE]      JSON objects, one a line; FIELD is text by default
     parquet:GLOB[:COLUMN][:KEY=VALUE]   Parquet tables; COLUMN is text by default
+    csv:GLOB[:COLUMN][:KEY=VALUE]       tables of text with a first row of names: commas, or tabs in files .tsv
     tfds:NAME[/CONFIG][:SPLIT][:FIELD]   a data set of TensorFlow Datasets, or the folder of a prepared one
 
 KEY=VALUE takes the records with that value alone, such as one class: classes are weighted as the sources of a mixture
-are, and need no field of their own in the shards.
+are, and need no field of their own in the shards. Where several fields of a record become one document
+(`examples.py`), FIELD is left out.
 `addresses.py` has the grammar, `inputs.py` says which files a GLOB means, and `compression.py` which compressed ones
 are read.
 Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.
@@ -17,13 +19,15 @@ Adding a kind means adding one function to `SOURCES`; nothing else in the librar
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfdp.data import addresses, compression, inputs
+from tfdp.data import addresses, compression, inputs, records
+from tfdp.data.examples import Form
 from tfdp.data.json_lines import json_lines, num_json_lines
 from tfdp.data.parquet import num_parquet_rows, parquet_rows
+from tfdp.data.tables import num_table_rows, table_rows
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.messages import nearest, shown
 
@@ -36,12 +40,13 @@ class Document:
     text: str
 
 
-def documents(source: str, key: str = "data.source") -> Iterator[Document]:
+def documents(source: str, key: str = "data.source", form: Form | None = None) -> Iterator[Document]:
     """Yields the documents of a source in its fixed order.
 
     Args:
       source: as `data.source` has it.
       key: the configuration key to blame in an error.
+      form: that makes documents of records; None: one field is the text.
 
     Raises:
       ConfigError: an unknown kind, a missing file, or a file that is not UTF-8 (naming file and byte).
@@ -54,7 +59,13 @@ def documents(source: str, key: str = "data.source") -> Iterator[Document]:
         near = nearest(kind, SOURCES)
         hint = f"did you mean {near}?" if near else "try text:PATH/*.txt"
         raise ConfigError(f"{key} ({shown(source)}) must begin with one of {', '.join(SOURCES)}: {hint}")
-    return SOURCES[kind](address, key)
+    if form is None:
+        return SOURCES[kind](address, key)
+    rule = f"must have records with fields, one of {', '.join(_RECORDS)}, where it is to give examples"
+    require(kind in _RECORDS, key, source, rule)
+    is_bare = addresses.parse(address, key).field == addresses.DEFAULT_FIELD
+    require(is_bare, key, source, "must name no field: data.input_field and its like do")
+    return _records(kind, address, key, form)
 
 
 def licence_of(source: str) -> str | None:
@@ -67,19 +78,19 @@ def files_pattern(source: str, key: str) -> str | None:
     kind, _, address = source.partition(":")
     if kind == "text":
         return address
-    return addresses.parse(address, key).pattern if kind in ("jsonl", "parquet") else None
+    return addresses.parse(address, key).pattern if kind in _RECORDS else None
 
 
 def condition_of(source: str, key: str) -> tuple[str, str] | None:
     """The KEY and the VALUE of the records that a source takes; None where it takes all."""
     kind, _, address = source.partition(":")
-    return addresses.parse(address, key).only if kind in ("jsonl", "parquet") else None
+    return addresses.parse(address, key).only if kind in _RECORDS else None
 
 
 def num_records(source: str, key: str) -> int:
-    """The records in the files of a jsonl or parquet source, whatever its condition."""
+    """The records in the files of a source that has any, whatever its condition."""
     kind, _, address = source.partition(":")
-    count = num_json_lines if kind == "jsonl" else num_parquet_rows
+    count = {"jsonl": num_json_lines, "parquet": num_parquet_rows, "csv": num_table_rows}[kind]
     return sum(count(path) for _, path in _files(addresses.parse(address, key).pattern, key, source))
 
 
@@ -107,17 +118,28 @@ def _text_files(pattern: str, key: str) -> Iterator[Document]:
 
 def _json_lines(address: str, key: str) -> Iterator[Document]:
     """One field of the JSON objects in the files that match a glob pattern; a document is named FILE:LINE."""
-    parts = addresses.parse(address, key)
-    for name, path in _files(parts.pattern, key, f"jsonl:{address}"):
-        for number, text in json_lines(path, parts.field, key, parts.only):
-            yield Document(f"{name}:{number}", text)
+    return _records("jsonl", address, key)
 
 
 def _parquet(address: str, key: str) -> Iterator[Document]:
     """One column of the Parquet files that match a glob pattern; a document is named FILE:ROW."""
+    return _records("parquet", address, key)
+
+
+def _tables(address: str, key: str) -> Iterator[Document]:
+    """One column of the CSV and TSV files that match a glob pattern; a document is named FILE:LINE."""
+    return _records("csv", address, key)
+
+
+def _records(kind: str, address: str, key: str, form: Form | None = None) -> Iterator[Document]:
+    """Documents of the records in the files that match a glob pattern: one field of each, or what a form makes."""
     parts = addresses.parse(address, key)
-    for name, path in _files(parts.pattern, key, f"parquet:{address}"):
-        for number, text in parquet_rows(path, parts.field, key, parts.only):
+    fields = [parts.field] if form is None else form.fields
+    for name, path in _files(parts.pattern, key, f"{kind}:{address}"):
+        for number, values, where in _RECORDS[kind](path, fields, key, parts.only):
+            text = (
+                records.text_of(values[0], f"{where} {shown(fields[0])}") if form is None else form.text(values, where)
+            )
             yield Document(f"{name}:{number}", text)
 
 
@@ -161,5 +183,11 @@ SOURCES: dict[str, Callable[[str, str], Iterator[Document]]] = {
     "text": _text_files,
     "jsonl": _json_lines,
     "parquet": _parquet,
+    "csv": _tables,
     "tfds": _tfds,
+}
+_RECORDS: dict[str, Callable[[Path, Sequence[str], str, records.Condition], Iterator[records.Record]]] = {
+    "jsonl": json_lines,
+    "parquet": parquet_rows,
+    "csv": table_rows,
 }

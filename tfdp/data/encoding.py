@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
+from tfdp.data import examples
 from tfdp.data.cleaning import Cleaner, Cleaning
 from tfdp.data.corpus import Document
-from tfdp.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from tfdp.data.tokenizers.tokenizer import Tokenizer, markup_ids, open_tokenizer
 from tfdp.system.exits import ConfigError
 from tfdp.system.files import replacing
 from tfdp.system.processes import make_pool
 from tfdp.system.sealed import read_sealed, write_sealed
+from tfdp.tasks.flags import UNSCORED
 
 PARTS_FOLDER = "parts"
 GROUP_BYTES = 16 << 20  # of text, in one part; a longer document has a part of its own
@@ -115,12 +117,14 @@ class Encoding:
       tokenizer_folder: as `tokenizer.save_tokenizer` wrote it.
       cleaning: applied before.
       dtype: of the ids.
+      has_marks: whether they are examples, whose ids carry what is learned.
     """
 
     folder: Path
     tokenizer_folder: Path
     cleaning: Cleaning
     dtype: str
+    has_marks: bool = False
 
 
 def groups(documents: Iterable[tuple[str, Document]]) -> Iterator[DocumentGroup]:
@@ -216,13 +220,34 @@ def encode(group: DocumentGroup, encoding: Encoding) -> Part:
     for entry, name, size in zip(index, group.names, group.sizes, strict=True):
         text = group.texts[start : start + size]
         start += size
-        ids = _encode_document(entry, text, name, tokenizer, cleaner)
+        to_ids = example_ids if encoding.has_marks else _plain_ids
+        ids = _encode_document(entry, text, name, tokenizer, cleaner, to_ids)
         pieces += [ids.astype(encoding.dtype), end]
     _write(part, np.concatenate(pieces), index, group.names)
     return part
 
 
-def _encode_document(entry: np.void, data: bytes, name: str, tokenizer: Tokenizer, cleaner: Cleaner) -> np.ndarray:
+def _plain_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return tokenizer.encode(text)
+
+
+def example_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a document with marks; those that are only seen carry `UNSCORED`.
+
+    Each part is encoded by itself, as a prompt is when a model is asked: no token reaches across a mark.
+    """
+    parts = [(markup_ids(tokenizer, part).astype(np.uint32), learned) for part, learned in examples.split(text)]
+    return np.concatenate([ids if learned else ids | UNSCORED for ids, learned in parts])
+
+
+def _encode_document(
+    entry: np.void,
+    data: bytes,
+    name: str,
+    tokenizer: Tokenizer,
+    cleaner: Cleaner,
+    to_ids: Callable[[Tokenizer, str], np.ndarray],
+) -> np.ndarray:
     """Fills in the record of a document and returns its ids; none if it is omitted."""
     entry["name_rank"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
     read = data.decode()
@@ -231,9 +256,9 @@ def _encode_document(entry: np.void, data: bytes, name: str, tokenizer: Tokenize
         entry["left_out"] = LEFT_OUT.index(reason)
         return np.zeros(0, np.uint8)
     cleaned = data if text is read else text.encode()
-    entry["num_bytes"] = len(cleaned)
+    entry["num_bytes"] = len(cleaned) if to_ids is _plain_ids else len(examples.unmarked(text).encode())
     entry["text_digest"] = np.frombuffer(hashlib.sha256(cleaned).digest()[:16], "<u8")
-    ids = tokenizer.encode(text)
+    ids = to_ids(tokenizer, text)
     entry["num_tokens"] = len(ids)
     return ids
 

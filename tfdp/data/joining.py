@@ -62,16 +62,20 @@ def labels_of(parts: Sequence[Part]) -> np.ndarray:
 
 
 def choose_splits(
-    parts: Sequence[Part], index: np.ndarray, fraction: float, tokenizer: Tokenizer, dtype: str
+    parts: Sequence[Part], index: np.ndarray, fraction: float, tokenizer: Tokenizer, dtype: str, may_cut: bool = True
 ) -> Choice:
-    """Gives each document its split; where that is undecided, a fraction of the bytes is held out."""
+    """Gives each document its split; where that is undecided, a fraction of the bytes is held out.
+
+    Args:
+      may_cut: whether a single document may be cut in two.
+    """
     choice = Choice(np.where(index["left_out"] == 0, labels_of(parts), -1))
     if any(part.split for part in parts):
         return choice
     candidates = np.flatnonzero((index["left_out"] == 0) & (index["num_bytes"] > 0))
     held = choose(index["name_rank"][candidates], index["num_bytes"][candidates], fraction)
     choice.splits[candidates[held.documents]] = SPLITS.index("validation")
-    if held.cut_document is None or index["num_tokens"][candidates[held.cut_document]] < 2:
+    if held.cut_document is None or not may_cut or index["num_tokens"][candidates[held.cut_document]] < 2:
         return choice
     document = int(candidates[held.cut_document])
     ids = _ids_of(parts, index, document, dtype)

@@ -1,6 +1,6 @@
-"""Texts in JSON lines: one field of the objects in a file, one object a line."""
+"""Records in JSON lines: fields of the objects in a file, one object a line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ from tfdp.system.messages import shown
 _MISSING = object()
 
 
-def json_lines(path: Path, field: str, key: str, only: records.Condition = None) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, text of `field`) of a file of JSON objects, one a line; empty lines are passed over.
+def json_lines(path: Path, fields: Sequence[str], key: str, only: records.Condition = None) -> Iterator[records.Record]:
+    """Yields the records of a file of JSON objects, one a line; empty lines are passed over.
 
     Args:
       path: plain, or compressed as its suffix says.
-      field: whose value is the text; a.b is the field a.b, else the field b of the object a.
+      fields: whose values are wanted; a.b is the field a.b, else the field b of the object a.
       key: the configuration key to blame.
       only: which records to take, by what `records.compared` makes of a value.
 
@@ -31,7 +31,8 @@ def json_lines(path: Path, field: str, key: str, only: records.Condition = None)
                 where = f"{file}, line {number},"
                 record = _parse(line, where)
                 if only is None or records.compared(_field_of(record, only[0], where), where) == only[1]:
-                    yield number, records.text_of(_field_of(record, field, where), f"{where} field {shown(field)}")
+                    values = [_field_of(record, field, where) for field in fields]
+                    yield records.Record(number, values, f"{where} field")
     except OSError as error:
         raise ConfigError(f"{file} must be whole and readable, but after line {number}: {error.strerror}") from None
 

@@ -15,6 +15,7 @@ import numpy as np
 from tfdp.system.sealed import read_sealed, write_sealed
 
 FORMAT_VERSION, OLDEST_READ = 5, 4
+EXAMPLES_VERSION = 6  # shards of examples, whose ids carry flags (tfdp/tasks/flags.py)
 SPLITS = ("train", "validation")
 MANIFEST_FILE, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 DTYPES = ("<u2", "<u4")
@@ -29,12 +30,14 @@ class ListedFile:
       num_bytes: its length.
       sha256: of its content; None where a manifest of version 4 does not say.
       dtype: of its token ids; None where it holds none.
+      has_flags: whether they carry flags.
     """
 
     name: str
     num_bytes: int
     sha256: str | None
     dtype: str | None = None
+    has_flags: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Manifest:
     tokenizer_files: Sequence[ListedFile]
 
     @property
+    def has_flags(self) -> bool:
+        """Whether the shards are those of examples."""
+        return self.version == EXAMPLES_VERSION
+
+    @property
     def files(self) -> list[ListedFile]:
         """Token ids and index files of both splits."""
         return [file for split in self.splits.values() for file in (*split.shards, *split.index)]
@@ -69,14 +77,14 @@ class Manifest:
         """Raises `OSError` where there is none, `ValueError` where it is damaged, foreign or of an unknown version."""
         content = read_manifest(folder)
         try:
-            if not OLDEST_READ <= content["version"] <= FORMAT_VERSION or content["dtype"] not in DTYPES:
+            if not OLDEST_READ <= content["version"] <= EXAMPLES_VERSION or content["dtype"] not in DTYPES:
                 raise ValueError(f"version {content['version']!r} with ids of {content['dtype']!r} is unknown")
             return cls(
                 content["version"],
                 content["dtype"],
                 content["tokenizer"],
                 content["corpus_sha256"],
-                {name: _split_facts(content["splits"][name], content["dtype"]) for name in SPLITS},
+                {name: _split_facts(content, name) for name in SPLITS},
                 [_listed(entry) for entry in content.get("tokenizer_files", [])],
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -105,9 +113,13 @@ def list_files(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def _split_facts(entry: dict[str, Any], dtype: str) -> SplitFacts:
+def _split_facts(content: dict[str, Any], name: str) -> SplitFacts:
+    entry, dtype, has_flags = content["splits"][name], content["dtype"], content["version"] == EXAMPLES_VERSION
     width = np.dtype(dtype).itemsize
-    shards = [ListedFile(each["file"], each["num_tokens"] * width, each["sha256"], dtype) for each in entry["shards"]]
+    shards = [
+        ListedFile(each["file"], each["num_tokens"] * width, each["sha256"], dtype, has_flags)
+        for each in entry["shards"]
+    ]
     index = [_listed(each) for each in entry["index"]]
     if sum(each["num_tokens"] for each in entry["shards"]) != entry["num_tokens"]:
         raise ValueError("the tokens of its shards do not add up")

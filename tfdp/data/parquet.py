@@ -1,4 +1,4 @@
-"""Texts in Parquet tables: one column, or one field of a column of structs."""
+"""Records in Parquet tables: columns, or fields of columns of structs."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,14 @@ from tfdp.system.exits import ConfigError
 from tfdp.system.messages import one_line, shown
 
 
-def parquet_rows(path: Path, column: str, key: str, only: records.Condition = None) -> Iterator[tuple[int, str]]:
-    """Yields (row number from 1, text of `column`) of a Parquet file; memory holds one batch of rows.
+def parquet_rows(
+    path: Path, fields: Sequence[str], key: str, only: records.Condition = None
+) -> Iterator[records.Record]:
+    """Yields the records of a Parquet file; memory holds one batch of rows.
 
     Args:
       path: of the file.
-      column: whose values are the texts; a.b is the column a.b, else the field b of the column of structs a.
+      fields: whose values are wanted; a.b is the column a.b, else the field b of the column of structs a.
       key: the configuration key to blame.
       only: which rows to take, by what `records.compared` makes of a value.
 
@@ -29,16 +31,17 @@ def parquet_rows(path: Path, column: str, key: str, only: records.Condition = No
     where = f"{key}: {shown(path)}"
     try:
         with contextlib.closing(pyarrow.parquet.ParquetFile(path)) as file:
-            names = [column, *([only[0]] if only else [])]
+            names = [*fields, *([only[0]] if only else [])]
             places = [_place(list(file.schema_arrow), name, where) for name in names]
             columns = [place[0] for place in places]
             for batch in file.iter_batches(batch_size=1024, columns=columns):
-                texts, *others = [_values(batch, place) for place in places]
+                found = [_values(batch, place) for place in places]
                 for row in range(len(batch)):
                     number += 1
                     place = f"{where}, row {number}, column"
-                    if only is None or _compared(others[0][row], f"{place} {shown(only[0])}") == only[1]:
-                        yield number, records.text_of(_from_arrow(texts[row]), f"{place} {shown(column)}")
+                    if only is None or _compared(found[-1][row], f"{place} {shown(only[0])}") == only[1]:
+                        values = [_from_arrow(each[row]) for each in found[: len(fields)]]
+                        yield records.Record(number, values, place)
     except (pyarrow.ArrowException, OSError) as error:
         message = one_line(" ".join(str(error).split()))
         raise ConfigError(f"{where} must be a whole Parquet file, but after row {number}: {message}") from None

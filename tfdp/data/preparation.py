@@ -7,7 +7,7 @@ holds anything else is left alone (`shard_folder.py`).
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from tfdp.data import joining
 from tfdp.data.cleaning import Cleaner
 from tfdp.data.corpus import documents, files_pattern, licence_of
 from tfdp.data.encoding import PARTS_FOLDER, Encoding, Part, encode_all, groups
+from tfdp.data.examples import unmarked
 from tfdp.data.inputs import path_of
 from tfdp.data.manifest import (
+    EXAMPLES_VERSION,
     FORMAT_VERSION,
     MANIFEST_FILE,
     SPLITS,
@@ -209,14 +211,16 @@ def _make_parts_and_join(
     recipe: Recipe, facts: dict[str, Any], folder: Path, watcher: Watcher, num_processes: int
 ) -> None:
     tokenizer = _tokenizer(recipe, folder, watcher)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32).newbyteorder("<").str
+    has_marks = recipe.form is not None
+    is_small = tokenizer.vocab_size <= 1 << 16 and not has_marks
+    dtype = np.dtype(np.uint16 if is_small else np.uint32).newbyteorder("<").str
     digest = hashlib.sha256()
-    encoding = Encoding(folder / PARTS_FOLDER, folder / TOKENIZER_FOLDER, recipe.cleaning, dtype)
+    encoding = Encoding(folder / PARTS_FOLDER, folder / TOKENIZER_FOLDER, recipe.cleaning, dtype, has_marks)
     labelled = labelled_documents(recipe, digest)
     parts = encode_all(groups(labelled), encoding, num_processes, watcher.part)
     index = joining.joined_index(parts, recipe.cleaning.duplicates)
     require_text(recipe, index, joining.labels_of(parts))
-    choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype)
+    choice = joining.choose_splits(parts, index, recipe.validation_fraction, tokenizer, dtype, not has_marks)
     require_both(recipe, index, choice)
     remove_shards(folder)  # damaged ones: only now that their source has been read
     splits = {
@@ -233,7 +237,7 @@ def _manifest(
 ) -> dict[str, Any]:
     tokenizer_files = sorted(f"{TOKENIZER_FOLDER}/{path.name}" for path in (folder / TOKENIZER_FOLDER).iterdir())
     return {
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSION if recipe.form is None else EXAMPLES_VERSION,
         **{key: value for key, value in recipe.facts().items() if key != "tokenizer"},
         "licence": recipe.licence or licence_of(recipe.source),
         "tokenizer": tokenizer.fingerprint,
@@ -256,7 +260,10 @@ def _tokenizer(recipe: Recipe, folder: Path, watcher: Watcher) -> Tokenizer:
         tokenizer = make_tokenizer(recipe.tokenizer, f"{recipe.section}tokenizer")
     else:
         watcher.say(f"reading {recipe.source} to train {recipe.tokenizer}")
-        texts = sample(document for document in documents(recipe.source, f"{recipe.section}source") if document.text)
+        read = documents(recipe.source, f"{recipe.section}source", recipe.form)
+        if recipe.form is not None:
+            read = (replace(document, text=unmarked(document.text)) for document in read)
+        texts = sample(document for document in read if document.text)
         num_bytes = sum(len(text.encode()) for text in texts)
         watcher.say(f"training {recipe.tokenizer} on {len(texts):,} documents, {num_bytes / 1e6:,.1f} MB")
         cleaner = Cleaner(recipe.cleaning)

@@ -11,6 +11,7 @@ import numpy as np
 from tfdp.data import joining
 from tfdp.data.cleaning import Cleaning, fingerprint
 from tfdp.data.corpus import Document, condition_of, documents, num_records
+from tfdp.data.examples import Form
 from tfdp.data.manifest import SPLITS
 from tfdp.data.tokenizers.tokenizer import make_tokenizer, size_to_train
 from tfdp.system.exits import ConfigError
@@ -29,6 +30,7 @@ class Recipe:
       cleaning: of each document.
       licence: of the text, if known.
       section: of the configuration that these keys come from, with its dot; to name what is wrong.
+      form: that makes examples of records; None: documents are plain text.
     """
 
     source: str
@@ -38,6 +40,7 @@ class Recipe:
     cleaning: Cleaning = Cleaning()
     licence: str | None = None
     section: str = ""
+    form: Form | None = None
 
     def facts(self) -> dict[str, Any]:
         """What the bytes of the shards follow from, with the content of the files it names."""
@@ -51,6 +54,7 @@ class Recipe:
             if size
             else make_tokenizer(self.tokenizer, f"{self.section}tokenizer").fingerprint,
             "cleaning": fingerprint(self.cleaning),
+            **({} if self.form is None else {"examples": self.form.fingerprint}),
         }
 
 
@@ -69,11 +73,11 @@ def corpus_sha256(recipe: Recipe) -> str:
 def labelled_documents(recipe: Recipe, digest: "hashlib._Hash") -> Iterator[tuple[str, Document]]:
     """Yields (split, document) in order, the split empty where it is decided later; digests what it reads.
 
-    A source that is one document is cut in two, unless there is a source for validation.
+    A source that is one document is cut in two, unless there is a source for validation, or it is an example.
     """
 
     def read(source: str, key: str) -> Iterator[Document]:
-        for document in documents(source, key):
+        for document in documents(source, key, recipe.form):
             text = document.text.encode()
             digest.update(f"{len(document.name)} {document.name} {len(text)} ".encode())
             digest.update(text)
@@ -98,7 +102,8 @@ def labelled_documents(recipe: Recipe, digest: "hashlib._Hash") -> Iterator[tupl
     if with_text < 2:
         digest.update(repr(recipe.validation_fraction).encode())
         for document in held:
-            yield from _cut(document, recipe.validation_fraction) if document.text else [("train", document)]
+            is_cut = document.text and recipe.form is None
+            yield from _cut(document, recipe.validation_fraction) if is_cut else [("train", document)]
 
 
 def _cut(document: Document, validation_fraction: float) -> Iterator[tuple[str, Document]]:

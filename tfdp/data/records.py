@@ -1,13 +1,22 @@
-"""A field of a record: how it is named, what makes it a text, and what a condition compares it with."""
+"""A record and its fields: how one is named, what makes it a text, and what a condition compares it with."""
 
 import datetime
 import decimal
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from tfdp.system.exits import ConfigError
 
 Condition = tuple[str, str] | None  # the field and the value of the records to take; None: all
+
+
+class Record(NamedTuple):
+    """The fields of a record that were asked for."""
+
+    number: int  # in its file, from 1
+    values: Sequence[Any]
+    where: str  # it lies, for messages: the name of a field follows
 
 
 def splits(field: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
-"""How the tokens of a split become sequences of context_length + 1: packed end to end, or one document at a time.
+"""How the tokens of a split become sequences of context_length + 1: packed end to end, or by documents.
 
-Under both, every token but the first of the split is a target exactly once.
+Packed end to end, and one document at a time, every token but the first of the split is in a sequence, as a target,
+exactly once. Whole documents and examples may be too long for a sequence; a rule says what happens then.
 """
 
 from typing import Literal, Protocol
@@ -8,8 +9,11 @@ from typing import Literal, Protocol
 import numpy as np
 
 from tfdp.data.shards import Split
+from tfdp.system.exits import ConfigError
+from tfdp.tasks.flags import STARTS
 
-Form = Literal["packed", "documents"]
+Form = Literal["packed", "documents", "whole"]
+TooLong = Literal["cut_start", "cut_end", "skip", "refuse"]
 
 
 class Sequences(Protocol):
@@ -79,6 +83,98 @@ class DocumentSequences:
         return document, begin, np.minimum(begin + self._context_length, self._ends[document]) + 1
 
 
-def sequences_of(split: Split, context_length: int, form: Form) -> Sequences:
+class WholeSequences:
+    """Whole documents, each with the end of text before it: one in a sequence, or as many neighbours as fit.
+
+    What is left of a sequence is absent.
+
+    Args:
+      split: of documents.
+      context_length: tokens of a sequence, less one.
+      packs: whether neighbours share a sequence.
+      too_long: what happens to a document that does not fit. cut_start: its last tokens stay; cut_end: its first
+        ones; skip: it is in no sequence; refuse: `ConfigError`.
+      has_marks: whether rows carry flags: those of the split, and `STARTS` before each document.
+
+    Attributes:
+      num_too_long: documents that do not fit.
+    """
+
+    def __init__(
+        self, split: Split, context_length: int, packs: bool, too_long: TooLong, has_marks: bool = False
+    ) -> None:
+        self._split, self._has_marks = split, has_marks
+        self.width = context_length + 1
+        starts = np.asarray(split.document_starts) - 1  # of each, the end of text before it
+        stops = np.append(starts[1:], split.num_tokens - 1) + 1  # and behind the one after it
+        is_long = stops - starts > self.width
+        self.num_too_long = int(is_long.sum())
+        if self.num_too_long and too_long == "refuse":
+            self._refuse(int(np.flatnonzero(is_long)[0]), stops - starts)
+        kept = np.flatnonzero(~is_long) if too_long == "skip" else np.arange(len(starts))
+        self._starts = starts
+        begins = np.where(is_long & (too_long == "cut_start"), stops - self.width, starts)
+        ends = np.where(is_long & (too_long == "cut_end"), starts + self.width, stops)
+        self._first = _row_heads(kept, begins, ends, self.width) if packs else kept
+        last = np.append(self._first[1:], len(starts)) - 1
+        self._last = _last_kept(kept, last) if packs else kept
+        self._begins, self._ends = begins[self._first], ends[self._last]
+        self.num_sequences = len(self._first)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.asarray(indices, dtype=np.int64)
+        begins = self._begins[indices]
+        rows = self._split.read(begins, self._ends[indices] - begins, self.width, with_flags=self._has_marks)
+        if self._has_marks:
+            for row, index, begin in zip(rows, indices.tolist(), begins.tolist(), strict=True):
+                places = self._starts[self._first[index] : self._last[index] + 1] - begin
+                row[np.maximum(places, 0)] |= STARTS
+        return rows
+
+    def documents_of(self, index: int) -> list[str]:
+        begin, stop = int(self._starts[self._first[index]]) + 1, int(self._starts[self._last[index]]) + 2
+        return self._split.documents_between(begin, stop)
+
+    def _refuse(self, document: int, lengths: np.ndarray) -> None:
+        start = int(self._split.document_starts[document])
+        (name,) = self._split.documents_between(start, start + 1)
+        raise ConfigError(
+            f"data.too_long (refuse): {name} has {int(lengths[document]) - 1} tokens, and model.context_length is "
+            f"{self.width - 1}: {self.num_too_long} of {len(lengths)} documents are too long"
+        )
+
+
+def _row_heads(kept: np.ndarray, begins: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:
+    """The first document of each row: neighbours share one as long as they fit."""
+    heads: list[int] = []
+    begin, before = 0, -2
+    for document in kept.tolist():
+        is_neighbour = document == before + 1 and begins[document] <= ends[before]
+        if not (heads and is_neighbour and ends[document] - begin <= width):
+            heads.append(document)
+            begin = int(begins[document])
+        before = document
+    return np.array(heads, dtype=np.int64)
+
+
+def _last_kept(kept: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The last kept document at or before each bound."""
+    return kept[np.searchsorted(kept, bounds, side="right") - 1]
+
+
+def sequences_of(split: Split, context_length: int, form: Form, too_long: TooLong = "cut_start") -> Sequences:
     """The sequences of a split in the form of `data.sequences`."""
+    if form == "whole":
+        return WholeSequences(split, context_length, packs=True, too_long=too_long)
     return PackedSequences(split, context_length) if form == "packed" else DocumentSequences(split, context_length)
+
+
+def examples_of(split: Split, context_length: int, form: Form, too_long: TooLong) -> WholeSequences:
+    """The examples of a split: with `whole` as many in a row as fit, with `documents` one.
+
+    Raises:
+      ConfigError: the split holds plain text.
+    """
+    if not split.has_flags:
+        raise ConfigError("data.source must hold examples: prepare it with --target_field, or another of the fields")
+    return WholeSequences(split, context_length, form == "whole", too_long, has_marks=True)

@@ -34,6 +34,7 @@ from tfdp.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FOLDER, Manifest
 from tfdp.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from tfdp.data.verification import Damaged, Finding, check_lengths, examine, verify
 from tfdp.system.exits import ConfigError
+from tfdp.tasks.flags import ID_MASK
 
 ABSENT = -1  # stands where a window reaches past the end of its split; no token id is negative
 _CHUNK_TOKENS = 1 << 16  # whose bytes and their indices fit into a processor's cache
@@ -61,6 +62,7 @@ class Split:
       shards: the token ids, in parts: arrays, or files.
       num_documents, num_bytes: of text.
       index: the files of the documents' starts and names; None for tokens without documents.
+      has_flags: whether the ids carry flags (`tfdp/tasks/flags.py`): those of examples do.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Split:
         num_documents: int,
         num_bytes: int,
         index: tuple[Path, Path] | None = None,
+        has_flags: bool = False,
     ) -> None:
         self._mapped = [shard for shard in shards if isinstance(shard, MappedTokens)]
         self._shards = [shard.ids if isinstance(shard, MappedTokens) else shard for shard in shards]
@@ -77,20 +80,24 @@ class Split:
         self.num_tokens = int(self._starts[-1])
         self.num_documents = num_documents
         self.num_bytes = num_bytes
+        self.has_flags = has_flags
 
-    def read(self, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    def read(self, starts: np.ndarray, lengths: np.ndarray, width: int, with_flags: bool = False) -> np.ndarray:
         """Reads ranges of tokens: int32, shape (len(starts), width), `ABSENT` after the end of each.
 
         Args:
           starts: index of the first token of each.
           lengths: tokens of each, at most `width`; what lies past the end of the split is absent too.
           width: of the result.
+          with_flags: whether ids keep the flags that they carry.
         """
         rows = np.full((len(starts), width), ABSENT, dtype=np.int32)
         for row, start, length in zip(rows, starts.tolist(), lengths.tolist(), strict=True):
             self._copy(start, row[:length])
         for mapped in self._mapped:
             mapped.release()
+        if self.has_flags and not with_flags:
+            rows[rows >= 0] &= ID_MASK
         return rows
 
     @cached_property
@@ -242,6 +249,7 @@ def _check_ids(folder: Path, manifest: Manifest, findings: dict[str, Finding], t
         for shard in split.shards:
             if (findings[shard.name].max_id or 0) >= tokenizer.vocab_size:
                 ids = MappedTokens(folder / shard.name, manifest.dtype).ids
+                ids = ids & ID_MASK if shard.has_flags else ids
                 index = next(_above(ids, tokenizer.vocab_size))
                 raise Damaged(
                     f"{shard.name} holds the id {ids[index]} at index {index:,}, and the vocabulary has "
@@ -260,7 +268,7 @@ def _open_split(folder: Path, name: str, manifest: Manifest) -> Split:
     if any(file.sha256 is None for file in facts.index):
         _check_index(index, facts)
     shards = [MappedTokens(folder / shard.name, manifest.dtype) for shard in facts.shards]
-    return Split(shards, facts.num_documents, facts.num_bytes, index)
+    return Split(shards, facts.num_documents, facts.num_bytes, index, manifest.has_flags)
 
 
 def _check_index(index: tuple[Path, Path], facts: SplitFacts) -> None:

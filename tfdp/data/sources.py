@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tfdp.config import source_syntax
 from tfdp.config.sections import DataConfig
+from tfdp.data.examples import ExampleKeys, make_form
 from tfdp.data.inputs import path_of
 from tfdp.data.manifest import FORMAT_VERSION, SPLITS
 from tfdp.data.preparation import prepare
@@ -153,6 +154,14 @@ def with_own_tokenizer(config: DataConfig, own: Path, recorded: str | None) -> D
     return replace(config, tokenizer=f"bpe:{own}") if is_gone and is_own else config
 
 
+def require_examples(config: DataConfig) -> None:
+    """Raises `ConfigError` where the text of a run is to be examples, and no key says how records become some."""
+    are_tokens = all(name.startswith(TOKENS) for name, _ in source_syntax.parse(config.source))
+    rule = "must be named, or data.label_field, or data.messages_field: what is learned of a record"
+    is_known = are_tokens or ExampleKeys.of(config).makes_examples
+    require(is_known, "data.target_field", config.target_field, rule)
+
+
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
     """Opens the sources of a run; those that are text become token shards in `cache_dir` first.
 
@@ -216,6 +225,11 @@ def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards])
             f"data.validation_source ({config.validation_source}) must be null where data.source names token shards or "
             f"several sources, which bring their own: give --validation_source to tfdp.prepare"
         )
+    if opened and (form := make_form(ExampleKeys.of(config), "bytes", "data.")) is not None:
+        raise ConfigError(
+            f"data.source ({next(iter(opened))}) must have been made from examples: give the fields "
+            f"({', '.join(form.fields)}) to tfdp.prepare, not here"
+        )
     if len(names) > 1 and len(opened) < len(names) and not opened and size_to_train(config.tokenizer):
         raise ConfigError(
             f"data.tokenizer ({config.tokenizer}) cannot be trained on several sources at once: train it on one with "
@@ -238,7 +252,9 @@ def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
 
 
 def _from_cache(config: DataConfig, source: str, tokenizer: str, cache_dir: Path) -> TokenShards:
-    recipe = Recipe(source, config.validation_source, config.validation_fraction, tokenizer, section="data.")
+    form = make_form(ExampleKeys.of(config), tokenizer, "data.")
+    held_out = (config.validation_source, config.validation_fraction)
+    recipe = Recipe(source, *held_out, tokenizer, section="data.", form=form)
     # the text itself, not where it lies
     facts = {**recipe.facts(), "source": corpus_sha256(recipe), "validation_source": None}
     name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.{FORMAT_VERSION}"

@@ -21,6 +21,7 @@ import numpy as np
 
 from tfdp.data.manifest import MANIFEST_FILE, ListedFile
 from tfdp.system.sealed import read_sealed, write_sealed
+from tfdp.tasks.flags import ID_MASK
 
 VERIFIED_FILE = "verified.json"
 CHUNK_BYTES = 4 << 20  # read at a time, by each thread
@@ -95,7 +96,8 @@ def examine(path: Path, file: ListedFile) -> Finding:
         while size := stream.readinto(buffer):  # a whole buffer, but for the last
             digest.update(buffer[:size])
             if max_id is not None:
-                max_id = max(max_id, int(np.frombuffer(buffer[:size], file.dtype).max()))
+                ids = np.frombuffer(buffer[:size], file.dtype)
+                max_id = max(max_id, int((ids & ID_MASK if file.has_flags else ids).max()))
     if digest.hexdigest() != file.sha256:
         raise Damaged(f"{file.name} is not what was written (its sha256 is {digest.hexdigest()[:12]}...)")
     return Finding(state, digest.hexdigest(), max_id)

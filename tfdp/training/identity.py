@@ -21,6 +21,7 @@ def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
         "data.tokenizer": corpus.tokenizer.fingerprint,
         "data.sequences": config.data.sequences,
         "data.document_attention": config.data.document_attention,
+        "data.too_long": config.data.too_long,
         "data.partition": config.data.partition,
         "corpus_sha256": corpus.corpus_sha256,
         "split_sha256": corpus.split_sha256,

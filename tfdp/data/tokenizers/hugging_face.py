@@ -84,6 +84,10 @@ class HuggingFaceTokenizer:
         """Ids of a text, uint32, shape (num_tokens,). Raises `ConfigError` for what UTF-8 cannot hold."""
         return self._encode(self._documents, text, add_special_tokens=False)
 
+    def markup(self, text: str) -> np.ndarray:
+        """Ids of a text in which the names of special tokens are these tokens."""
+        return self._encode(self._prompts, text, add_special_tokens=False)
+
     def prompt(self, text: str) -> np.ndarray:
         """Ids of the beginning of a document, as `tokenizer.json` begins one; an end of text if that is empty."""
         ids = self._encode(self._prompts, text, add_special_tokens=True)

@@ -71,6 +71,11 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array([tokenizer.end_of_text, *tokenizer.encode(text).tolist()])
 
 
+def markup_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text in which the names of special tokens are these tokens, as in what a chat template writes."""
+    return tokenizer.markup(text) if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.encode(text)
+
+
 class ByteTokenizer:
     """One token per UTF-8 byte; vocabulary 256.
 

@@ -1,0 +1,44 @@
+"""What a run consists of, in a few lines for people."""
+
+from typing import Any
+
+from tfdp.data.pipeline import Order
+from tfdp.data.sources import Corpus
+from tfdp.parallel import batch_layout, distribution
+
+
+def introduction(config: Any, corpus: Corpus, strategy: Any, components: Any, matrix_peak: float) -> list[str]:
+    """The first lines of a run.
+
+    Args:
+      components: of the run, `assembly.Components`.
+      matrix_peak: of all its devices, in floating-point operations per second.
+    """
+
+    training, step, names = config.training, components.train_step, [source.name for source in corpus.sources]
+    num_replicas = int(strategy.num_replicas_in_sync)
+    cut = batch_layout.describe_batch(num_replicas, components.layout)
+    lines = [
+        f"model      {components.model.describe()}",
+        *(f"data       {line}" for line in corpus.describe()),
+        f"order      {components.order.describe(training.steps, names)}",
+        *_too_long(config, components.order, names),
+        f"devices    {distribution.describe(strategy)}, matrix peak {matrix_peak / 1e9:,.0f} GFLOP/s",
+        f"precision  {training.precision}, {components.compilation}",
+        f"step       {cut} of {config.model.context_length} tokens",
+    ]
+    if step.num_reductions:
+        count, megabytes = step.num_reductions, step.reduction_bytes / 1e6
+        lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}")
+    return lines
+
+
+def _too_long(config: Any, order: Order, names: list[str]) -> list[str]:
+    """How many examples do not fit into the context, and what becomes of them."""
+    what = {"cut_start": "cut at the start", "cut_end": "cut at the end", "skip": "left out"}.get(config.data.too_long)
+    counts = [getattr(each, "num_too_long", 0) for each in order.sequences]
+    return [
+        f"too long   {count:,} documents of {name}: {what} (data.too_long {config.data.too_long})"
+        for count, name in zip(counts, names, strict=True)
+        if count
+    ]

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning on examples: `--trainer instruction --data.source jsonl:F --data.messages_field messages`.
+
+A model learns what follows a prompt, or what the assistant of a conversation says, and sees the rest. It starts from a
+model that exists (`model.init_from`), whole or with adapters (`model.lora_rank`), or from nothing. Examples share rows
+and do not see each other. What fields and templates there are: `tfdp/data/examples.py`; `python -m tfdp.chat` talks
+with the result.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tfdp import assembly
+from tfdp.config.sections import DataConfig
+from tfdp.data.sequences import Sequences, examples_of
+from tfdp.data.sources import require_examples
+from tfdp.recipe import import_recipe
+from tfdp.system.exits import require
+from trainers import causal_lm
+from trainers.causal_lm import make_model, weight_shapes
+
+if TYPE_CHECKING:
+    from tfdp.data.shards import Split
+    from tfdp.data.sources import Corpus
+    from tfdp.tasks.answers import Answers
+
+__all__ = ["Config", "make_model", "make_sequences", "make_task", "train", "weight_shapes"]
+
+
+@dataclass(frozen=True)
+class Config(causal_lm.Config):
+    """The run."""
+
+    trainer: str = "instruction"
+    """The recipe: a module of trainers/, or the dotted path of your own."""
+    data: DataConfig = DataConfig(sequences="whole", document_attention=True)
+    score_prompts: bool = False
+    """Whether prompts are learned as well as answers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        data = self.data
+        rule = "must be whole or documents: an example is not cut in two"
+        require(data.sequences != "packed", "data.sequences", data.sequences, rule)
+        rule = "must be true: examples do not see each other"
+        require(data.document_attention, "data.document_attention", data.document_attention, rule)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains on the examples that the configuration names; returns what summary.json holds."""
+    require_examples(config.data)
+    return assembly.train(import_recipe(config.trainer), config)
+
+
+def make_task(config: Config, corpus: "Corpus") -> "Answers":
+    """The answers, each token from all of its example before it."""
+    from tfdp.tasks.answers import Answers
+
+    return Answers(config.score_prompts)
+
+
+def make_sequences(config: Config, split: "Split") -> Sequences:
+    """Rows of whole examples."""
+    return examples_of(split, config.model.context_length, config.data.sequences, config.data.too_long)
