@@ -395,6 +395,12 @@ class TrainingConfig(_Section):
 
     steps: int = 350
     """Optimizer steps of the whole run."""
+    patience: int | None = None
+    """Evaluations in a row without a better validation loss, or metric of the task, that end the run; null: no number
+    does."""
+    max_seconds: float | None = None
+    """Seconds of the run, over all its starts, after which it ends with an evaluation and a checkpoint; null: no
+    limit."""
     global_batch_size: int = 16
     """Sequences per optimizer step, over all replicas and micro-batches."""
     microbatch_size: int | None = None
@@ -440,6 +446,8 @@ class TrainingConfig(_Section):
     def __post_init__(self) -> None:
         counts = (
             "steps",
+            "patience",
+            "max_seconds",
             "log_every",
             "evaluate_every",
             "sample_tokens",
@@ -467,7 +475,14 @@ class TrainingConfig(_Section):
             self._require(is_range, "profile_steps", "must be A:B with A < B: try 20:25")
         for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
             self._require(getattr(self, name) >= 0, name, "must not be negative: try 0")
+        self._check_ends()
         self._check_microbatches()
+
+    def _check_ends(self) -> None:
+        self._require(self.patience is None or self.patience >= 1, "patience", "must be at least 1: try 3")
+        rule = "needs evaluations on the way: set training.evaluate_every"
+        self._require(self.patience is None or self.evaluate_every > 0, "patience", rule)
+        self._require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "must be positive: try 3600")
 
     def _check_microbatches(self) -> None:
         parallel = self.parallel_microbatches

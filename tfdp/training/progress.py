@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +33,10 @@ class Progress:
     evaluated_step: int = -1
     is_best: bool = False
     best_value: float | None = None  # of the metric that the task compares checkpoints by
+    num_not_better: int = 0  # evaluations in a row that were not the best
+    earlier_seconds: float = 0.0  # of the run, in the processes before this one
+    time_is_up: bool = False  # as all workers agree
+    ended_by: str | None = None  # the key that ended the run: see `ending`
     evaluation: Evaluation | None = None
     train_loss: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -102,7 +107,9 @@ def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
     run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
     compared = f"validation_{run.task.best}"  # the metric may have changed: then there is no best value yet
-    progress.evaluated_step = -1 if state.get(compared) is None else saved.step
+    is_evaluated = compared in state and state.get("evaluated", state[compared] is not None)
+    progress.evaluated_step = saved.step if is_evaluated else -1
+    progress.num_not_better = state.get("evaluations_not_better", 0) if compared in state else 0
     progress.best_value, progress.train_loss = state.get(f"best_{compared}"), state["train_loss"]
     for entry in progress.history:  # of this process, after a rollback beyond the step it began with
         entry["from_step"] = min(entry["from_step"], progress.step)
@@ -116,8 +123,8 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
     if run.weights.frozen and progress.frozen_sha256 is None:
         progress.frozen_sha256 = saver.folder.save_frozen(snapshot(run.weights.frozen))
     trainable, optimizer = run.weights.snapshot()
-    compared, value = f"validation_{run.task.best}", None
-    if progress.evaluation is not None and progress.evaluated_step == progress.step:
+    compared, value, is_evaluated = f"validation_{run.task.best}", None, progress.evaluated_step == progress.step
+    if progress.evaluation is not None and is_evaluated:
         value = progress.evaluation.metrics[run.task.best].value
     state = {
         "step": progress.step,
@@ -127,6 +134,9 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
         compared: value if value is not None and math.isfinite(value) else None,
         f"best_{compared}": progress.best_value,
         "best_by": [compared, 1 if run.task.best_is_lowest else -1],
+        "evaluated": is_evaluated,
+        "evaluations_not_better": progress.num_not_better,
+        "seconds": run_seconds(run, progress),
         **run.train_step.to_state(),
         "ledger": progress.ledger.to_state(),
         "layout": dict(run.layout),
@@ -136,6 +146,11 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
     }
     saver.save(Checkpoint(trainable, optimizer, state), background)
     progress.saved_step = progress.step
+
+
+def run_seconds(run: Run, progress: Progress) -> float:
+    """Seconds of the run, over all its starts; those after the last checkpoint of a process that died are lost."""
+    return progress.earlier_seconds + time.monotonic() - run.started
 
 
 def excluded_positions(run: Run, progress: Progress) -> set[int]:
