@@ -371,6 +371,8 @@ RULES: list[tuple[type, dict[str, object], str]] = [
         "training.patience (2) needs evaluations on the way: set training.evaluate_every",
     ),
     (TrainingConfig, {"max_seconds": 0.0}, "training.max_seconds (0.0) must be positive: try 3600"),
+    (TrainingConfig, {"ema_decay": 1.0}, "training.ema_decay (1.0) must lie in [0, 1): try 0.999"),
+    (TrainingConfig, {"ema_decay": -0.1}, "training.ema_decay (-0.1) must lie in [0, 1): try 0.999"),
     (TrainingConfig, {"microbatch_size": 0}, "training.microbatch_size (0) must be at least 1"),
     (
         TrainingConfig,
@@ -405,7 +407,7 @@ def test_values_at_the_edge_of_a_rule_are_right() -> None:
     ModelConfig(model_dim=5, num_heads=5, position="learned")
     DataConfig(validation_fraction=0.0, validation_source="text:v.txt")
     OptimizerConfig(warmup_steps=0, beta_1=0.0, final_fraction=1.0, clip_norm=None, weight_decay=0.0)
-    TrainingConfig(global_batch_size=8, microbatch_size=8, evaluate_every=0, sample_tokens=0)
+    TrainingConfig(global_batch_size=8, microbatch_size=8, evaluate_every=0, sample_tokens=0, ema_decay=0.0)
     SamplingConfig(temperature=0.0, top_k=1, top_p=1.0)
 
 

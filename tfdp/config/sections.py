@@ -429,6 +429,9 @@ class TrainingConfig(_Section):
     null too, global_batch_size, but at most 16."""
     sample_tokens: int = 256
     """Tokens of the text that is sampled after each evaluation; 0: none."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights over the steps, in [0, 1); after t steps at most
+    (1 + t) / (10 + t). It is evaluated, sampled, read back and exported in place of the weights; null: none."""
     profile_steps: str | None = None
     """A:B profiles the steps A + 1 to B, for TensorBoard's profile page; null: none."""
     verify_every: int = 100
@@ -476,6 +479,8 @@ class TrainingConfig(_Section):
         for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
             self._require(getattr(self, name) >= 0, name, "must not be negative: try 0")
         self._check_ends()
+        decay = self.ema_decay
+        self._require(decay is None or 0.0 <= decay < 1.0, "ema_decay", "must lie in [0, 1): try 0.999")
         self._check_microbatches()
 
     def _check_ends(self) -> None:

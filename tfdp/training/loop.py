@@ -265,6 +265,12 @@ def _of_sources(run: Run, progress: Progress) -> dict[str, float | int]:
 
 
 def _evaluate(run: Run, writer: MetricsWriter, progress: Progress) -> None:
+    """Evaluates and samples the model as it would be used: with the average of its weights, if there is one."""
+    with run.averaging():
+        _evaluate_as_it_is(run, writer, progress)
+
+
+def _evaluate_as_it_is(run: Run, writer: MetricsWriter, progress: Progress) -> None:
     started = time.monotonic()
     progress.evaluation = run.evaluate()
     value, lowest = progress.evaluation.metrics[run.task.best].value, run.task.best_is_lowest

@@ -101,7 +101,7 @@ def note_start(run: Run, progress: Progress) -> None:
 
 def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
     """Restores a checkpoint on every replica."""
-    run.weights.restore(saved.weights, saved.optimizer, saved.frozen)
+    run.weights.restore(saved.weights, saved.optimizer, saved.frozen, saved.average)
     state = saved.state
     progress.frozen_sha256 = state.get(FROZEN)
     run.train_step.load_state(state)
@@ -117,6 +117,7 @@ def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
 
 def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> None:
     """Copies the state to host memory and hands it to the saver; on the chief only."""
+    assert not run.averaging.is_on, "a checkpoint holds the weights, not their average in their place"
     if progress.step == progress.saved_step or not run.cluster.is_chief:
         progress.saved_step = progress.step
         return
@@ -144,7 +145,7 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
         "history": [dict(entry) for entry in progress.history],
         **({} if progress.frozen_sha256 is None else {FROZEN: progress.frozen_sha256}),
     }
-    saver.save(Checkpoint(trainable, optimizer, state), background)
+    saver.save(Checkpoint(trainable, optimizer, state, average=snapshot(run.weights.average)), background)
     progress.saved_step = progress.step
 
 

@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfdp.config.sections import MOST_DEVICES
 from tfdp.data import pipeline
 from tfdp.ops.sums import running_sum, tree_sum
+from tfdp.optim.average import WeightAverage
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import Schedule
 from tfdp.parallel import collectives, consistency
@@ -97,6 +98,7 @@ class TrainStep:
       compilation: what XLA compiles; or whether it compiles micro-batch and update.
       num_sources: for which the loss function gives sums.
       synchronizer: how replicas stay one model; None: `AllReduce` of these weights.
+      average: of the weights, updated after them; None: there is none.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by.
@@ -116,13 +118,15 @@ class TrainStep:
         compilation: Compilation | bool,
         num_sources: int = 1,
         synchronizer: Synchronizer | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self._strategy, self._optimizer = strategy, optimizer
         self._loss_function, self._rules = loss_function, rules
         num_replicas = int(strategy.num_replicas_in_sync)
         self._num_sources = num_sources
         self._verifies = rules.verify_every > 0 and num_replicas > 1
-        self._synchronizer = synchronizer or AllReduce(strategy, optimizer.weights, optimizer.state, rules.reduction)
+        state = [*optimizer.state, *(average.variables if average is not None else ())]
+        self._synchronizer = synchronizer or AllReduce(strategy, optimizer.weights, state, rules.reduction)
         self._digests_shape = (num_replicas, len(self._synchronizer.shared), 2) if self._verifies else (0,)
         self._sums = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
         self.reduction_bytes = self._synchronizer.reduction_bytes(self._sums.size)
@@ -142,7 +146,7 @@ class TrainStep:
         # Canonical promises bits: XLA alone leaves the arithmetic of the update as it is, whatever surrounds it.
         compiled = compilation.update or rules.reduction == "canonical"
         num_groups = 1 if collectives.on_gpu(strategy) else UPDATE_GROUPS
-        self._update = Update(optimizer, schedule, rules.clip_norm, compiled, num_groups)
+        self._update = Update(optimizer, schedule, rules.clip_norm, compiled, num_groups, average)
         # integers: XLA gives the same bits everywhere
         self._digests = tf.function(self._own_digests, jit_compile=True, autograph=False)
         self._gather_digests = tf.function(
