@@ -237,7 +237,11 @@ def test_a_stop_request_ends_the_call_after_its_step() -> None:
     step = make_step(2, 4)
     tokens = np.random.default_rng(0).integers(0, 32, (8, 9))
     assert not step(batches(step.strategy, tokens), 0, 2).stopped  # type: ignore[attr-defined]
-    step.request_stop()
+    step.request_end()  # as the chief does; between 0 and 1 over all replicas
     results = step(batches(step.strategy, tokens), 2, 50)  # type: ignore[attr-defined]
-    assert results.stopped
+    assert results.time_is_up and not results.stopped
+    assert len(results.loss) == 1
+    step.request_stop()
+    results = step(batches(step.strategy, tokens), 3, 50)  # type: ignore[attr-defined]
+    assert results.stopped and not results.time_is_up
     assert len(results.loss) == 1

@@ -47,6 +47,11 @@ def test_a_gpu_that_is_not_here_is_reckoned_from_its_data_sheet(tmp_path: Path) 
     few = json.loads(output.read_text())
     assert run("tfdp.plan", *small, "--model.model_dim=8192", "--model.num_layers=48").returncode == 0
     more = json.loads(output.read_text())
+    assert run("tfdp.plan", *small, *TINY[2:], "--training.ema_decay=0.99").returncode == 0
+    averaged = json.loads(output.read_text())
+    assert (few["average_bytes"], averaged["average_bytes"]) == (0, 4 * few["num_params"])
+    for key in ("checkpoint_bytes", "peak_memory_bytes"):
+        assert averaged[key] - few[key] == averaged["average_bytes"]
     assert few["reduction_bytes"] == 4 * few["num_params"]
     assert few["peak_memory_bytes"] < few["memory_bytes"] == 80e9 < more["peak_memory_bytes"]
     assert few["step_seconds"] < more["step_seconds"]

@@ -136,6 +136,18 @@ def rows_of(config: Config, key: str) -> list[dict[str, object]]:
     return [row for row in map(json.loads, lines) if key in row]
 
 
+@pytest.mark.slow
+def test_a_rollback_takes_the_average_of_the_weights_back(tiny_config: Callable[..., Config], poisoned: Path) -> None:
+    training = {"on_spike": "rollback", "ema_decay": 0.9}
+    around = poisoned_config(tiny_config, poisoned, "around", training=training)
+    without = poisoned_config(
+        tiny_config, poisoned, "without", training=training, data={"excluded_positions": (POSITION,)}
+    )
+    found, expected = causal_lm.train(around), causal_lm.train(without)
+    assert len(rows_of(around, "spike_positions")) == 1
+    assert found["state_sha256"] == expected["state_sha256"]
+
+
 def test_a_rollback_leaves_out_exactly_the_poisoned_window(tiny_config: Callable[..., Config], poisoned: Path) -> None:
     around = poisoned_config(tiny_config, poisoned, "around", training={"on_spike": "rollback"})
     found = causal_lm.train(around)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from tfdp.config.parsing import flatten, to_yaml
 from tfdp.config.run_config import recorded_values
-from tfdp.config.sections import SamplingConfig
 from tfdp.recipe import FUNCTIONS, Model, Recipe, require_functions
 from tfdp.system.code import code_sha256, place_of
 from tfdp.system.exits import require
@@ -17,12 +16,12 @@ from tfdp.system.exits import require
 if TYPE_CHECKING:  # this module opens the text before TensorFlow is loaded
     from tfdp.data.pipeline import Order
     from tfdp.data.sources import Corpus
-    from tfdp.data.tokenizers.tokenizer import Tokenizer
     from tfdp.optim.optimizer import Optimizer
     from tfdp.parallel.batch_layout import BatchLayout
     from tfdp.parallel.cluster import Cluster, FailureDetector
     from tfdp.parallel.synchronizer import Synchronizer
     from tfdp.tasks.task import Task
+    from tfdp.training.averaging import Averaging
     from tfdp.training.compilation import Compilation
     from tfdp.training.evaluation import Evaluator, RowLosses
     from tfdp.training.run_directory import RunDirectory
@@ -50,6 +49,7 @@ class Components:
     task: "Task"
     optimizer: "Optimizer"
     weights: "WeightSets"
+    averaging: "Averaging"
     train_step: "TrainStep"
     row_losses: "RowLosses"
     evaluator: "Evaluator"
@@ -118,6 +118,7 @@ def _train(
 def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, process: Process) -> dict[str, Any]:
     """Prints what the run consists of, and runs the loop."""
     from tfdp.data.tokenizers.tokenizer import save_tokenizer
+    from tfdp.inference.samples import Samples
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
     from tfdp.system import console
@@ -127,7 +128,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
     from tfdp.training.run import Run
 
     training, directory, cluster = config.training, process.directory, process.cluster
-    sampling = _Sampling(components.model, corpus.tokenizer, training.sample_tokens) if training.sample_tokens else None
+    sampling = Samples(components.model, corpus.tokenizer, training.sample_tokens) if training.sample_tokens else None
     matrix_peak = hardware.matrix_peak(
         training.precision,
         distribution.gpu_names(strategy),
@@ -152,6 +153,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             row_losses=components.row_losses,
             evaluate=components.evaluator,
             sample=sampling,
+            averaging=components.averaging,
             cluster=cluster,
             watch=process.watch,
             stop=process.stop,
@@ -174,25 +176,6 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
         say(f"\n--- a sample ---\n{sampling.newest}\n---\n")
     say(directory.next_steps())
     return summary
-
-
-class _Sampling:
-    """Draws texts of `num_tokens` from the model, and keeps the newest: to draw it again would delay the end.
-
-    Attributes:
-      newest: None before the first one.
-    """
-
-    newest: str | None = None
-
-    def __init__(self, model: Model, tokenizer: "Tokenizer", num_tokens: int) -> None:
-        from tfdp.inference.sampling import Sampler
-
-        self._sampler, self._config = Sampler(model, tokenizer), SamplingConfig(num_tokens=num_tokens)
-
-    def __call__(self) -> str:
-        self.newest = self._sampler.text("", self._config)
-        return self.newest
 
 
 def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[str, int]:
@@ -229,10 +212,12 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
     Raises:
       ConfigError: the global batch cannot be cut among the replicas of this strategy.
     """
+    from tfdp.optim.average import WeightAverage
     from tfdp.optim.optimizer import Optimizer
     from tfdp.optim.schedule import make_schedule
     from tfdp.parallel import batch_layout
     from tfdp.tasks.task import row_losses, source_losses
+    from tfdp.training.averaging import Averaging
     from tfdp.training.evaluation import RowLosses
     from tfdp.training.step import TrainStep
     from tfdp.training.weights import WeightSets
@@ -246,8 +231,11 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
     task = _checked(recipe.make_task(config, corpus), config.trainer)
     with strategy.scope():
         model = recipe.make_model(config, vocab_size, compilation.kernels)
-        optimizer = Optimizer(config.optimizer, model.trainable_variables)
-    weights = WeightSets(model.named_weights(), model.named_frozen_weights(), optimizer.named_state())
+        optimizer, decay = Optimizer(config.optimizer, model.trainable_variables), training.ema_decay
+        average = None if decay is None else WeightAverage(decay, optimizer.weights)
+    named = model.named_weights()
+    averages = {} if average is None else average.named(named)
+    weights = WeightSets(named, model.named_frozen_weights(), optimizer.named_state(), averages)
     losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.kernels)
     train_step = TrainStep(
         strategy,
@@ -259,6 +247,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         compilation,
         num_sources,
         _synchronizer(config, strategy, optimizer, weights),
+        average,
     )
     rows = training.rows_of_evaluation
     evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel_microbatches)
@@ -268,6 +257,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         task,
         optimizer,
         weights,
+        Averaging(strategy, [named[name] for name in averages], list(averages.values())),
         train_step,
         RowLosses(strategy, losses, layout.microbatch_size, compilation.whole),
         evaluator,
@@ -311,7 +301,7 @@ def _rules(config: Any) -> "StepRules":
 def _synchronizer(config: Any, strategy: Any, optimizer: "Optimizer", weights: "WeightSets") -> "Synchronizer":
     from tfdp.parallel.synchronizer import AllReduce
 
-    how, state = config.distribution, [*optimizer.state, *weights.frozen.values()]
+    how, state = config.distribution, [*optimizer.state, *weights.average.values(), *weights.frozen.values()]
     return AllReduce(strategy, optimizer.weights, state, how.reduction, how.wire_dtype, how.bytes_per_pack)
 
 

@@ -73,6 +73,7 @@ class Plan:
     num_workers: int
     weight_bytes: int
     optimizer_bytes: int
+    average_bytes: int  # of training.ema_decay
     gradient_bytes: int
     activation_bytes: int
     peak_memory_bytes: int
@@ -104,6 +105,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     require(batch % num_replicas == 0, "training.global_batch_size", batch, rule)
     num_params, num_trained = dimensions.num_params(shapes), dimensions.num_params(trained)
     num_state = estimates.num_state_numbers(run.optimizer, trained)
+    num_averages = 0 if run.training.ema_decay is None else num_trained
     num_gpus = num_local if config.device else num_here
     parallel = batch_layout.parallel_microbatches(
         run.distribution, run.training, config.num_workers, num_trained, run.model.context_length, num_gpus
@@ -123,20 +125,22 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         reachable = ASSUMED_MFU * gpu.matrix_peak(run.training.precision) * num_replicas
         step_seconds, first_step, memory = flops / reachable + network, None, round(gpu.memory_bytes)
         num_gradients = parallel + (parallel * size * num_replicas < batch)  # and their sum, where there are more
-        peak = 4 * (num_params + num_trained * num_gradients + num_state) + activations + LIBRARY_BYTES
+        numbers = num_params + num_trained * num_gradients + num_state + num_averages
+        peak = 4 * numbers + activations + LIBRARY_BYTES
     return Plan(
         num_params=num_params,
         num_replicas=num_replicas,
         num_workers=config.num_workers,
         weight_bytes=4 * num_params,
         optimizer_bytes=4 * num_state,
+        average_bytes=4 * num_averages,
         gradient_bytes=4 * num_trained,
         activation_bytes=activations,
         peak_memory_bytes=peak,
         memory_bytes=memory,
         reduction_bytes=reduced,
         network_seconds=network,
-        checkpoint_bytes=4 * (num_trained + num_state),
+        checkpoint_bytes=4 * (num_trained + num_state + num_averages),
         step_seconds=step_seconds,
         tokens_per_second=batch * run.model.context_length / step_seconds,
         first_step_seconds=first_step,
@@ -198,7 +202,8 @@ def report(plan: Plan, config: Config, num_steps: int) -> str:
         f"model        {plan.num_params:,} parameters",
         f"replicas     {plan.num_replicas} on {plan.num_workers} worker{'s' * (plan.num_workers > 1)}",
         f"weights      {_megabytes(plan.weight_bytes)}, their gradients as much, optimizer state "
-        f"{_megabytes(plan.optimizer_bytes)}",
+        f"{_megabytes(plan.optimizer_bytes)}"
+        + (f", their average {_megabytes(plan.average_bytes)}" if plan.average_bytes else ""),
         f"activations  {_megabytes(plan.activation_bytes)} of the micro-batches that are computed in parallel",
         f"peak memory  {peak}",
         f"reduction    {_megabytes(plan.reduction_bytes)} a step"

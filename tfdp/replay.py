@@ -238,7 +238,7 @@ class Replayer:
         return Replay(done + 1, float(results.loss[0]), float(results.grad_norm[0]), skipped, worst)
 
     def _restore(self, saved: "Checkpoint") -> int:
-        self._weights.restore(saved.weights, saved.optimizer, saved.frozen)
+        self._weights.restore(saved.weights, saved.optimizer, saved.frozen, saved.average)
         self._components.train_step.load_state(saved.state)
         return saved.step
 

@@ -364,6 +364,15 @@ RULES: list[tuple[type, dict[str, object], str]] = [
     (TrainingConfig, {"log_every": 0}, "training.log_every (0) must be at least 1"),
     (TrainingConfig, {"evaluate_every": -1}, "training.evaluate_every (-1) must not be negative: try 0"),
     (TrainingConfig, {"sample_tokens": -1}, "training.sample_tokens (-1) must not be negative: try 0"),
+    (TrainingConfig, {"patience": 0}, "training.patience (0) must be at least 1: try 3"),
+    (
+        TrainingConfig,
+        {"patience": 2, "evaluate_every": 0},
+        "training.patience (2) needs evaluations on the way: set training.evaluate_every",
+    ),
+    (TrainingConfig, {"max_seconds": 0.0}, "training.max_seconds (0.0) must be positive: try 3600"),
+    (TrainingConfig, {"ema_decay": 1.0}, "training.ema_decay (1.0) must lie in [0, 1): try 0.999"),
+    (TrainingConfig, {"ema_decay": -0.1}, "training.ema_decay (-0.1) must lie in [0, 1): try 0.999"),
     (TrainingConfig, {"microbatch_size": 0}, "training.microbatch_size (0) must be at least 1"),
     (
         TrainingConfig,
@@ -398,7 +407,7 @@ def test_values_at_the_edge_of_a_rule_are_right() -> None:
     ModelConfig(model_dim=5, num_heads=5, position="learned")
     DataConfig(validation_fraction=0.0, validation_source="text:v.txt")
     OptimizerConfig(warmup_steps=0, beta_1=0.0, final_fraction=1.0, clip_norm=None, weight_decay=0.0)
-    TrainingConfig(global_batch_size=8, microbatch_size=8, evaluate_every=0, sample_tokens=0)
+    TrainingConfig(global_batch_size=8, microbatch_size=8, evaluate_every=0, sample_tokens=0, ema_decay=0.0)
     SamplingConfig(temperature=0.0, top_k=1, top_p=1.0)
 
 
@@ -413,6 +422,7 @@ LIMITS: list[tuple[type, str, float, float]] = [
     (TrainingConfig, "steps", 2**31 - 1, 10**40),
     (TrainingConfig, "log_every", 2**31 - 1, 2**63),
     (TrainingConfig, "sample_tokens", 2**31 - 1, 10**400),
+    (TrainingConfig, "max_seconds", 2**31 - 1, 1e12),
     (TrainingConfig, "global_batch_size", 2**24, 2**24 + 1),
     (TrainingConfig, "parallel_microbatches", 1024, 2048),
     (DistributionConfig, "num_replicas", 1024, 1_000_000),

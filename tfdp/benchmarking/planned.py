@@ -12,6 +12,7 @@ from tfdp.benchmarking.pace import Pace
 from tfdp.recipe import FUNCTIONS, recipe_of_file
 from tfdp.system.exits import run_command
 from tfdp.system.startup import load_tensorflow
+from tfdp.training.weights import snapshot
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
 def _hold_what_a_run_holds(components: Any) -> Any:
     """Evaluates, and copies the weights and the optimizer's state as a save does, which lasts while steps go on."""
     components.evaluator()
-    return components.weights.snapshot()
+    return (*components.weights.snapshot(), snapshot(components.weights.average))
 
 
 if __name__ == "__main__":

@@ -413,6 +413,12 @@ class TrainingConfig(_Section):
 
     steps: int = 350
     """Optimizer steps of the whole run."""
+    patience: int | None = None
+    """Evaluations in a row without a better validation loss, or metric of the task, that end the run; null: no number
+    does."""
+    max_seconds: float | None = None
+    """Seconds of the run, over all its starts, after which it ends with an evaluation and a checkpoint; null: no
+    limit."""
     global_batch_size: int = 16
     """Sequences per optimizer step, over all replicas and micro-batches."""
     microbatch_size: int | None = None
@@ -441,6 +447,9 @@ class TrainingConfig(_Section):
     null too, global_batch_size, but at most 16."""
     sample_tokens: int = 256
     """Tokens of the text that is sampled after each evaluation; 0: none."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights over the steps, in [0, 1); after t steps at most
+    (1 + t) / (10 + t). It is evaluated, sampled, read back and exported in place of the weights; null: none."""
     profile_steps: str | None = None
     """A:B profiles the steps A + 1 to B, for TensorBoard's profile page; null: none."""
     verify_every: int = 100
@@ -458,6 +467,8 @@ class TrainingConfig(_Section):
     def __post_init__(self) -> None:
         counts = (
             "steps",
+            "patience",
+            "max_seconds",
             "log_every",
             "evaluate_every",
             "sample_tokens",
@@ -485,7 +496,16 @@ class TrainingConfig(_Section):
             self._require(is_range, "profile_steps", "must be A:B with A < B: try 20:25")
         for name in ("evaluate_every", "sample_tokens", "verify_every", "max_spikes"):
             self._require(getattr(self, name) >= 0, name, "must not be negative: try 0")
+        self._check_ends()
+        decay = self.ema_decay
+        self._require(decay is None or 0.0 <= decay < 1.0, "ema_decay", "must lie in [0, 1): try 0.999")
         self._check_microbatches()
+
+    def _check_ends(self) -> None:
+        self._require(self.patience is None or self.patience >= 1, "patience", "must be at least 1: try 3")
+        rule = "needs evaluations on the way: set training.evaluate_every"
+        self._require(self.patience is None or self.evaluate_every > 0, "patience", rule)
+        self._require(self.max_seconds is None or self.max_seconds > 0, "max_seconds", "must be positive: try 3600")
 
     def _check_microbatches(self) -> None:
         parallel = self.parallel_microbatches

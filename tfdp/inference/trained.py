@@ -71,7 +71,7 @@ class TrainedModel:
         if (started_from := getattr(config.model, "init_from", None)) is not None:
             model_type = hugging_face.model_type_of(path_of(origin.base_of(started_from)))
             config = origin.without_origin(config)
-        sets = (saved.weights, saved.frozen, saved.step)
+        sets = (saved.evaluated, saved.frozen, saved.step)
         name = f"bpe:{run.tokenizer_path}" if run.tokenizer_path.exists() else "bytes"  # of whatever kind
         return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from, name)
 

@@ -27,7 +27,7 @@ from tfdp.interop.peft import PeftModel
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.lazy import Lazy
 from tfdp.system.messages import shown
-from tfdp.training.checkpoint import CheckpointFolder
+from tfdp.training.checkpoint import CheckpointFolder, evaluated_file
 
 INIT_FROM = "model.init_from"
 _OWN_CHOICE = ("init_from", "dropout", "init_stddev", "zero_init", "lora_dropout")  # keys that no folder decides about
@@ -63,12 +63,12 @@ class RunModel:
     def files(self) -> list[Path]:
         """That hold the weights, those that no step changes among them."""
         frozen = sorted((self.folder / "checkpoints").glob("frozen_*.safetensors"))
-        return [self._checkpoints.path(self._step) / "weights.safetensors", *frozen]
+        return [evaluated_file(self._checkpoints.path(self._step)), *frozen]
 
     def weights(self, model: ModelConfig, vocab_size: int) -> Mapping[str, np.ndarray]:
         """The weights of the model by name. Raises `ConfigError` where there is no whole checkpoint."""
         saved = self._checkpoints.load(self._step)
-        return {**saved.weights, **saved.frozen}
+        return {**saved.evaluated, **saved.frozen}
 
     @property
     def _checkpoints(self) -> CheckpointFolder:

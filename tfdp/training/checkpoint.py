@@ -4,8 +4,9 @@ A checkpoint is a folder `step_00000250` with
 
     weights.safetensors     the trainable weights, by name
     optimizer.safetensors   the optimizer's state, by name
+    average.safetensors     the average of the weights, by name, where training.ema_decay asks for one
     state.json              step, position in the data, what the run is (its identity), its keys and their history
-    SHA256SUMS              of the three, as `sha256sum --check SHA256SUMS` reads it
+    SHA256SUMS              of these, as `sha256sum --check SHA256SUMS` reads it
 
 Frozen weights never change: they are saved once, beside these folders, in a file that is named after its sha256.
 
@@ -33,6 +34,7 @@ import safetensors.numpy
 from tfdp.system.exits import CommandError, ConfigError
 from tfdp.system.files import sync_folder
 from tfdp.training.verified import (
+    AVERAGE_FILE,
     STATE_FILE,
     SUMS_FILE,
     TENSOR_FILES,
@@ -65,6 +67,12 @@ class Checkpoint:
     optimizer: Tensors
     state: dict[str, Any]
     frozen: Tensors = field(default_factory=dict)  # as it was read; a save writes none
+    average: Tensors = field(default_factory=dict)  # of the weights, by the same names, where the run has one
+
+    @property
+    def evaluated(self) -> Tensors:
+        """The weights of the model that was evaluated, which is the one to use: the average, if there is one."""
+        return self.average or self.weights
 
     @property
     def step(self) -> int:
@@ -106,7 +114,7 @@ class CheckpointFolder:
             final = self._write(checkpoint, paced)
         except OSError as error:
             shutil.rmtree(self._scratch(checkpoint.step), ignore_errors=True)  # it may be what fills the disk
-            tensors = (*checkpoint.weights.values(), *checkpoint.optimizer.values())
+            tensors = [each for of_file in _sets_of(checkpoint).values() for each in of_file.values()]
             what = f"the checkpoint of step {checkpoint.step}"
             raise SaveFailed(self._why_not_saved(what, tensors, error)) from error
         try:
@@ -152,7 +160,7 @@ class CheckpointFolder:
         scratch.mkdir()
         digests = {
             name: _write_synced(scratch / name, _safetensors_parts(tensors), paced)
-            for name, tensors in zip(TENSOR_FILES, (checkpoint.weights, checkpoint.optimizer), strict=True)
+            for name, tensors in _sets_of(checkpoint).items()
         }
         state = json.dumps({"format": FORMAT, **checkpoint.state, "files": digests}, indent=1).encode()
         digests[STATE_FILE] = _write_synced(scratch / STATE_FILE, [state])
@@ -198,8 +206,9 @@ class CheckpointFolder:
         if "step" not in state or not isinstance(digests, dict) or not set(TENSOR_FILES) <= digests.keys():
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {STATE_FILE} lacks its step or its files")
         weights, optimizer = (_read_tensors(folder / name, digests[name]) for name in TENSOR_FILES)
+        average = _read_tensors(folder / AVERAGE_FILE, digests[AVERAGE_FILE]) if AVERAGE_FILE in digests else {}
         frozen = state.get(FROZEN)
-        return Checkpoint(weights, optimizer, state, {} if frozen is None else self._read_frozen(frozen))
+        return Checkpoint(weights, optimizer, state, {} if frozen is None else self._read_frozen(frozen), average)
 
     def _verified_state(self, step: int) -> tuple[dict[str, Any], dict[str, str]]:
         """What state.json says, and the sha256 of each file; {} for a checkpoint of before there were such."""
@@ -272,6 +281,18 @@ class CheckpointFolder:
                 shutil.rmtree(doomed)
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
+
+
+def _sets_of(checkpoint: Checkpoint) -> dict[str, Tensors]:
+    """The tensors of each file that a save writes."""
+    sets = dict(zip(TENSOR_FILES, (checkpoint.weights, checkpoint.optimizer), strict=True))
+    return sets | ({AVERAGE_FILE: checkpoint.average} if checkpoint.average else {})
+
+
+def evaluated_file(folder: Path) -> Path:
+    """The file of a checkpoint's folder that holds the weights to use: see `Checkpoint.evaluated`."""
+    average = folder / AVERAGE_FILE
+    return average if average.is_file() else folder / TENSOR_FILES[0]
 
 
 def _read_tensors(path: Path, digest: str) -> Tensors:

@@ -6,7 +6,7 @@ It knows steps, times and files, but not what is trained: `assembly.py` gives it
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,26 @@ from tfdp.system.messages import duration
 from tfdp.tasks.task import named_metrics
 from tfdp.training.checkpoint import CheckpointFolder
 from tfdp.training.clock import PHASES
+from tfdp.training.ending import STEPS, TimeLimit, describe, reason_to_end
 from tfdp.training.ledger import Ledger
-from tfdp.training.progress import Progress, excluded_positions, load_agreed, note_start, restore, sequences_seen
+from tfdp.training.progress import (
+    Progress,
+    excluded_positions,
+    load_agreed,
+    note_start,
+    restore,
+    run_seconds,
+    sequences_seen,
+)
 from tfdp.training.recovery import handle_anomalies, save_verified
 from tfdp.training.run import Run
 from tfdp.training.saver import AsyncSaver
-from tfdp.training.step import StepResults
+from tfdp.training.step_statistics import StepResults
 from tfdp.training.weights import refuse_differences
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Trains to the last step.
+    """Trains to the last step, or until its patience or its time ends the run.
 
     Returns:
       What summary.json holds.
@@ -44,7 +53,6 @@ def fit(run: Run) -> dict[str, Any]:
       TrainingError: a spike that training.on_spike does not recover from, or replicas that no longer agree; the
         step that found it was not applied.
     """
-    num_steps = run.training.steps
     folder = run.directory.checkpoints(run.checkpointing.keep)
     progress = _resume(run, folder)
     finished = _find_finished(run, progress)
@@ -57,39 +65,60 @@ def fit(run: Run) -> dict[str, Any]:
     writer.text("config", run.config_yaml, progress.step)
     batches = run.batches_from(progress.step, excluded_positions(run, progress))
     run.stop.attach(run.train_step)
-    with AsyncSaver(folder) as saver:
+    with AsyncSaver(folder) as saver, _time_limit(run, progress):
         stopped = False
         if run.training.on_spike == "rollback" and progress.saved_step < 0:
             save_verified(run, folder, saver, progress, background=True)  # to roll back to
         while True:
-            last = progress.step >= num_steps
+            progress.ended_by = _reason_to_end(run, progress)
             due = _due(progress.step, run.training.evaluate_every) and progress.evaluated_step != progress.step
             progress.time.lap("host")
-            if last or (due and not stopped):
+            if progress.ended_by or (due and not stopped):
                 _evaluate(run, writer, progress)
+                progress.ended_by = progress.ended_by or _reason_to_end(run, progress)
                 progress.time.lap("evaluation")
-            if last or stopped or _should_save(run, progress):
-                save_verified(run, folder, saver, progress, background=not (last or stopped))
+            ends = stopped or progress.ended_by is not None
+            if ends or _should_save(run, progress):
+                save_verified(run, folder, saver, progress, background=not ends)
                 progress.time.lap("saving")
-            trace.follow(progress.step, ends=last or stopped)
-            if last or stopped:
+            trace.follow(progress.step, ends)
+            if ends:
                 break
             run.directory.require_held()
             saver.raise_failure()
             results = _advance(run, batches, progress)
             run.watch.step = progress.step
             stopped = results.stopped
-            if _due(progress.step, run.training.log_every) or progress.step >= num_steps:
+            if _due(progress.step, run.training.log_every) or _reason_to_end(run, progress):
                 _log(run, writer, progress, results)
             batches = handle_anomalies(run, folder, saver, writer, progress, results) or batches
         saver.wait()
         run.watch.finish_together()
     writer.close()
-    if progress.step < num_steps:
-        raise StopRequested(
-            f"after step {progress.step} of {num_steps}, checkpoint saved; resume with --run_dir {run.directory.path}"
-        )
+    _say_why(run, progress)
     return _summarise(run, progress)
+
+
+def _say_why(run: Run, progress: Progress) -> None:
+    """Says what ended the run before its last step; raises `StopRequested` where that was a signal."""
+    if progress.ended_by is None:
+        where = f"after step {progress.step} of {run.training.steps}"
+        raise StopRequested(f"{where}, checkpoint saved; resume with --run_dir {run.directory.path}")
+    if run.cluster.is_chief and progress.ended_by != STEPS:
+        say(f"ended      {describe(progress.ended_by, run.training, progress.step, run.task.best)}")
+
+
+def _time_limit(run: Run, progress: Progress) -> TimeLimit:
+    """Asks the steps to end once the time of the run is up: on the chief, for all workers."""
+    seconds = run.training.max_seconds if run.cluster.is_chief else None
+    deadline = None if seconds is None else run.started + seconds - progress.earlier_seconds
+    return TimeLimit(deadline, run.train_step.request_end)
+
+
+def _reason_to_end(run: Run, progress: Progress) -> str | None:
+    """The key that ends the run here. The clock of this process does not count: other workers have other clocks."""
+    seconds = math.inf if progress.time_is_up else progress.earlier_seconds
+    return reason_to_end(run.training, progress.step, progress.num_not_better, seconds)
 
 
 def _resume(run: Run, folder: CheckpointFolder) -> Progress:
@@ -102,6 +131,7 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
     refuse_differences({**{key: standard_defaults().get(key) for key in wanted}, **newest.state["identity"]}, wanted)
     progress.ledger = Ledger.from_state(newest.state.get("ledger", {}))
     progress.history = newest.state.get("history", [])
+    progress.earlier_seconds = newest.state.get("seconds", 0.0)
     progress.earlier_yaml = newest.state.get("config")
     if progress.earlier_yaml is None and run.directory.config_path.is_file():  # an earlier checkpoint, which lacks it
         progress.earlier_yaml = run.directory.config_path.read_text(encoding="utf-8")
@@ -119,18 +149,12 @@ def _resume(run: Run, folder: CheckpointFolder) -> Progress:
 
 def _find_finished(run: Run, progress: Progress) -> dict[str, Any] | None:
     """The summary of a run that has finished: its record stays as it is. None if there is something left to do."""
-    if progress.resumed_step != run.training.steps:
+    if progress.saved_step < 0:
         return None
     if not run.cluster.is_chief:
         return run.directory.read_summary() if read("finished", 0) == "yes" else None
     summary = run.directory.read_summary()
-    expected = {
-        "step": progress.step,
-        "train_loss": progress.train_loss,
-        f"best_validation_{run.task.best}": progress.best_value,
-        **run.weights.digests(),
-    }
-    is_finished = all(summary.get(key) == value for key, value in expected.items())
+    is_finished = _is_record(run, progress, summary)
     if run.cluster.num_workers > 1:
         publish("finished", 0, "yes" if is_finished else "no")
     if not is_finished:
@@ -138,6 +162,18 @@ def _find_finished(run: Run, progress: Progress) -> dict[str, Any] | None:
     changed = "; ".join(changed_keys(progress.earlier_yaml or run.config_yaml, run.config_yaml))
     say("finished   already: its record stays as it is" + (f"; without effect: {changed}" if changed else ""))
     return summary
+
+
+def _is_record(run: Run, progress: Progress, summary: Mapping[str, Any]) -> bool:
+    """Whether a summary is that of the restored checkpoint, and the keys as they are now would end the run there."""
+    num_not_better, seconds = summary.get("evaluations_not_better", 0), summary.get("run_seconds", 0.0)
+    if reason_to_end(run.training, progress.step, num_not_better, seconds) is None:
+        return False
+    best = f"best_validation_{run.task.best}"
+    # Stopped at this step, resumed, evaluated and ended: then the checkpoint of the step is from before the evaluation.
+    value = progress.best_value if progress.evaluated_step == progress.step else summary.get(best)
+    expected = {"step": progress.step, "train_loss": progress.train_loss, best: value, **run.weights.digests()}
+    return all(key in summary and summary[key] == value for key, value in expected.items())
 
 
 def _begin(run: Run, progress: Progress) -> None:
@@ -160,6 +196,7 @@ def _advance(run: Run, batches: Iterator[Any], progress: Progress) -> StepResult
     seconds = progress.time.lap("host" if progress.warm else "compile", within=parts)
     progress.verified_step = run.train_step.last_comparison(progress.step, len(results.loss)) or progress.verified_step
     progress.step += len(results.loss)
+    progress.time_is_up = progress.time_is_up or results.time_is_up
     progress.source_losses += results.source_losses.sum(axis=0)
     progress.source_tokens += results.source_tokens.sum(axis=0)
     finite = results.loss[np.isfinite(results.loss)]
@@ -228,6 +265,12 @@ def _of_sources(run: Run, progress: Progress) -> dict[str, float | int]:
 
 
 def _evaluate(run: Run, writer: MetricsWriter, progress: Progress) -> None:
+    """Evaluates and samples the model as it would be used: with the average of its weights, if there is one."""
+    with run.averaging():
+        _evaluate_as_it_is(run, writer, progress)
+
+
+def _evaluate_as_it_is(run: Run, writer: MetricsWriter, progress: Progress) -> None:
     started = time.monotonic()
     progress.evaluation = run.evaluate()
     value, lowest = progress.evaluation.metrics[run.task.best].value, run.task.best_is_lowest
@@ -237,6 +280,7 @@ def _evaluate(run: Run, writer: MetricsWriter, progress: Progress) -> None:
     best = progress.best_value
     progress.is_best = math.isfinite(value) and (best is None or (value < best if lowest else value > best))
     progress.best_value = value if progress.is_best else best
+    progress.num_not_better = 0 if progress.is_best else progress.num_not_better + 1
     values = {
         "step": progress.step,
         **{f"validation_{name}": number for name, number in progress.evaluation.recorded().items()},
@@ -261,14 +305,17 @@ def _should_save(run: Run, progress: Progress) -> bool:
 
 
 def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
-    assert progress.evaluation is not None, "the loop evaluates at its last step"
+    assert progress.evaluation is not None and progress.ended_by is not None, "the loop evaluates at its end"
     summary = {
         "step": progress.step,
+        "ended_by": progress.ended_by,
         "train_loss": progress.train_loss,
         **{f"validation_{name}": value for name, value in progress.evaluation.recorded().items()},
         f"best_validation_{run.task.best}": progress.best_value,
+        "evaluations_not_better": progress.num_not_better,
         "tokens_per_second": progress.total.tokens_per_second,
         "wall_seconds": time.monotonic() - run.started,
+        "run_seconds": run_seconds(run, progress),
         "peak_memory_bytes": peak_memory(),
         "num_replicas": run.layout["num_replicas"],
         "num_workers": run.layout["num_workers"],

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +33,10 @@ class Progress:
     evaluated_step: int = -1
     is_best: bool = False
     best_value: float | None = None  # of the metric that the task compares checkpoints by
+    num_not_better: int = 0  # evaluations in a row that were not the best
+    earlier_seconds: float = 0.0  # of the run, in the processes before this one
+    time_is_up: bool = False  # as all workers agree
+    ended_by: str | None = None  # the key that ended the run: see `ending`
     evaluation: Evaluation | None = None
     train_loss: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -96,13 +101,15 @@ def note_start(run: Run, progress: Progress) -> None:
 
 def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
     """Restores a checkpoint on every replica."""
-    run.weights.restore(saved.weights, saved.optimizer, saved.frozen)
+    run.weights.restore(saved.weights, saved.optimizer, saved.frozen, saved.average)
     state = saved.state
     progress.frozen_sha256 = state.get(FROZEN)
     run.train_step.load_state(state)
     progress.step = progress.saved_step = progress.verified_step = saved.step
     compared = f"validation_{run.task.best}"  # the metric may have changed: then there is no best value yet
-    progress.evaluated_step = -1 if state.get(compared) is None else saved.step
+    is_evaluated = compared in state and state.get("evaluated", state[compared] is not None)
+    progress.evaluated_step = saved.step if is_evaluated else -1
+    progress.num_not_better = state.get("evaluations_not_better", 0) if compared in state else 0
     progress.best_value, progress.train_loss = state.get(f"best_{compared}"), state["train_loss"]
     for entry in progress.history:  # of this process, after a rollback beyond the step it began with
         entry["from_step"] = min(entry["from_step"], progress.step)
@@ -110,14 +117,15 @@ def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
 
 def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> None:
     """Copies the state to host memory and hands it to the saver; on the chief only."""
+    assert not run.averaging.is_on, "a checkpoint holds the weights, not their average in their place"
     if progress.step == progress.saved_step or not run.cluster.is_chief:
         progress.saved_step = progress.step
         return
     if run.weights.frozen and progress.frozen_sha256 is None:
         progress.frozen_sha256 = saver.folder.save_frozen(snapshot(run.weights.frozen))
     trainable, optimizer = run.weights.snapshot()
-    compared, value = f"validation_{run.task.best}", None
-    if progress.evaluation is not None and progress.evaluated_step == progress.step:
+    compared, value, is_evaluated = f"validation_{run.task.best}", None, progress.evaluated_step == progress.step
+    if progress.evaluation is not None and is_evaluated:
         value = progress.evaluation.metrics[run.task.best].value
     state = {
         "step": progress.step,
@@ -127,6 +135,9 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
         compared: value if value is not None and math.isfinite(value) else None,
         f"best_{compared}": progress.best_value,
         "best_by": [compared, 1 if run.task.best_is_lowest else -1],
+        "evaluated": is_evaluated,
+        "evaluations_not_better": progress.num_not_better,
+        "seconds": run_seconds(run, progress),
         **run.train_step.to_state(),
         "ledger": progress.ledger.to_state(),
         "layout": dict(run.layout),
@@ -134,8 +145,13 @@ def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> N
         "history": [dict(entry) for entry in progress.history],
         **({} if progress.frozen_sha256 is None else {FROZEN: progress.frozen_sha256}),
     }
-    saver.save(Checkpoint(trainable, optimizer, state), background)
+    saver.save(Checkpoint(trainable, optimizer, state, average=snapshot(run.weights.average)), background)
     progress.saved_step = progress.step
+
+
+def run_seconds(run: Run, progress: Progress) -> float:
+    """Seconds of the run, over all its starts; those after the last checkpoint of a process that died are lost."""
+    return progress.earlier_seconds + time.monotonic() - run.started
 
 
 def excluded_positions(run: Run, progress: Progress) -> set[int]:

@@ -18,7 +18,7 @@ from tfdp.training.ledger import Spike
 from tfdp.training.progress import Progress, excluded_positions, load_agreed, restore, save
 from tfdp.training.run import Run
 from tfdp.training.saver import AsyncSaver
-from tfdp.training.step import StepResults
+from tfdp.training.step_statistics import StepResults
 
 
 def handle_anomalies(

@@ -10,6 +10,7 @@ import numpy as np
 from tfdp.config.sections import CheckpointConfig, TrainingConfig
 from tfdp.parallel.cluster import Cluster, FailureDetector
 from tfdp.tasks.task import Task
+from tfdp.training.averaging import Averaging
 from tfdp.training.evaluation import Evaluation
 from tfdp.training.run_directory import RunDirectory
 from tfdp.training.step import TrainStep
@@ -33,6 +34,7 @@ class Run:
     row_losses: Callable[[Iterator[Any], int], tuple[np.ndarray, np.ndarray]]  # see evaluation.RowLosses
     evaluate: Callable[[], Evaluation]
     sample: Callable[[], str] | None
+    averaging: Averaging  # puts the average of the weights in their place for both of these
     cluster: Cluster
     watch: FailureDetector
     stop: StopSignal

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfdp.config.sections import MOST_DEVICES
 from tfdp.data import pipeline
 from tfdp.ops.sums import running_sum, tree_sum
+from tfdp.optim.average import WeightAverage
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.schedule import Schedule
 from tfdp.parallel import collectives, consistency
@@ -31,10 +33,13 @@ from tfdp.training import loss_scale, spikes
 from tfdp.training.clock import PHASES, after, clock
 from tfdp.training.compilation import Compilation
 from tfdp.training.ledger import Spike
-from tfdp.training.step_statistics import StepStatistics
+from tfdp.training.step_statistics import StepResults, StepStatistics
 from tfdp.training.update import Update
 
 UPDATE_GROUPS = 4  # of weights on CPUs, which several cores update at the same time
+# What a replica whose worker wants something adds to the sum of the requests: 1 to stop, this to end the run. So many
+# replicas of one worker stay below 1, and the one number that a step sums tells both.
+_END_REQUEST = 0.5 / MOST_DEVICES
 
 
 @dataclass(frozen=True)
@@ -58,29 +63,12 @@ class StepRules:
     scales_loss: bool = False
 
 
-@dataclass(frozen=True)
-class StepResults:
-    """What a call of the train step did: arrays over the steps that it ran, in order."""
-
-    loss: np.ndarray  # nats per valid token, mean over the global batch
-    grad_norm: np.ndarray  # global norm before clipping
-    learning_rate: np.ndarray
-    num_tokens: np.ndarray  # valid tokens of the global batch
-    source_losses: np.ndarray  # (steps, sources), sums over the tokens of each source, in nats
-    source_tokens: np.ndarray  # (steps, sources), valid tokens of each
-    skipped: list[Spike]  # steps among these whose update was left out
-    spike: Spike | None  # the step after these, which ended the call; its update was not applied
-    disagreement: Disagreement | None  # found in the step after these; its update was not applied
-    stopped: bool  # whether a stop was requested, on any worker
-    seconds: np.ndarray  # of `PHASES`, over all steps that were begun; waiting for other replicas is reduction
-
-
 class _Outcome(NamedTuple):
     """What one step came to on a replica; but for the seconds the same on all that update together."""
 
     statistics: tf.Tensor  # the vector of `StepStatistics`
     digests: tf.Tensor  # of what all replicas hold, at the steps that compare it
-    stop_requests: tf.Tensor  # how many workers want to stop
+    stop_requests: tf.Tensor  # how many replicas are to stop; between 0 and 1 where the run is to end
     seconds: tf.Tensor  # of `PHASES`
 
 
@@ -110,6 +98,7 @@ class TrainStep:
       compilation: what XLA compiles; or whether it compiles micro-batch and update.
       num_sources: for which the loss function gives sums.
       synchronizer: how replicas stay one model; None: `AllReduce` of these weights.
+      average: of the weights, updated after them; None: there is none.
 
     Attributes:
       recent_losses: of the last steps, the window that spikes are judged by.
@@ -129,13 +118,15 @@ class TrainStep:
         compilation: Compilation | bool,
         num_sources: int = 1,
         synchronizer: Synchronizer | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self._strategy, self._optimizer = strategy, optimizer
         self._loss_function, self._rules = loss_function, rules
         num_replicas = int(strategy.num_replicas_in_sync)
         self._num_sources = num_sources
         self._verifies = rules.verify_every > 0 and num_replicas > 1
-        self._synchronizer = synchronizer or AllReduce(strategy, optimizer.weights, optimizer.state, rules.reduction)
+        state = [*optimizer.state, *(average.variables if average is not None else ())]
+        self._synchronizer = synchronizer or AllReduce(strategy, optimizer.weights, state, rules.reduction)
         self._digests_shape = (num_replicas, len(self._synchronizer.shared), 2) if self._verifies else (0,)
         self._sums = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
         self.reduction_bytes = self._synchronizer.reduction_bytes(self._sums.size)
@@ -155,7 +146,7 @@ class TrainStep:
         # Canonical promises bits: XLA alone leaves the arithmetic of the update as it is, whatever surrounds it.
         compiled = compilation.update or rules.reduction == "canonical"
         num_groups = 1 if collectives.on_gpu(strategy) else UPDATE_GROUPS
-        self._update = Update(optimizer, schedule, rules.clip_norm, compiled, num_groups)
+        self._update = Update(optimizer, schedule, rules.clip_norm, compiled, num_groups, average)
         # integers: XLA gives the same bits everywhere
         self._digests = tf.function(self._own_digests, jit_compile=True, autograph=False)
         self._gather_digests = tf.function(
@@ -214,7 +205,8 @@ class TrainStep:
             skipped,
             spike,
             disagreement,
-            stopped=float(end.stop_requests) > 0,
+            stopped=float(end.stop_requests) >= 1,
+            time_is_up=0 < float(end.stop_requests) < 1,
             seconds=np.asarray(end.seconds),
         )
 
@@ -234,6 +226,10 @@ class TrainStep:
     def request_stop(self) -> None:
         """Ends the running call after its current step, on every worker after the same one; from any thread."""
         self._stop_requested.assign(1.0)
+
+    def request_end(self) -> None:
+        """The same, but the run has reached its end; on the chief alone, once. A stop request on any worker wins."""
+        self._stop_requested.assign_add(_END_REQUEST)
 
     def last_comparison(self, first_step: int, num_steps: int) -> int | None:
         """The last of some steps before which the replicas compared what they hold; None: before none of them."""

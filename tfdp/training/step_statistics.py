@@ -1,8 +1,13 @@
-"""The outcome of a step: named numbers, sent and kept as one vector."""
+"""The outcome of a step, named numbers that are sent and kept as one vector; and of the steps of a call."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
+
+from tfdp.parallel.consistency import Disagreement
+from tfdp.training.ledger import Spike
 
 _NUM_SCALARS = 6
 
@@ -43,3 +48,21 @@ class StepStatistics(NamedTuple):
     def was_applied(self) -> Any:
         """Whether nothing was refused."""
         return self.refused < 0
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What a call of the train step did: arrays over the steps that it ran, in order."""
+
+    loss: np.ndarray  # nats per valid token, mean over the global batch
+    grad_norm: np.ndarray  # global norm before clipping
+    learning_rate: np.ndarray
+    num_tokens: np.ndarray  # valid tokens of the global batch
+    source_losses: np.ndarray  # (steps, sources), sums over the tokens of each source, in nats
+    source_tokens: np.ndarray  # (steps, sources), valid tokens of each
+    skipped: list[Spike]  # steps among these whose update was left out
+    spike: Spike | None  # the step after these, which ended the call; its update was not applied
+    disagreement: Disagreement | None  # found in the step after these; its update was not applied
+    stopped: bool  # whether a stop was requested, on any worker
+    time_is_up: bool  # whether the chief has requested the end of the run, and nobody a stop
+    seconds: np.ndarray  # of `PHASES`, over all steps that were begun; waiting for other replicas is reduction

@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from tfdp.ops.sums import fixed_sum
+from tfdp.optim.average import WeightAverage
 from tfdp.optim.optimizer import Group, Optimizer
 from tfdp.optim.schedule import Schedule
 from tfdp.training.step_statistics import StepStatistics
@@ -34,6 +35,8 @@ class Update:
         together with what surrounds it, so the bits depend on the layout.
       num_groups: parts of the weights, each a program of its own, which may run at the same time. It must not depend
         on the layout: another cut is another set of programs.
+      average: of the weights; None: there is none. It has programs of its own, so that the weights of a run have the
+        same bits with an average and without.
     """
 
     def __init__(
@@ -43,16 +46,26 @@ class Update:
         clip_norm: float | None,
         compiled: bool,
         num_groups: int = 1,
+        average: WeightAverage | None = None,
     ) -> None:
         self._optimizer, self._schedule, self._clip_norm, self._compiled = optimizer, schedule, clip_norm, compiled
         self._measure = tf.function(self._measure_sums, jit_compile=compiled, autograph=False)
         self._groups = [(group, self._program_of(group)) for group in optimizer.groups(num_groups if compiled else 1)]
+        self._averaging = [] if average is None else [self._averaging_of(average, group) for group, _ in self._groups]
 
     def _program_of(self, group: Group) -> Callable[..., tf.Tensor]:
         def apply_group(*sums: Any) -> tf.Tensor:
             return self._apply_group(group, *sums)
 
         return tf.function(apply_group, jit_compile=self._compiled, autograph=False)
+
+    def _averaging_of(self, average: WeightAverage, group: Group) -> Callable[[tf.Tensor], tf.Tensor]:
+        variables = [average.variables[index] for index in group.indices]
+
+        def average_group(step: tf.Tensor) -> tf.Tensor:
+            return _assign_all(variables, average.update(group.weights, variables, step))
+
+        return tf.function(average_group, jit_compile=self._compiled, autograph=False)
 
     def __call__(
         self,
@@ -86,7 +99,9 @@ class Update:
                 function([gradients[index] for index in group.indices], factor, learning_rate, step)
                 for group, function in self._groups
             ]
-            return tf.add_n(written)
+            with tf.control_dependencies(written):
+                averaged = [function(step) for function in self._averaging]
+            return tf.add_n([*written, *averaged])
 
         return statistics, tf.cond(good & agreed, apply, lambda: tf.constant(0.0))
 
@@ -123,15 +138,20 @@ class Update:
         weights = [tf.convert_to_tensor(weight.value) for weight in group.weights]
         state = [tf.convert_to_tensor(variable.value) for variable in group.state]
         weights, state = self._optimizer.update(group, weights, state, gradients, learning_rate, step)
-        done = tf.constant(0.0)
-        for variable, after in zip([*group.weights, *group.state], [*weights, *state], strict=True):
-            assign_in_replica(variable, after)
-            done = tf.cast(tf.reshape(after, [-1])[0], tf.float32)
-        return done
+        return _assign_all([*group.weights, *group.state], [*weights, *state])
 
 
 def _scaled(total: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     return tf.cast(total, tf.float32) * factor
+
+
+def _assign_all(variables: Sequence[keras.Variable], values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Assigns to this replica's own copies; returns a scalar that depends on the last value."""
+    done = tf.constant(0.0)
+    for variable, value in zip(variables, values, strict=True):
+        assign_in_replica(variable, value)
+        done = tf.cast(tf.reshape(value, [-1])[0], tf.float32)
+    return done
 
 
 def assign_in_replica(variable: keras.Variable, value: tf.Tensor) -> None:

@@ -11,6 +11,7 @@ from tfdp.system.exits import CommandError, ConfigError
 
 STATE_FILE, SUMS_FILE = "state.json", "SHA256SUMS"
 TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
+AVERAGE_FILE = "average.safetensors"  # where a run has an average of its weights
 
 
 class DamagedCheckpoint(ConfigError):
@@ -39,7 +40,7 @@ def read_sums(path: Path) -> dict[str, str]:
         return {}
     data = _read(path)
     found = {name: digest for digest, _, name in (line.partition("  ") for line in data.decode("latin1").splitlines())}
-    if data != sums_text(found) or set(found) != {*TENSOR_FILES, STATE_FILE}:
+    if data != sums_text(found) or {*found} - {AVERAGE_FILE} != {*TENSOR_FILES, STATE_FILE}:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: it is not a list of the sha256 of each file")
     return found
 

@@ -1,4 +1,4 @@
-"""The numbers of a run, in three sets, each by path: what is trained, what is frozen, and the optimizer's state.
+"""The numbers of a run in sets, each by path: what is trained, what is frozen, the optimizer's state, and an average.
 
 Digests and counts are of the trainable weights where nothing else is said: the frozen ones are the same at every step.
 This module needs no TensorFlow to be imported.
@@ -6,7 +6,7 @@ This module needs no TensorFlow to be imported.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,21 +28,27 @@ class WeightSets:
     trainable: Variables
     frozen: Variables
     optimizer: Variables
+    average: Variables = field(default_factory=dict)  # of the trainable ones, by the same names, where a run has one
 
     def snapshot(self) -> tuple[Tensors, Tensors]:
         """Host copies of what a step changes: the trainable weights, and the optimizer's state."""
         return snapshot(self.trainable), snapshot(self.optimizer)
 
-    def restore(self, trainable: Tensors, optimizer: Tensors, frozen: Tensors) -> None:
-        """Assigns what a checkpoint holds; one without frozen weights leaves them as they are."""
+    def restore(self, trainable: Tensors, optimizer: Tensors, frozen: Tensors, average: Tensors | None = None) -> None:
+        """Assigns what a checkpoint holds; one without frozen weights leaves them as they are.
+
+        The average of a run whose checkpoint has none starts from the weights of that checkpoint.
+        """
         restore(self.trainable, trainable)
         restore(self.optimizer, optimizer)
+        if self.average:
+            restore(self.average, average or trainable)
         if frozen:
             restore(self.frozen, frozen)
 
     def digests(self) -> dict[str, str]:
         """`weights_sha256` and `state_sha256`; see `digests_of`."""
-        return digests_of(*self.snapshot())
+        return digests_of(*self.snapshot(), snapshot(self.average))
 
 
 def snapshot(variables: Variables) -> Tensors:
@@ -71,13 +77,18 @@ def refuse_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
         raise ConfigError(f"run_dir holds the checkpoints of another run: {listed}; name another run_dir")
 
 
-def digests_of(weights: Mapping[str, np.ndarray], optimizer: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """sha256 over the float32 bytes of every tensor by name: of the weights, and of those and the optimizer's."""
+def digests_of(
+    weights: Mapping[str, np.ndarray],
+    optimizer: Mapping[str, np.ndarray],
+    average: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, str]:
+    """sha256 over the float32 bytes of every tensor by name: of the weights; and of those with all other state."""
     total = hashlib.sha256()
     found = {}
-    for key, tensors in (("weights_sha256", weights), ("state_sha256", optimizer)):
-        for name in sorted(tensors):
-            total.update(bytes_of(np.asarray(tensors[name], dtype="<f4")))
+    for key, sets in (("weights_sha256", [weights]), ("state_sha256", [optimizer, average or {}])):
+        for tensors in sets:
+            for name in sorted(tensors):
+                total.update(bytes_of(np.asarray(tensors[name], dtype="<f4")))
         found[key] = total.hexdigest()
     return found
 
