@@ -8,6 +8,7 @@ COMMANDS = (
     "evaluate",
     "generate",
     "export",
+    "predict",
     "prepare",
     "launch",
     "replay",

@@ -270,7 +270,11 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
 
 def _checked(task: "Task", trainer: str) -> "Task":
     """The task. Raises `ConfigError` where the metric that it compares checkpoints by is none of its own."""
-    names = list(task.metrics({"loss": 1.0, "targets": 1, "bytes": 1}))
+    import numpy as np
+
+    from tfdp.tasks.task import num_statistics
+
+    names = list(task.metrics({"loss": 1.0, "targets": 1, "bytes": 1, "statistics": np.ones(num_statistics(task))}))
     rule = f"must have a task whose best ({task.best}) is one of its metrics: {', '.join(names) or 'there are none'}"
     require(task.best in names, "trainer", trainer, rule)
     return task
@@ -332,7 +336,7 @@ def make_evaluator(
     parallel_passes: int = 1,
 ) -> "Evaluator":
     """Evaluates a model on the validation text of all sources, `rows` sequences in a forward pass of each replica."""
-    from tfdp.tasks.task import row_losses, source_losses
+    from tfdp.tasks.task import evaluation_sums
     from tfdp.training.evaluation import Evaluator, ValidationSet
 
     splits = {source.name: source.shards.validation for source in corpus.sources}
@@ -340,9 +344,8 @@ def make_evaluator(
         ValidationSet(name, recipe.make_sequences(config, split), split.num_bytes) for name, split in splits.items()
     ]
     task = recipe.make_task(config, corpus)
-    losses = row_losses(task, model, None, config.training.loss_chunk_size, compilation.kernels)
-    loss = source_losses(losses, len(sets))
-    return Evaluator(strategy, task, loss, sets, rows, compilation.whole, parallel_passes)
+    sums = evaluation_sums(task, model, len(sets), config.training.loss_chunk_size, compilation.kernels)
+    return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes)
 
 
 def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> dict[str, Any]:

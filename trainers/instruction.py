@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tfdp import assembly
 from tfdp.config.sections import DataConfig
 from tfdp.data.sequences import Sequences, examples_of
-from tfdp.data.sources import require_examples
+from tfdp.data.sources import require_examples, require_whole_examples
 from tfdp.recipe import import_recipe
-from tfdp.system.exits import require
 from trainers import causal_lm
 from trainers.causal_lm import make_model, weight_shapes
 
@@ -38,11 +37,7 @@ class Config(causal_lm.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        data = self.data
-        rule = "must be whole or documents: an example is not cut in two"
-        require(data.sequences != "packed", "data.sequences", data.sequences, rule)
-        rule = "must be true: examples do not see each other"
-        require(data.document_attention, "data.document_attention", data.document_attention, rule)
+        require_whole_examples(self.data)
 
 
 def train(config: Config) -> dict[str, Any]:

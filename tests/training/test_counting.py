@@ -13,6 +13,7 @@ from tfdp.optim.schedule import make_schedule
 from tfdp.parallel import distribution
 from tfdp.parallel.batch_layout import BatchLayout
 from tfdp.tasks.causal_lm import CausalLM, next_token_loss, next_token_losses
+from tfdp.tasks.task import evaluation_sums
 from tfdp.training.evaluation import Evaluator, RowLosses, ValidationSet
 from tfdp.training.step import StepRules, TrainStep
 
@@ -86,7 +87,7 @@ def test_the_validation_loss_is_identical_for_any_number_of_replicas(num_tokens:
         with strategy.scope():
             model = GPT(MODEL, VOCABULARY)
         sets = [ValidationSet("all", PackedSequences(split, MODEL.context_length), num_tokens)]
-        evaluate = Evaluator(strategy, CausalLM(), next_token_loss(model), sets, 3, jit_compile=False)
+        evaluate = Evaluator(strategy, CausalLM(), evaluation_sums(CausalLM(), model), sets, 3, jit_compile=False)
         found[num_replicas] = evaluate()
     assert {result.num_tokens for result in found.values()} == {num_tokens - 1}
     assert len({result.metrics["loss"].value for result in found.values()}) == 1

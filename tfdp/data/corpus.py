@@ -68,6 +68,12 @@ def documents(source: str, key: str = "data.source", form: Form | None = None) -
     return _records(kind, address, key, form)
 
 
+def records_of(kind: str, path: Path, fields: Sequence[str], key: str) -> Iterator[records.Record]:
+    """The records of one file of a kind of source. Raises `ConfigError` for what cannot be read."""
+    require(path.is_file(), key, str(path), "must be a file")
+    return _RECORDS[kind](path, fields, key, None)
+
+
 def licence_of(source: str) -> str | None:
     """The licence of a source's text as an SPDX identifier, where it is known."""
     return "PSF-2.0" if source == "python-stdlib" else None

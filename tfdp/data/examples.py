@@ -12,7 +12,7 @@ is done with examples.
 
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -97,8 +97,9 @@ class Pairs:
             raise ConfigError(f"{where} {shown(self.answer)} must not be empty: it is what is learned")
         return self._filled(texts)
 
-    def prompt(self, texts: dict[str, str]) -> str:
-        """What a model is given to continue: all before the answer."""
+    def prompt(self, values: Mapping[str, Any], where: str) -> str:
+        """What a model is given to continue, all before the answer: of the other fields by name."""
+        texts = {field: self._text_of(field, value, where) for field, value in values.items()}
         return self._filled({**texts, self.answer: ""}).partition(BEGIN)[0]
 
     def _filled(self, texts: dict[str, str]) -> str:

@@ -162,6 +162,14 @@ def require_examples(config: DataConfig) -> None:
     require(is_known, "data.target_field", config.target_field, rule)
 
 
+def require_whole_examples(config: DataConfig) -> None:
+    """Raises `ConfigError` where examples would be cut in two, or see each other."""
+    rule = "must be whole or documents: an example is not cut in two"
+    require(config.sequences != "packed", "data.sequences", config.sequences, rule)
+    rule = "must be true: examples do not see each other"
+    require(config.document_attention, "data.document_attention", config.document_attention, rule)
+
+
 def open_corpus(config: DataConfig, cache_dir: Path) -> Corpus:
     """Opens the sources of a run; those that are text become token shards in `cache_dir` first.
 

@@ -12,7 +12,12 @@ _ROOM = 64  # a power of two, by which sums in float16 may be larger than float1
 
 
 def projected_cross_entropy(
-    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int | None = None, fuse: bool = False
+    features: tf.Tensor,
+    table: tf.Tensor,
+    targets: tf.Tensor,
+    chunk_size: int | None = None,
+    fuse: bool = False,
+    weights: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """The cross-entropy of `features @ table.T`, projected and scored a chunk of tokens at a time.
 
@@ -26,6 +31,7 @@ def projected_cross_entropy(
       targets: int32 (rows, time); negative where there is nothing to predict.
       chunk_size: tokens whose logits stand in memory at once; None, 0: see `loss_chunk_size`.
       fuse: whether XLA compiles what lies between the products, where it does not compile the whole.
+      weights: float32 (rows, time), which the losses are multiplied with; None: 1.
 
     Returns:
       float32 (rows, time), in nats; 0 where there is nothing to predict.
@@ -37,7 +43,8 @@ def projected_cross_entropy(
     def score(features: tf.Tensor, table: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], Any]]:
         flat, flat_targets = tf.reshape(features, [num_tokens, -1]), tf.reshape(targets, [num_tokens])
         projection = tf.cast(table, features.dtype)
-        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, size, fuse)
+        flat_weights = None if weights is None else tf.reshape(weights, [num_tokens])
+        losses, d_flat, d_table = _score_chunks(flat, projection, flat_targets, flat_weights, size, fuse)
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             first = tf.reshape(upstream, [-1])[0]
@@ -65,19 +72,27 @@ def _scaled(values: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
 
 
 def _score_chunks(
-    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, chunk_size: int, fuse: bool
+    features: tf.Tensor,
+    table: tf.Tensor,
+    targets: tf.Tensor,
+    weights: tf.Tensor | None,
+    chunk_size: int,
+    fuse: bool,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Losses (tokens,), and the gradients of their sum by features and by table."""
     num_tokens, dim = features.shape
     if chunk_size == num_tokens:
-        return _score(features, table, targets, fuse)
+        return _score(features, table, targets, weights, fuse)
     num_chunks = -(-num_tokens // chunk_size)
     missing = num_chunks * chunk_size - num_tokens
     features = tf.reshape(tf.pad(features, [[0, missing], [0, 0]]), [num_chunks, chunk_size, dim])
     targets = tf.reshape(tf.pad(targets, [[0, missing]], constant_values=-1), [num_chunks, chunk_size])
+    if weights is not None:
+        weights = tf.reshape(tf.pad(weights, [[0, missing]]), [num_chunks, chunk_size])
 
     def add(index: tf.Tensor, losses: Any, d_features: Any, d_table: tf.Tensor) -> tuple[Any, ...]:
-        loss, d_chunk, d_part = _score(features[index], table, targets[index], fuse)
+        of_chunk = None if weights is None else weights[index]
+        loss, d_chunk, d_part = _score(features[index], table, targets[index], of_chunk, fuse)
         written = losses.write(index, loss), d_features.write(index, d_chunk)
         return index + 1, *written, d_table + tf.cast(d_part, tf.float32)
 
@@ -95,7 +110,7 @@ def _score_chunks(
 
 
 def _score(
-    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, fuse: bool
+    features: tf.Tensor, table: tf.Tensor, targets: tf.Tensor, weights: tf.Tensor | None, fuse: bool
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     valid = targets >= 0
     logits, labels = tf.matmul(features, table, transpose_b=True), tf.maximum(targets, 0)
@@ -105,6 +120,8 @@ def _score(
         wide = tf.cast(logits, tf.float32)
         losses, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=wide, labels=labels)
         d_logits = tf.cast(d_logits, features.dtype)
+    if weights is not None:
+        losses, d_logits = losses * weights, d_logits * tf.cast(weights, d_logits.dtype)[:, tf.newaxis]
     d_features = tf.where(valid[:, tf.newaxis], tf.matmul(d_logits, table), 0)
     features = tf.where(valid[:, tf.newaxis], features, 0)
     if features.dtype == tf.float16:  # a sum over many tokens, which no loss scale has made smaller yet

@@ -25,18 +25,22 @@ class Batch(NamedTuple):
     inputs: tf.Tensor  # int32 (rows, time), token ids
     targets: tf.Tensor  # int32 (rows, time), token ids; negative where nothing is to be predicted
     attention: AttentionKind = CAUSAL
+    weights: tf.Tensor | None = None  # float32 (rows, time), of the losses in training; None: 1. Their mean should be 1
 
 
 class Metric(NamedTuple):
     """A metric of some rows."""
 
     value: float
-    text: str  # with its name and unit, for people
+    text: str  # with its name and unit, for people; empty: it is not printed
     is_recorded: bool = True  # in rows and summaries; what follows from other metrics is only shown
 
 
 class Task(Protocol):
     """What is learned from rows, and the metrics of it.
+
+    A task whose metrics need more than losses has `num_statistics`, and `statistics(rows, features, table)`: so many
+    sums for each row, float32 (rows, num_statistics), which an evaluation adds up.
 
     Attributes:
       best: the metric by which the checkpoints of a run are compared.
@@ -50,17 +54,22 @@ class Task(Protocol):
         """The inputs and targets of some rows."""
         ...
 
-    def metrics(self, totals: Mapping[str, float]) -> Mapping[str, Metric]:
+    def metrics(self, totals: Mapping[str, Any]) -> Mapping[str, Metric]:
         """The metrics of some rows by name, in the order in which they are printed.
 
         Args:
           totals: over the rows. "loss": of all targets, in nats; "targets": their number, which may be 0; "bytes": of
-            the text of the rows, whether it is a target or not.
+            the text of the rows, whether it is a target or not. In an evaluation also "statistics": an array.
         """
         ...
 
 
-def named_metrics(task: Task, totals: Mapping[str, float]) -> dict[str, Metric]:
+def num_statistics(task: Task) -> int:
+    """Of a task: 0 where losses are all that its metrics need."""
+    return int(getattr(task, "num_statistics", 0))
+
+
+def named_metrics(task: Task, totals: Mapping[str, Any]) -> dict[str, Metric]:
     """The metrics of a task, each a float of Python, as JSON and comparisons want them."""
     return {name: metric._replace(value=float(metric.value)) for name, metric in task.metrics(totals).items()}
 
@@ -97,14 +106,47 @@ def row_losses(
         batch = task.batch(rows)
         keys = None if dropout_seed is None else sequence_keys(dropout_seed, step, rows["position"])
         features = model.features(batch.inputs, keys, batch.attention)
-        if model.output_table is None:
-            losses = cross_entropy(features, batch.targets)
-        else:
-            losses = projected_cross_entropy(features, model.output_table, batch.targets, chunk_size, fuse)
-        valid = tf.cast(batch.targets >= 0, tf.float32)
-        return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
+        weights = None if dropout_seed is None else batch.weights
+        return _sums(batch, features, model.output_table, weights, chunk_size, fuse)
 
     return loss_function
+
+
+def evaluation_sums(
+    task: Task, model: LanguageModel, num_sources: int = 1, chunk_size: int | None = None, fuse: bool = False
+) -> Callable[[Rows], tf.Tensor]:
+    """What an evaluation adds up, by source: losses, valid targets, and what else the task counts.
+
+    Returns:
+      A function of rows to float32 (2 + num_statistics, num_sources).
+    """
+
+    def sums(rows: Rows) -> tf.Tensor:
+        batch = task.batch(rows)
+        features = model.features(batch.inputs, None, batch.attention)
+        of_rows = _sums(batch, features, model.output_table, None, chunk_size, fuse)
+        found = source_losses(lambda _rows, _step: of_rows, num_sources)(rows, tf.constant(0, tf.int64))
+        parts = [tf.reshape(each, [1, num_sources]) for each in found]
+        if num_statistics(task):
+            counted = task.statistics(rows, features, model.output_table)  # type: ignore[attr-defined]
+            own = tf.one_hot(rows["source"], num_sources) if num_sources > 1 else tf.ones([counted.shape[0], 1])
+            parts.append(tf.matmul(counted, own, transpose_a=True))
+        return tf.concat(parts, axis=0)
+
+    return sums
+
+
+def _sums(
+    batch: Batch, features: tf.Tensor, table: Any, weights: tf.Tensor | None, chunk_size: int | None, fuse: bool
+) -> Sums:
+    """Losses and valid targets of each row."""
+    if table is None:
+        losses = cross_entropy(features, batch.targets)
+        losses = losses if weights is None else losses * weights
+    else:
+        losses = projected_cross_entropy(features, table, batch.targets, chunk_size, fuse, weights)
+    valid = tf.cast(batch.targets >= 0, tf.float32)
+    return tf.reduce_sum(tf.cast(losses, tf.float64), axis=1), tf.reduce_sum(valid, axis=1)
 
 
 def source_losses(losses_of_rows: LossFunction, num_sources: int = 1) -> LossFunction:

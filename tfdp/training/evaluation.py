@@ -1,6 +1,6 @@
 """A pass over whole validation sets: each token exactly once, on any number of replicas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfdp.data import pipeline
 from tfdp.data.sequences import Sequences
 from tfdp.parallel import collectives
-from tfdp.tasks.task import LossFunction, Metric, Rows, Task, named_metrics
+from tfdp.tasks.task import LossFunction, Metric, Rows, Task, named_metrics, num_statistics
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Evaluator:
     Args:
       strategy: that the model was made under.
       task: names the metrics.
-      loss_function: sums and counts over rows, by set, without dropout.
+      sums: of rows, by set, see `task.evaluation_sums`.
       sets: the validation sets.
       rows: sequences per forward pass on each replica.
       jit_compile: whether XLA compiles the forward pass.
@@ -52,73 +52,73 @@ class Evaluator:
         self,
         strategy: tf.distribute.Strategy,
         task: Task,
-        loss_function: LossFunction,
+        sums: Callable[[Rows], tf.Tensor],
         sets: Sequence[ValidationSet],
         rows: int,
         jit_compile: bool,
         parallel_passes: int = 1,
     ) -> None:
-        self._step = EvalStep(strategy, loss_function, jit_compile, len(sets), rows)
+        self._step = EvalStep(strategy, sums, jit_compile, len(sets), rows, num_statistics(task))
         self._strategy, self._task, self._sets = strategy, task, sets
         self._rows = rows * parallel_passes * int(strategy.num_replicas_in_sync)
 
     def __call__(self) -> Evaluation:
         sequences = [each.sequences for each in self._sets]
         batches, num_batches = pipeline.validation_batches(self._strategy, sequences, self._rows)
-        sums, counts = self._step(iter(batches), num_batches)
-        sizes = [each.num_bytes for each in self._sets]
-        found = {
-            each.name: self._evaluation(*totals) for each, *totals in zip(self._sets, sums, counts, sizes, strict=True)
-        }
-        return self._evaluation(sums.sum(), counts.sum(), sum(sizes), found if len(found) > 1 else {})
+        sums, sizes = self._step(iter(batches), num_batches), [each.num_bytes for each in self._sets]
+        of_sets = zip(self._sets, sums.T, strict=True)
+        found = {each.name: self._evaluation(of_set, each.num_bytes) for each, of_set in of_sets}
+        return self._evaluation(sums.sum(axis=1), sum(sizes), found if len(found) > 1 else {})
 
-    def _evaluation(
-        self, loss: float, count: int, num_bytes: int, sets: Mapping[str, Evaluation] | None = None
-    ) -> Evaluation:
-        totals = {"loss": float(loss), "targets": int(count), "bytes": int(num_bytes)}
+    def _evaluation(self, sums: np.ndarray, num_bytes: int, sets: Mapping[str, Evaluation] | None = None) -> Evaluation:
+        loss, count, *statistics = sums
+        totals: dict[str, Any] = {"loss": float(loss), "targets": int(count), "bytes": int(num_bytes)}
+        if statistics:
+            totals["statistics"] = np.array(statistics)
         return Evaluation(named_metrics(self._task, totals), int(count), sets or {})
 
 
 class EvalStep:
-    """Sums losses and counts over the batches of a split; updates nothing.
+    """Adds up losses, counts and what else a task counts over the batches of a split; updates nothing.
 
     Args:
-      strategy, loss_function: as those of the train step.
+      strategy: that of the train step.
+      sums: of rows, float32 (2 + num_statistics, num_sources), see `task.evaluation_sums`.
       jit_compile: whether XLA compiles a forward pass.
-      num_sources: for which the loss function gives sums.
+      num_sources, num_statistics: see sums.
       rows: sequences of one forward pass; a replica computes its passes in parallel. None: all rows in one.
     """
 
     def __init__(
         self,
         strategy: tf.distribute.Strategy,
-        loss_function: LossFunction,
+        sums: Callable[[Rows], tf.Tensor],
         jit_compile: bool,
         num_sources: int = 1,
         rows: int | None = None,
+        num_statistics: int = 0,
     ) -> None:
-        self._strategy, self._loss_function, self._num_sources, self._rows = strategy, loss_function, num_sources, rows
-        self._replica = tf.function(self._replica_sums, jit_compile=jit_compile, autograph=False)
+        self._strategy, self._shape, self._rows = strategy, [2 + num_statistics, num_sources], rows
+        self._replica = tf.function(sums, jit_compile=jit_compile, autograph=False)
         self._run = tf.function(self._run_batches, autograph=False)
 
-    def __call__(self, batches: Any, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the sum of the losses in nats and the number of valid tokens of each source, over all replicas.
+    def __call__(self, batches: Any, num_batches: int) -> np.ndarray:
+        """Returns the sums over all replicas, float64 (2 + num_statistics, num_sources): nats, valid tokens, and more.
 
         The sums of each forward pass are added in float64 one by one, in the order of the sequences: the bits do not
         depend on the number of replicas, as long as each pass has the same number of rows.
         """
-        loss_sums, counts = self._run(batches, tf.constant(num_batches)).numpy()
-        return loss_sums, counts.astype(np.int64)
+        return np.asarray(self._run(batches, tf.constant(num_batches)))
 
     def _run_batches(self, batches: Any, num_batches: tf.Tensor) -> tf.Tensor:
         def add(index: tf.Tensor, totals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             per_replica = self._strategy.run(self._gathered, args=(next(batches),))
-            passes = tf.reshape(collectives.first_replica(self._strategy, per_replica), [-1, 2, self._num_sources])
+            passes = tf.reshape(collectives.first_replica(self._strategy, per_replica), [-1, *self._shape])
             for sums in tf.unstack(passes):
                 totals += tf.cast(sums, tf.float64)
             return index + 1, totals
 
-        start = (tf.constant(0), tf.zeros([2, self._num_sources], tf.float64))
+        start = (tf.constant(0), tf.zeros(self._shape, tf.float64))
         _, totals = tf.while_loop(lambda index, _: index < num_batches, add, start, parallel_iterations=1)
         return totals
 
@@ -127,10 +127,6 @@ class EvalStep:
         rows = pipeline.rows_of(batch, self._rows or size)
         passes = [self._replica(rows(index)) for index in range(size // (self._rows or size))]
         return collectives.replica_gather(tf.stack(passes))
-
-    def _replica_sums(self, batch: Rows) -> tf.Tensor:
-        sums = self._loss_function(batch, tf.constant(0, tf.int64))
-        return tf.stack([tf.reshape(each, [self._num_sources]) for each in sums])
 
 
 class RowLosses:

@@ -8,7 +8,10 @@ if TYPE_CHECKING:
 
 
 def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
-    """What a process must have in common with a checkpoint to resume it: the shapes, the data and its order."""
+    """What a process must have in common with a checkpoint to resume it: the shapes, the data and its order.
+
+    A recipe names keys of its own that belong to it as `identity_keys` of its Config.
+    """
     free = {
         "dropout",
         "lora_dropout",
@@ -28,4 +31,5 @@ def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
         "training.global_batch_size": config.training.global_batch_size,
         "seed": config.seed,
+        **{key: getattr(config, key) for key in getattr(config, "identity_keys", ())},
     }

@@ -291,7 +291,7 @@ def _evaluate_as_it_is(run: Run, writer: MetricsWriter, progress: Progress) -> N
     for of_set, found in progress.evaluation.sets.items():
         for name, number in found.recorded().items():
             values[f"validation_{name}/{of_set}"] = scalars[f"{name}/{of_set}"] = number
-    writer.validation(values, run.training.steps, scalars, [metric.text for metric in metrics.values()])
+    writer.validation(values, run.training.steps, scalars, [metric.text for metric in metrics.values() if metric.text])
     if run.sample is not None:
         writer.text("sample", run.sample() if run.cluster.is_chief else "", progress.step)
 

@@ -1,0 +1,109 @@
+"""Predicts the classes of texts: `python -m tfdp.predict --run_dir DIR --input FILE --output FILE`.
+
+DIR is a run of the recipe `classification`. The input is a file of records as the run was trained on, without labels;
+the output has a line of JSON for each: {"record": 1, "label": "ham", "probabilities": {"ham": 0.9, "spam": 0.1}}.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tfdp.config.parsing import load
+from tfdp.config.sections import MOST_TOKENS
+from tfdp.data.corpus import records_of
+from tfdp.data.examples import ExampleKeys, Pairs, make_form
+from tfdp.system.exits import require, require_at_most, run_command
+from tfdp.system.files import replacing
+from tfdp.system.startup import load_tensorflow
+
+if TYPE_CHECKING:
+    from tfdp.inference.trained import TrainedModel
+
+_KINDS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to predict."""
+
+    run_dir: str = "runs/latest"
+    """Directory of a run of the recipe classification."""
+    checkpoint: str = "best"
+    """Which checkpoint: best (by the metric of its task), newest, or a step."""
+    input: str | None = None
+    """File of records: .jsonl, .csv, .tsv or .parquet (the first three compressed, too)."""
+    output: str | None = None
+    """File for the predictions, JSON lines; null: they are printed."""
+    rows: int = 32
+    """Texts in one forward pass."""
+
+    def __post_init__(self) -> None:
+        require_at_most(self, rows=MOST_TOKENS)
+        require(self.rows >= 1, "rows", self.rows, "must be at least 1: try 32")
+        require(bool(self.input), "input", self.input, "must name a file of records: try --input texts.jsonl")
+        rule = f"must be a file whose name ends in {', '.join(_KINDS)}, or in these and .gz, .xz, .bz2 or .zst"
+        require(_kind_of(str(self.input)) is not None, "input", self.input, rule)
+
+
+def main() -> None:
+    description = "Predict the classes of texts; writes one JSON object for each."
+    config = load(Config, sys.argv[1:], "python -m tfdp.predict", description)
+    from tfdp.inference.trained import TrainedModel
+
+    trained = TrainedModel.open(config.run_dir, config.checkpoint, "used to predict", ("make_model", "weight_shapes"))
+    labels = getattr(trained.config, "labels", ())
+    require(len(labels) > 1, "run_dir", config.run_dir, "must be a run of the recipe classification")
+    prompts = list(_prompts(config, trained))
+    lines = _predictions(config, trained, prompts)
+    if config.output is None:
+        for line in lines:
+            print(line, flush=True)
+        return
+    with replacing(Path(config.output)) as scratch, scratch.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(f"{line}\n")
+
+
+def _prompts(config: Config, trained: "TrainedModel") -> Iterator[tuple[int, list[int]]]:
+    """The number of each record, and the ids of its text up to the label."""
+    from tfdp.data.tokenizers.tokenizer import markup_ids
+
+    form = make_form(ExampleKeys.of(trained.config.data), "bytes", "data.")
+    rule = "must be a run whose records were read here, with data.label_field: shards do not say how their texts look"
+    require(isinstance(form, Pairs), "run_dir", config.run_dir, rule)
+    assert isinstance(form, Pairs)
+    fields = [field for field in form.fields if field != form.answer]
+    kind = str(_kind_of(str(config.input)))
+    for number, values, where in records_of(kind, Path(str(config.input)), fields, "input"):
+        text = form.prompt(dict(zip(fields, values, strict=True)), where)
+        yield number, [trained.tokenizer.end_of_text, *markup_ids(trained.tokenizer, text).tolist()]
+
+
+def _predictions(config: Config, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:
+    load_tensorflow()
+    from tfdp.data.labels import label_ids
+    from tfdp.inference.classifying import ClassScorer
+    from tfdp.tasks.classification import Classification
+
+    run: Any = trained.config
+    task = Classification(run.labels, label_ids(run.labels, trained.tokenizer), run.head)
+    scorer = ClassScorer(trained.make_model(), task, config.rows)
+    found = scorer.probabilities([ids for _, ids in prompts])
+    for (number, _), probabilities in zip(prompts, found, strict=True):
+        by_label = {label: round(float(each), 6) for label, each in zip(run.labels, probabilities, strict=True)}
+        best = run.labels[int(probabilities.argmax())]
+        yield json.dumps({"record": number, "label": best, "probabilities": by_label}, ensure_ascii=False)
+
+
+def _kind_of(name: str) -> str | None:
+    """The kind of source of a file, by its name without the suffix of its compression."""
+    path = Path(name)
+    path = path.with_suffix("") if path.suffix.lower() in (".gz", ".xz", ".bz2", ".zst", ".zstd") else path
+    return _KINDS.get(path.suffix.lower())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, output_is_result=True))
