@@ -35,7 +35,8 @@ class Config(causal_lm.Config):
     trainer: str = "classification"
     """The recipe: a module of trainers/, or the dotted path of your own."""
     data: DataConfig = DataConfig(sequences="whole", document_attention=True)
-    training: TrainingConfig = TrainingConfig(sample_tokens=0)
+    # A batch has few targets, so its loss leaps: only what is not finite is a spike.
+    training: TrainingConfig = TrainingConfig(sample_tokens=0, spike_threshold=None)
     labels: tuple[str, ...] = ()
     """The classes by name, in the order of the confusion matrix."""
     head: Literal["tokens", "linear"] = "tokens"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tfdp import assembly
-from tfdp.config.sections import DataConfig
+from tfdp.config.sections import DataConfig, TrainingConfig
 from tfdp.data.sequences import Sequences, examples_of
 from tfdp.data.sources import require_examples, require_whole_examples
 from tfdp.recipe import import_recipe
@@ -32,6 +32,8 @@ class Config(causal_lm.Config):
     trainer: str = "instruction"
     """The recipe: a module of trainers/, or the dotted path of your own."""
     data: DataConfig = DataConfig(sequences="whole", document_attention=True)
+    # A batch may have few targets, and its loss leaps then: only what is not finite is a spike.
+    training: TrainingConfig = TrainingConfig(spike_threshold=None)
     score_prompts: bool = False
     """Whether prompts are learned as well as answers."""
 
