@@ -17,7 +17,7 @@ def left_behind(folder: Path) -> set[str]:
 # --- What needs no TensorFlow, and does not load it ------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "replay"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "chat", "replay"])
 def test_help_answers_without_tensorflow(tmp_path: Path, command: str) -> None:
     result = without_tensorflow(tmp_path, f"tfdp.{command}", "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -169,7 +169,7 @@ def test_a_wrong_cluster_is_refused_in_one_line_before_tensorflow_loads(
     assert left_behind(tmp_path) == set()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate", "replay"])
+@pytest.mark.parametrize("command", ["evaluate", "generate", "chat", "replay"])
 def test_a_directory_that_is_no_run_is_refused_in_one_line_before_tensorflow_loads(
     tmp_path: Path, command: str
 ) -> None:

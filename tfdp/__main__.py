@@ -7,6 +7,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "generate",
+    "chat",
     "export",
     "predict",
     "prepare",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tfdp import evaluate, generate, plan, prepare, replay
+from tfdp import chat, evaluate, generate, plan, prepare, replay
 from tfdp.config import parsing as config_module
 from tfdp.config import source_syntax
 from tfdp.config.parsing import known_keys, to_yaml
@@ -22,7 +22,16 @@ from tfdp.system.exits import ConfigError
 from trainers.causal_lm import Config
 
 ROOT = Path(__file__).parents[2]
-CLASSES = [Config, LaunchConfig, evaluate.Config, generate.Config, plan.Config, prepare.Config, replay.Config]
+CLASSES = [
+    Config,
+    LaunchConfig,
+    chat.Config,
+    evaluate.Config,
+    generate.Config,
+    plan.Config,
+    prepare.Config,
+    replay.Config,
+]
 KEYS = {cls: list(known_keys(cls)) for cls in CLASSES}
 SECONDS = 2.0
 FEW = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

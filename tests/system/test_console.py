@@ -77,7 +77,7 @@ def test_output_that_is_lost_at_the_very_end_is_an_error_too(tmp_path: Path) -> 
     assert (result.returncode, result.stderr) == (1, FULL)
 
 
-COMMANDS = ["train", "launch", "prepare", "evaluate", "generate", "replay", "plan", "benchmark"]
+COMMANDS = ["train", "launch", "prepare", "evaluate", "generate", "chat", "replay", "plan", "benchmark"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -132,6 +132,18 @@ class Conversations:
     def text(self, values: Sequence[Any], where: str) -> str:
         place = f"{where} {shown(self.field)}"
         messages = messages_of(values[0], place)
+        made = self._marked(messages, place)
+        if BEGIN not in made:
+            raise ConfigError(f"{place} must have a message of the assistant: that is what is learned")
+        return made.rstrip() if messages[-1]["role"] == "assistant" else made
+
+    def prompt(self, messages: Sequence[Message], place: str) -> str:
+        """What a model is given to answer: all that the document of this conversation has before the next answer."""
+        answered = messages_of([*messages, {"role": "assistant", "content": "."}], place)
+        return self._marked(answered, place).rpartition(BEGIN)[0]
+
+    def _marked(self, messages: Sequence[Message], place: str) -> str:
+        """The messages up to the last one of the assistant."""
         done, made = "", ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -145,9 +157,7 @@ class Conversations:
             kept = answer.rstrip()  # what follows the end of a turn is no part of it
             made += f"{before[len(done) :]}{BEGIN}{kept}{END}{answer[len(kept) :]}"
             done = after
-        if not done:
-            raise ConfigError(f"{place} must have a message of the assistant: that is what is learned")
-        return made.rstrip() if messages[-1]["role"] == "assistant" else made
+        return made
 
 
 def messages_of(value: Any, where: str) -> list[Message]:

@@ -1,25 +1,25 @@
 """A trained model for programs: text, logits and scores from a run, or from a folder of another library."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from tfdp.config import options
-from tfdp.config.parsing import known_keys
-from tfdp.config.sections import SamplingConfig
+from tfdp.data.chat import ChatTemplate, chat_template
+from tfdp.data.examples import ExampleKeys
 from tfdp.data.tokenizers.tokenizer import Tokenizer
+from tfdp.inference.conversation import Conversation
 from tfdp.inference.exporting import ExportConfig, export
+from tfdp.inference.keys import sampling_of, typed
 from tfdp.inference.trained import TrainedModel
 from tfdp.system.exits import require
 from tfdp.system.startup import load_tensorflow
 
 if TYPE_CHECKING:
+    from tfdp.config.sections import SamplingConfig
     from tfdp.inference.sampling import Sampler
     from tfdp.inference.scoring import Likelihood, Scorer
-
-Keys = TypeVar("Keys")
 
 
 class LanguageModel:
@@ -57,14 +57,42 @@ class LanguageModel:
         Raises:
           ConfigError: a value that breaks the rule of its key.
         """
-        config = _sampling(sampling)
+        config = sampling_of(sampling)
         if isinstance(prompts, str):
             return self._sampler.text(prompts, config)
         return self._sampler.texts(prompts, config) if len(prompts) else []
 
     def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
         """The pieces of what `generate` returns, as they come."""
-        return self._sampler.stream(prompt, _sampling(sampling))
+        return self._sampler.stream(prompt, sampling_of(sampling))
+
+    def chat(self, system: str | None = None, template: str = "auto") -> Conversation:
+        """A conversation with the model: `say` and `stream` give its answers.
+
+        Args:
+          system: a system prompt, which stands before all turns; None: none.
+          template: how messages become a text: chatml, tokenizer, or a text for each role in JSON. "auto": the one that
+            the run was trained with; for a folder that of its tokenizer, else chatml.
+
+        Raises:
+          ConfigError: there is no such template, it refuses the system prompt, or the run learned pairs.
+        """
+
+        def continued(ids: Sequence[int], config: "SamplingConfig", ends: Collection[int]) -> Iterator[str]:
+            return self._sampler.stream_after(ids, config, ends)
+
+        found, is_run = self._chat_template(template), self._trained.is_run
+        made = Conversation(continued, self.tokenizer, found, self.context_length, is_run, system)
+        _ = self._sampler  # reads the weights now: what is wrong with them is no mistake of a turn
+        return made
+
+    def _chat_template(self, name: str) -> ChatTemplate:
+        if name == "auto" and self._trained.is_run:
+            keys = ExampleKeys.of(self._trained.config.data)
+            rule = "must be named for a run that learned no conversations, but pairs: try chatml, or tfdp.generate"
+            require(keys.answer is None, "template", name, rule)
+            name = keys.template
+        return chat_template(name, self.tokenizer, "template")
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Logits of the token after each id.
@@ -105,7 +133,7 @@ class LanguageModel:
           output: a new folder.
           **keys: the keys of `ExportConfig`: format, dtype, merge, file_megabytes.
         """
-        export(self._trained, _typed(ExportConfig, {"output": output, **keys}), "tfdp.load(...).export(...)")
+        export(self._trained, typed(ExportConfig, {"output": output, **keys}), "tfdp.load(...).export(...)")
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -125,17 +153,3 @@ class LanguageModel:
         from tfdp.inference.scoring import Scorer
 
         return Scorer(model, self.tokenizer.vocab_size, self._rows)
-
-
-def _sampling(keys: Mapping[str, Any]) -> SamplingConfig:
-    stop = keys.get("stop", ())
-    require(not isinstance(stop, str), "stop", stop, 'must be a list of texts: try ["\\n\\n"]')
-    return _typed(SamplingConfig, {**keys, "stop": list(stop)})
-
-
-def _typed(kind: type[Keys], keys: Mapping[str, Any]) -> Keys:
-    """A section of keys from values of Python, each checked as the command checks it."""
-    known = known_keys(kind)
-    for key, value in keys.items():
-        require(key in known, key, value, f"must be one of {', '.join(known)}")
-    return kind(**{key: options.read(key, known[key], value) for key, value in keys.items()})

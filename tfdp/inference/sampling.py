@@ -4,7 +4,7 @@ A new token costs one forward pass over that token alone. When the cache is full
 context is read again and generation goes on, so the cost per token stays bounded at any length.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,8 +37,14 @@ class Sampler:
 
     def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
         """Yields the continuation of a prompt piece by piece, each as soon as later tokens cannot change it."""
+        return self.stream_after(prompt_ids(self._tokenizer, prompt).tolist(), config)
+
+    def stream_after(self, ids: Sequence[int], config: SamplingConfig, ends: Collection[int] = ()) -> Iterator[str]:
+        """Yields what follows ids, as `stream` does; a token among `ends` ends it too, and is no part of it."""
         written = Continuation(self._tokenizer, config.stop)
-        for token in self.tokens(prompt, config):
+        for (token,) in self.batches([ids], config):
+            if token is None or token in ends:
+                break
             yield written.add(token)
             if written.is_stopped:
                 return

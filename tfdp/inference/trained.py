@@ -41,6 +41,7 @@ class TrainedModel:
     model_type: str | None = None  # the architecture, where it comes from Hugging Face
     started_from: str | None = None  # the folder of its first weights
     tokenizer_name: str = "bytes"  # as `data.tokenizer` names it
+    is_run: bool = True  # of tfdp, not a folder of another library
 
     @classmethod
     def open(
@@ -83,7 +84,7 @@ class TrainedModel:
         config = recipe.Config(model=ModelConfig(**{**found.keys, "init_from": name}))
         tokenizer = make_tokenizer(found.tokenizer, "run_dir")
         weights = found.weights(config.model, tokenizer.vocab_size)
-        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type, name, found.tokenizer)
+        return cls(recipe, config, tokenizer, weights, {}, 0, "", {}, found.model_type, name, found.tokenizer, False)
 
     @property
     def compilation(self) -> "Compilation":
