@@ -106,6 +106,7 @@ def test_adapters_that_peft_could_not_use_are_not_written(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.multiworker
 def test_a_killed_worker_shows_in_no_adapter(folder: Path) -> None:
     """Before its first checkpoint a job starts from the folder again, and after it from the checkpoint."""

@@ -95,7 +95,9 @@ def test_the_target_of_a_prompt_moves_no_loss_and_no_example_sees_another() -> N
 
 @pytest.mark.slow
 @pytest.mark.multiworker
-@pytest.mark.parametrize("data", [PAIRS, CHATS], ids=["pairs", "chats"])
+@pytest.mark.parametrize(
+    "data", [pytest.param(PAIRS, marks=pytest.mark.full, id="pairs"), pytest.param(CHATS, id="chats")]
+)
 def test_a_run_on_examples_is_one_run_in_any_layout_and_after_a_stop(folder: Path, data: list[str]) -> None:
     own = data[0].partition(":")[2].partition(".")[0]
     keys = [*KEYS, *data, *SHORT]
