@@ -1,4 +1,4 @@
-"""Lowers the training step to StableHLO for a machine with a GPU but without TensorFlow: see docs/gpu.md.
+"""Lowers the training step to HLO for a machine with a GPU but without TensorFlow: see docs/gpu.md.
 
 `python benchmarks/gpu_lower.py FOLDER`, on CPUs. Each program is that of `training.step` and `training.update` as they
 are compiled on a GPU (XLA for the whole), with the weights as arguments, before any optimisation for a device.
@@ -22,14 +22,15 @@ from tfdp.system.startup import load_tensorflow
 
 NUM_STEPS = 20  # of the default job, which both machines run
 LATER = 10  # steps after which one micro-batch is compared: at the start most gradients are 0
-GPT2_VARIANTS = {  # rows, loss_chunk_size, remat, dropout
-    "8": (8, None, False, 0.0),
-    "16": (16, None, False, 0.0),
-    "8-chunk-all": (8, 0, False, 0.0),
-    "16-chunk-all": (16, 0, False, 0.0),
-    "16-chunk-4096": (16, 4096, False, 0.0),
-    "16-dropout": (16, None, False, 0.1),
-    "16-remat": (16, None, True, 0.0),
+GPT2_VARIANTS = {  # rows, loss_chunk_size, remat, dropout, whether attention takes all queries at once
+    "8": (8, None, False, 0.0, False),
+    "16": (16, None, False, 0.0, False),
+    "8-chunk-all": (8, 0, False, 0.0, False),
+    "16-chunk-all": (16, 0, False, 0.0, False),
+    "16-chunk-2048": (16, 2048, False, 0.0, False),
+    "16-one-block": (16, None, False, 0.0, True),
+    "16-dropout": (16, None, False, 0.1, False),
+    "16-remat": (16, None, True, 0.0, False),
 }
 
 
@@ -74,21 +75,31 @@ def gpt2_config(rows: int, loss_chunk_size: int | None, remat: bool, dropout: fl
 
 def lower_default(folder: Path, precision: str) -> None:
     """Programs of the default job, its first weights and batches, and what TensorFlow computes of them on this CPU."""
+    import tensorflow as tf
+
     components, batches = _built(default_config(precision), None)
     values = _arrays(_variables(components))
     given = [next(batches) for _ in range(NUM_STEPS)]
-    found = _reference(components, given)
-    name = f"default-{precision}"
+    found = _reference(components, given[LATER])
+    name, later = f"default-{precision}", found.pop("later")
     _lower(folder, name, components, given[0], found)
+    if precision == "float32":  # whose products a GPU computes in TF32 unless it is told not to
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        _lower(folder, f"{name}-highest", components, given[0], {**found, "arrays": f"{name}.npz"})
+        tf.config.experimental.enable_tensor_float_32_execution(True)
     tokens = {f"{key}/{at}": value.numpy() for at, batch in enumerate(given) for key, value in batch.items()}
     arrays = {f"start/{at}": value for at, value in enumerate(values)}
-    later = {f"later/{at}": value for at, value in enumerate(found.pop("later"))}
-    np.savez_compressed(folder / f"{name}.npz", **tokens, **arrays, **later)
+    arrays |= {f"later/{at}": value for at, value in enumerate(later)}
+    np.savez_compressed(folder / f"{name}.npz", **tokens, **arrays)
 
 
 def lower_gpt2(folder: Path, name: str, *variant: Any) -> None:
     """Programs of GPT-2 small, whose weights are drawn where they run."""
-    components, batches = _built(gpt2_config(*variant), 50304)
+    from tfdp.ops import chunking, kernels
+
+    *options, one_block = variant
+    components, batches = _built(gpt2_config(*options), 50304)
+    kernels.query_blocks = (lambda count: [(0, count)]) if one_block else chunking.query_blocks
     _lower(folder, f"gpt2-{name}", components, next(batches), {}, with_update=name == "16")
 
 
@@ -132,17 +143,17 @@ def _arrays(variables: Sequence[Any]) -> list[np.ndarray]:
     return [np.array(variable.numpy()) for variable in variables]
 
 
-def _reference(components: Any, batches: Sequence[Any]) -> dict[str, Any]:
-    """Losses and norms of the first steps on this CPU; the weights after `LATER` steps, and that micro-batch."""
+def _reference(components: Any, batch: Any) -> dict[str, Any]:
+    """Losses and norms of the first steps on this CPU; the weights after `LATER` steps, and a micro-batch with them."""
     import tensorflow as tf
 
-    step = components.train_step
-    first = step(iter(batches[:LATER]), 0, LATER)
+    step, batches = components.train_step, components.batches_from(0, ())
+    first = step(batches, 0, LATER)
     later = _arrays(components.optimizer.weights)
     program = tf.function(step._microbatch_sums, jit_compile=True, autograph=False)
-    gradients, sums = program(batches[LATER], tf.constant(LATER, tf.int64), tf.constant(1.0))
+    gradients, sums = program(batch, tf.constant(LATER, tf.int64), tf.constant(1.0))
     square = sum(float(np.sum(np.square(each.numpy().astype(np.float64)))) for each in gradients)
-    rest = step(iter(batches[LATER:]), LATER, len(batches) - LATER)
+    rest = step(batches, LATER, NUM_STEPS - LATER)
     return {
         "later": later,
         "later_loss": float(sums[0, 0] / sums[1, 0]),
@@ -170,7 +181,7 @@ def _lower(
         _write(folder / f"{name}-update", update, (values, kept, specs, tf.ones([2, 1]), step, scale))
     config = components.layout
     facts = {
-        **{key: value for key, value in facts.items() if key != "later"},
+        **facts,
         "num_weights": len(weights),
         "num_state": len(state),
         "num_tokens": config.microbatch_size * (batch["tokens"].shape[1] - 1),
@@ -220,12 +231,12 @@ def _update_program(components: Any, weights: Sequence[Any], state: Sequence[Any
 
 
 def _write(path: Path, program: Any, arguments: tuple[Any, ...]) -> None:
-    """The program as a serialised HLO module, compressed, for the platform of a GPU where TensorFlow can name it."""
+    """The program as a serialised HLO module, compressed."""
     generate = program.experimental_get_compiler_ir(*arguments)
-    text = generate(stage="hlo")
+    text = generate(stage="hlo", platform_name="GPU")
     calls = sorted(set(re.findall(r'custom_call_target="([^"]+)"', text)))
     precisions = sorted(set(re.findall(r"operand_precision=\{[^}]*\}", text)))
-    path.with_suffix(".hlo.gz").write_bytes(gzip.compress(generate(stage="hlo_serialized")))
+    path.with_suffix(".hlo.gz").write_bytes(gzip.compress(generate(stage="hlo_serialized", platform_name="GPU")))
     dots = len(re.findall(r" dot\(", text))
     print(f"{path.name}: {len(text):,} characters, {dots} products, precision {precisions}, custom calls {calls}")
 
