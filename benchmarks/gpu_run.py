@@ -68,9 +68,7 @@ def _start(folder: str, output: str, job: str, seconds: float) -> dict[str, Any]
     environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, __file__, folder, output, "job", job]
     try:
-        ended = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=seconds
-        )
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {"error": "no time left"}
     if ended.returncode:
@@ -82,16 +80,13 @@ def run_job(folder: Path, output: Path, job: str) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    name = job.split(":")[0]
+    name = job.split(":", maxsplit=1)[0]
     if name == "card":
         return card()
     if name == "attention":
         return attention()
     facts = json.loads((folder / f"{name}.json").read_text())
-    if name.startswith("default"):
-        found = default_job(folder, name, facts)
-    else:
-        found = gpt2_job(folder, output, job, facts)
+    found = default_job(folder, name, facts) if name.startswith("default") else gpt2_job(folder, output, job, facts)
     statistics_of_device = jax.devices()[0].memory_stats() or {}
     return {**found, "peak_bytes": statistics_of_device.get("peak_bytes_in_use")}
 
@@ -252,7 +247,7 @@ def _norm(gradients: Sequence[Any]) -> float:
 
 def gpt2_job(folder: Path, output: Path, job: str, facts: dict[str, Any]) -> dict[str, Any]:
     """GPT-2 small: times, memory, where the time goes; with the update where there is one."""
-    name = job.split(":")[0]
+    name = job.split(":", maxsplit=1)[0]
     path = folder / f"{name}-microbatch.hlo.gz"
     program, count = Program(path), facts["num_weights"]
     arguments = _drawn(parameters(path), facts["names"])
