@@ -5,11 +5,12 @@ are compiled on a GPU (XLA for the whole), with the weights as arguments, before
 `benchmarks/gpu_run.py FOLDER` runs them.
 """
 
+import contextlib
 import gzip
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from tfdp.system.startup import load_tensorflow
 
 NUM_STEPS = 20  # of the default job, which both machines run
 LATER = 10  # steps after which one micro-batch is compared: at the start most gradients are 0
-GPT2_VARIANTS = {  # rows, loss_chunk_size, remat, dropout, whether attention takes all queries at once
-    "8": (8, None, False, 0.0, False),
-    "16": (16, None, False, 0.0, False),
-    "8-chunk-all": (8, 0, False, 0.0, False),
-    "16-chunk-all": (16, 0, False, 0.0, False),
-    "16-chunk-2048": (16, 2048, False, 0.0, False),
-    "16-one-block": (16, None, False, 0.0, True),
-    "16-dropout": (16, None, False, 0.1, False),
-    "16-remat": (16, None, True, 0.0, False),
+GPT2_VARIANTS: dict[str, dict[str, Any]] = {  # of rows, keys of `training`, and what is done otherwise than tfdp does
+    "8": {"rows": 8},
+    "16": {"rows": 16},
+    "8-chunk-all": {"rows": 8, "loss_chunk_size": 0},
+    "16-chunk-all": {"rows": 16, "loss_chunk_size": 0},
+    "16-chunk-2048": {"rows": 16, "loss_chunk_size": 2048},
+    "16-remat": {"rows": 16, "remat": True},
+    "16-one-block": {"rows": 16, "attention": "one_block"},
+    "16-parts-chunk-all": {"rows": 16, "loss_chunk_size": 0, "attention": "parts"},
+    "16-cudnn-chunk-all": {"rows": 16, "loss_chunk_size": 0, "attention": "cudnn"},
+    "16-dropout-chunk-all": {"rows": 16, "loss_chunk_size": 0, "dropout": 0.1},
 }
 
 
@@ -44,7 +47,7 @@ def main() -> None:
             lower_default(folder, precision)
     for name, variant in GPT2_VARIANTS.items():
         if not only or name in only:
-            lower_gpt2(folder, name, *variant)
+            lower_gpt2(folder, name, **variant)
 
 
 def default_config(precision: str) -> Any:
@@ -54,7 +57,7 @@ def default_config(precision: str) -> Any:
     return recipe.Config(training=TrainingConfig(**training))
 
 
-def gpt2_config(rows: int, loss_chunk_size: int | None, remat: bool, dropout: float) -> Any:
+def gpt2_config(rows: int, dropout: float, **options: Any) -> Any:
     """GPT-2 small in bfloat16 on full contexts."""
     from tfdp.benchmarking.own import model_config
     from tfdp.benchmarking.shapes import Shape
@@ -67,8 +70,7 @@ def gpt2_config(rows: int, loss_chunk_size: int | None, remat: bool, dropout: fl
         precision="bfloat16",
         jit_compile=True,
         parallel_microbatches=1,
-        loss_chunk_size=loss_chunk_size,
-        remat=remat,
+        **options,
     )
     return import_recipe("causal_lm").Config(model=model, training=training, optimizer=OptimizerConfig(name="adamw"))
 
@@ -93,14 +95,142 @@ def lower_default(folder: Path, precision: str) -> None:
     np.savez_compressed(folder / f"{name}.npz", **tokens, **arrays)
 
 
-def lower_gpt2(folder: Path, name: str, *variant: Any) -> None:
+def lower_gpt2(folder: Path, name: str, rows: int, attention: str = "", dropout: float = 0.0, **options: Any) -> None:
     """Programs of GPT-2 small, whose weights are drawn where they run."""
-    from tfdp.ops import chunking, kernels
+    components, batches = _built(gpt2_config(rows, dropout, **options), 50304)
+    with _otherwise(attention, dropout > 0):
+        _lower(folder, f"gpt2-{name}", components, next(batches), {}, with_update=name == "16")
 
-    *options, one_block = variant
-    components, batches = _built(gpt2_config(*options), 50304)
-    kernels.query_blocks = (lambda count: [(0, count)]) if one_block else chunking.query_blocks
-    _lower(folder, f"gpt2-{name}", components, next(batches), {}, with_update=name == "16")
+
+@contextlib.contextmanager
+def _otherwise(attention: str, small_ranges: bool) -> Iterator[None]:
+    """Puts another form of attention, and of the numbers of elements in dropout, into tfdp meanwhile."""
+    from unittest import mock
+
+    import tensorflow as tf
+
+    from tfdp.models.dropout import KeyedDropout
+    from tfdp.ops import kernels
+
+    def in_parts(_self: Any, queries: Any, keys: Any, values: Any, visible: Any, scale: float, _causal: bool) -> Any:
+        blocks = kernels.query_blocks(queries.shape[2])
+        return kernels._attention_in_parts(queries, keys, values, visible, scale, blocks)
+
+    with contextlib.ExitStack() as stack:
+        if attention == "one_block":
+            stack.enter_context(mock.patch.object(kernels, "query_blocks", lambda count: [(0, count)]))
+        if attention == "parts":
+            stack.enter_context(mock.patch.object(kernels.Kernels, "attention", in_parts))
+            stack.enter_context(mock.patch.object(kernels, "_product_mean", tf.reduce_mean))
+        if attention == "cudnn":
+            stack.enter_context(mock.patch.object(kernels.Kernels, "attention", _cudnn_attention))
+        if small_ranges:
+            stack.enter_context(mock.patch.object(KeyedDropout, "mask", _mask_of_small_ranges))
+        yield
+
+
+def _mask_of_small_ranges(self: Any, keys: Any, time: Any, dim: Any) -> Any:
+    """`KeyedDropout.mask`, whose numbers of elements TensorFlow would compute and write into the program, 3 MB each."""
+    import tensorflow as tf
+
+    from tfdp.ops.hashing import mix, uint32
+
+    row = mix(keys ^ uint32(self.layer_key))[:, tf.newaxis, tf.newaxis]
+    nothing = tf.cast(keys[0] - keys[0], tf.int32)  # which TensorFlow does not know to be 0
+    elements = (tf.range(time) * dim + nothing)[:, tf.newaxis] + tf.range(dim)[tf.newaxis]
+    return mix(mix(tf.cast(elements, tf.uint32))[tf.newaxis] ^ row) >= uint32(int(self.rate * 2**32))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention by cuDNN
+# ---------------------------------------------------------------------------------------------------
+
+
+def _cudnn_attention(
+    _self: Any, queries: Any, keys: Any, values: Any, _visible: Any, scale: float, _causal: bool
+) -> Any:
+    """Causal `Kernels.attention` as XLA hands it to cuDNN: scores never stand in memory."""
+    import tensorflow as tf
+    from tensorflow.compiler.tf2xla.ops.gen_xla_ops import xla_custom_call_v2
+
+    rows, heads, length, dim = queries.shape
+
+    def call(name: str, operands: Any, results: Any) -> Any:
+        return xla_custom_call_v2(
+            operands=operands,
+            call_target_name=f"__cudnn$fmhaSoftmax{name}",
+            backend_config=_cudnn_config([rows, heads, length, length], scale, bool(name)),
+            has_side_effect=False,
+            result_dtypes=[dtype for dtype, _ in results],
+            result_shapes=[tf.TensorShape(shape) for _, shape in results],
+        )
+
+    like = (queries.dtype, (rows, heads, length, dim))
+    workspace = (tf.uint8, (0,))
+
+    @tf.custom_gradient
+    def attend(queries: Any, keys: Any, values: Any) -> Any:
+        given = [tf.transpose(each, [0, 2, 1, 3]) for each in (queries, keys, values)]
+        output, sums, _ = call("", given, [like, (tf.float32, (rows, heads, length)), workspace])
+
+        def gradients(upstream: Any) -> Any:
+            others = [tf.transpose(each, [0, 2, 1, 3]) for each in (upstream, output)]
+            return call("Backward", [*given, sums, *others], [like, like, like, workspace])[:3]
+
+        return output, gradients
+
+    return attend(queries, keys, values)
+
+
+def _cudnn_config(shape: Sequence[int], scale: float, is_backward: bool) -> str:
+    """What XLA wants to know of attention: (rows, time, heads, dim) in, (rows, heads, time, dim) out."""
+
+    def product(left: int, right: int, left_batch: int, right_batch: int) -> dict[str, list[str]]:
+        return {
+            "lhs_contracting_dimensions": [str(left)],
+            "rhs_contracting_dimensions": [str(right)],
+            "lhs_batch_dimensions": ["0", str(left_batch)],
+            "rhs_batch_dimensions": ["0", str(right_batch)],
+        }
+
+    forward = {"bmm1": product(3, 3, 2, 2), "bmm2": product(3, 1, 1, 2)}
+    backward = {
+        "bmm1_grad_gemm1": product(2, 1, 1, 2),
+        "bmm1_grad_gemm2": product(3, 1, 1, 2),
+        "bmm2_grad_gemm1": product(2, 1, 1, 2),
+        "bmm2_grad_gemm2": product(3, 3, 2, 2),
+    }
+    products = backward if is_backward else forward
+    config = {
+        "algorithm": {
+            "algo_id": "0",
+            "math_type": "TENSOR_OP_MATH",
+            "tuning_knobs": {"17": "1", "4": "0"},
+            "is_cudnn_frontend": True,
+            "workspace_size": "0",
+        },
+        "fmha_scale": scale,
+        "intermediate_tensor_shape": {
+            "element_type": "BF16",
+            "dimensions": [str(size) for size in shape],
+            "layout": {"minor_to_major": ["3", "2", "1", "0"]},
+            "is_dynamic_dimension": [False] * 4,
+        },
+        "is_flash_attention": True,
+        "mask_type": "CAUSAL",
+        **{f"{name}_dot_dimension_numbers": value for name, value in products.items()},
+        "dropout_rate": 0.0,
+        "seed": 42,
+        "sliding_window_length": 0,
+        "max_seg_per_batch": 1,
+        "is_paged_attention": False,
+    }
+    return json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": config})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Components and programs
+# ---------------------------------------------------------------------------------------------------
 
 
 def _built(config: Any, vocab_size: int | None) -> tuple[Any, Any]:

@@ -36,10 +36,12 @@ JOBS = (  # with flags of XLA after a colon
     "attention",
     f"default-float32:{SAME_BITS}",
     f"gpt2-16:{SAME_BITS}",
-    "gpt2-16-one-block",
+    "gpt2-16-cudnn-chunk-all",
+    "gpt2-16-parts-chunk-all",
     "gpt2-16-chunk-2048",
     "gpt2-8-chunk-all",
-    "gpt2-16-dropout",
+    "gpt2-16-one-block",
+    "gpt2-16-dropout-chunk-all",
     "gpt2-16-remat",
 )
 LATER = 10  # as in gpu_lower
@@ -247,6 +249,8 @@ def _norm(gradients: Sequence[Any]) -> float:
 
 def gpt2_job(folder: Path, output: Path, job: str, facts: dict[str, Any]) -> dict[str, Any]:
     """GPT-2 small: times, memory, where the time goes; with the update where there is one."""
+    import jax.numpy as jnp
+
     name = job.split(":", maxsplit=1)[0]
     path = folder / f"{name}-microbatch.hlo.gz"
     program, count = Program(path), facts["num_weights"]
@@ -255,18 +259,20 @@ def gpt2_job(folder: Path, output: Path, job: str, facts: dict[str, Any]) -> dic
     first = run()
     sums = np.asarray(first[-1])
     found = {"compile_seconds": program.compile_seconds, "loss": float(sums[0, 0] / sums[1, 0])}
+    found["norm"] = math.sqrt(sum(float(jnp.sum(jnp.square(each.astype(jnp.float32)))) for each in first[:-1]))
     found["results_of_other_bits"] = _same_bits(first, run())
     found["microbatch"] = milliseconds(run)
     seconds = found["microbatch"]["median_ms"] / 1000
+    text = program.text()
     found |= {
         "tokens_per_second": facts["num_tokens"] / seconds,
         "mfu": facts["num_tokens"] * facts["flops_per_token"] / seconds / PEAK,
         "program_bytes": program.memory(),
-        "large": large_buffers(program.text()),
-        "kernels": kernels(run),
+        "large": large_buffers(text),
+        "kernels": kernels(run, text),
     }
-    if job == name and name in ("gpt2-16", "gpt2-16-chunk-all"):
-        (output / f"{name}.txt.gz").write_bytes(gzip.compress(program.text().encode()))
+    if job in ("gpt2-16", "gpt2-16-chunk-all", "gpt2-16-cudnn-chunk-all", "gpt2-16-parts-chunk-all"):
+        (output / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
     of_update = folder / f"{name}-update.hlo.gz"
     if of_update.exists():
         del program
@@ -327,8 +333,8 @@ def large_buffers(text: str, least: int = 32 << 20) -> dict[str, int]:
     return dict(found.most_common(40))
 
 
-def kernels(run: Callable[[], Any], count: int = 3) -> dict[str, Any]:
-    """Milliseconds of a run by the kind of its kernels, and those of the longest ones; {} where nothing traces."""
+def kernels(run: Callable[[], Any], text: str, count: int = 3) -> dict[str, Any]:
+    """Milliseconds of a run by the kind of its kernels, those of the longest ones, and how often each ran."""
     import jax
 
     try:
@@ -337,30 +343,35 @@ def kernels(run: Callable[[], Any], count: int = 3) -> dict[str, Any]:
                 for _ in range(count):
                     _wait(run())
             (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-            return _by_kernel(jax.profiler.ProfileData.from_file(path), count)
+            return _by_kernel(jax.profiler.ProfileData.from_file(path), count, _names_of_kernels(text))
     except Exception as error:
         return {"error": repr(error)[:300]}
 
 
-def _by_kernel(profile: Any, count: int) -> dict[str, Any]:
+def _by_kernel(profile: Any, count: int, names: dict[str, str]) -> dict[str, Any]:
     total: collections.Counter[str] = collections.Counter()
     times: collections.Counter[str] = collections.Counter()
     for plane in profile.planes:
-        if "/device:GPU" not in plane.name:
-            continue
         for line in plane.lines:
-            if "Stream" not in line.name:
+            if "/device:GPU" not in plane.name or "Stream" not in line.name:
                 continue
             for event in line.events:
-                facts = {str(key): str(value) for key, value in event.stats}
-                name = re.sub(r"[\d.]+$", "", facts.get("hlo_op", event.name))
-                kernel = re.sub(r"\d+", "#", event.name)[:60]
-                total[f"{name} | {kernel}"] += event.duration_ns / 1e6 / count
-                times[f"{name} | {kernel}"] += 1
+                name = names.get(event.name) or re.sub(r"\d+", "#", event.name)[:60]
+                total[name] += event.duration_ns / 1e6 / count
+                times[name] += 1
     return {
         "all": sum(total.values()),
         "longest": [[name, round(value, 3), times[name] // count] for name, value in total.most_common(30)],
     }
+
+
+def _names_of_kernels(text: str) -> dict[str, str]:
+    """What each fusion computes, by the name of its kernel: the operation of TensorFlow, without numbers of blocks."""
+    found = {}
+    for name, operation in re.findall(r"%?([\w.-]+) = .* fusion\(.*op_name=\"([^\"]+)\"", text):
+        operation = re.sub(r"_\d+(?=/|$)|block_\d+(_\d+)?/", "", operation)
+        found[re.sub(r"[.-]", "_", name)] = f"{re.sub(r'[._0-9-]+$', '', name)}: {operation}"[:110]
+    return found
 
 
 def attention() -> dict[str, Any]:
