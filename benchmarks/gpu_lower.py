@@ -92,7 +92,8 @@ def lower_default(folder: Path, precision: str) -> None:
     tokens = {f"{key}/{at}": value.numpy() for at, batch in enumerate(given) for key, value in batch.items()}
     arrays = {f"start/{at}": value for at, value in enumerate(values)}
     arrays |= {f"later/{at}": value for at, value in enumerate(later)}
-    np.savez_compressed(folder / f"{name}.npz", **tokens, **arrays)
+    everything: dict[str, Any] = {**tokens, **arrays}
+    np.savez_compressed(folder / f"{name}.npz", **everything)
 
 
 def lower_gpt2(folder: Path, name: str, rows: int, attention: str = "", dropout: float = 0.0, **options: Any) -> None:

@@ -258,7 +258,7 @@ def gpt2_job(folder: Path, output: Path, job: str, facts: dict[str, Any]) -> dic
     run = functools.partial(program, *arguments)
     first = run()
     sums = np.asarray(first[-1])
-    found = {"compile_seconds": program.compile_seconds, "loss": float(sums[0, 0] / sums[1, 0])}
+    found: dict[str, Any] = {"compile_seconds": program.compile_seconds, "loss": float(sums[0, 0] / sums[1, 0])}
     found["norm"] = math.sqrt(sum(float(jnp.sum(jnp.square(each.astype(jnp.float32)))) for each in first[:-1]))
     found["results_of_other_bits"] = _same_bits(first, run())
     found["microbatch"] = milliseconds(run)
