@@ -1,12 +1,15 @@
 """Commands as processes of their own, for tests: with and without a TensorFlow that can be imported."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SHORT = 30  # seconds for what must not load TensorFlow, on a busy machine
@@ -20,6 +23,37 @@ def run(folder: Path, *command: str, timeout: float) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def tfdp(folder: Path, command: str, *arguments: str) -> tuple[int, str, str]:
+    """Runs `python -m tfdp.COMMAND`; returns its exit code and what it printed on both streams."""
+    done = run(folder, "-m", f"tfdp.{command}", *arguments, timeout=LONG)
+    return done.returncode, done.stdout, done.stderr
+
+
+def train_in_layouts(folder: Path, prefix: str, keys: Sequence[str]) -> list[str]:
+    """Trains on 1, 2 and 4 replicas and on 2 workers; returns the names of the runs, that of one replica first."""
+    layouts = {
+        "one": ("train", []),
+        "two": ("train", ["--distribution.num_replicas=2"]),
+        "four": ("train", ["--distribution.num_replicas=4"]),
+        "workers": ("launch", ["--num_workers=2", "--"]),
+    }
+    for name, (command, own) in layouts.items():
+        code, _, error = tfdp(folder, command, *own, f"--run_dir={prefix}_{name}", *keys)
+        assert code == 0, error
+    return [f"{prefix}_{name}" for name in layouts]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training losses of a run, in order."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """What summary.json of a run holds."""
+    return dict(json.loads((run_dir / "summary.json").read_text()))
 
 
 def without_tensorflow(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

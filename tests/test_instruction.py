@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import LONG, assert_refused, run, without_tensorflow
+from commands import assert_refused, losses, summary, tfdp, train_in_layouts, without_tensorflow
 
 from tfdp.config.sections import ModelConfig
 from tfdp.models.gpt import GPT
@@ -36,20 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, records in (("pairs", pairs), ("chats", chats)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
-
-
-def tfdp(folder: Path, command: str, *arguments: str) -> tuple[int, str, str]:
-    done = run(folder, "-m", f"tfdp.{command}", *arguments, timeout=LONG)
-    return done.returncode, done.stdout, done.stderr
-
-
-def losses(folder: Path, name: str) -> list[float]:
-    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def summary(folder: Path, name: str) -> dict[str, float]:
-    return json.loads((folder / name / "summary.json").read_text())
 
 
 def two_examples() -> np.ndarray:
@@ -101,19 +87,11 @@ def test_the_target_of_a_prompt_moves_no_loss_and_no_example_sees_another() -> N
 def test_a_run_on_examples_is_one_run_in_any_layout_and_after_a_stop(folder: Path, data: list[str]) -> None:
     own = data[0].partition(":")[2].partition(".")[0]
     keys = [*KEYS, *data, *SHORT]
-    layouts = {
-        "one": ("train", []),
-        "two": ("train", ["--distribution.num_replicas=2"]),
-        "four": ("train", ["--distribution.num_replicas=4"]),
-        "workers": ("launch", ["--num_workers=2", "--"]),
-    }
-    for name, (command, more) in layouts.items():
-        code, _, error = tfdp(folder, command, *more, f"--run_dir={own}_{name}", *keys)
-        assert code == 0, error
-        np.testing.assert_allclose(losses(folder, f"{own}_{name}"), losses(folder, f"{own}_one"), rtol=1e-5)
-        found = summary(folder, f"{own}_{name}")["validation_loss"]
-        assert found == pytest.approx(summary(folder, f"{own}_one")["validation_loss"], rel=1e-5)
-    assert losses(folder, f"{own}_one")[-1] < losses(folder, f"{own}_one")[0] - 1
+    for name in train_in_layouts(folder, own, keys):
+        np.testing.assert_allclose(losses(folder / name), losses(folder / f"{own}_one"), rtol=1e-5)
+        found = summary(folder / name)["validation_loss"]
+        assert found == pytest.approx(summary(folder / f"{own}_one")["validation_loss"], rel=1e-5)
+    assert losses(folder / f"{own}_one")[-1] < losses(folder / f"{own}_one")[0] - 1
     half = [key for key in keys if key != "--training.steps=12"]
     code, _, error = tfdp(
         folder, "train", *half, f"--run_dir={own}_half", "--training.steps=6", "--optimizer.schedule_steps=12"
@@ -122,13 +100,13 @@ def test_a_run_on_examples_is_one_run_in_any_layout_and_after_a_stop(folder: Pat
     code, _, error = tfdp(folder, "train", f"--run_dir={own}_half", "--training.steps=12")
     assert code == 0, error
     for digest in ("weights_sha256", "state_sha256"):
-        assert summary(folder, f"{own}_half")[digest] == summary(folder, f"{own}_one")[digest]
+        assert summary(folder / f"{own}_half")[digest] == summary(folder / f"{own}_one")[digest]
     code, out, error = tfdp(folder, "replay", f"--run_dir={own}_one", "--step=3")
     assert code == 0 and out.count("equal") == 2, out + error
     assert "+" in out if own == "pairs" else "assistant" in out, out  # its examples as text
     code, out, error = tfdp(folder, "evaluate", f"--run_dir={own}_one", "--checkpoint=newest")
     assert code == 0, error
-    assert json.loads(out)["validation_loss"] == summary(folder, f"{own}_one")["validation_loss"]
+    assert json.loads(out)["validation_loss"] == summary(folder / f"{own}_one")["validation_loss"]
 
 
 @pytest.mark.slow
@@ -139,7 +117,7 @@ def test_shards_of_examples_give_the_run_that_their_records_give(folder: Path) -
     for name, data in (("records", PAIRS), ("shards", ["--data.source=tokens:shards"])):
         code, _, error = tfdp(folder, "train", *KEYS, *data, *SHORT, f"--run_dir=of_{name}")
         assert code == 0, error
-    assert losses(folder, "of_records") == losses(folder, "of_shards")
+    assert losses(folder / "of_records") == losses(folder / "of_shards")
 
 
 @pytest.mark.parametrize(

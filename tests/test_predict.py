@@ -6,18 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import LONG, assert_refused, run, without_tensorflow
+from commands import assert_refused, losses, summary, tfdp, train_in_layouts, without_tensorflow
 
 KEYS = ["--trainer=classification", "--data.source=jsonl:texts.jsonl", "--data.input_field=text"]
 KEYS += ["--data.label_field=mood", "--data.validation_fraction=0.2", "--training.log_every=1"]
 SIZE = ["--model.num_layers=2", "--model.num_heads=2", "--model.model_dim=32", "--model.context_length=64"]
 LABELS = "--labels=[good, bad]"
 SHORT = ["--training.steps=30", "--training.global_batch_size=8"]
-
-
-def tfdp(folder: Path, command: str, *arguments: str) -> tuple[int, str, str]:
-    done = run(folder, "-m", f"tfdp.{command}", *arguments, timeout=LONG)
-    return done.returncode, done.stdout, done.stderr
 
 
 def write(path: Path) -> None:
@@ -37,46 +32,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def losses(folder: Path, name: str) -> list[float]:
-    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def summary(folder: Path, name: str) -> dict[str, float]:
-    return json.loads((folder / name / "summary.json").read_text())
-
-
 @pytest.mark.slow
 @pytest.mark.multiworker
 @pytest.mark.parametrize("head", [pytest.param("tokens", marks=pytest.mark.full), "linear"])
 def test_a_run_is_one_run_in_any_layout_and_predicts(folder: Path, head: str) -> None:
     keys = [*KEYS, *SIZE, LABELS, f"--head={head}", "--class_weights=balanced"]
     keys += ["--distribution.reduction=canonical", "--training.microbatch_size=2"]
-    layouts = {
-        "one": ("train", []),
-        "two": ("train", ["--distribution.num_replicas=2"]),
-        "four": ("train", ["--distribution.num_replicas=4"]),
-        "workers": ("launch", ["--num_workers=2", "--"]),
-    }
-    for name, (command, own) in layouts.items():
-        code, _, error = tfdp(folder, command, *own, f"--run_dir={head}_{name}", *keys, *SHORT)
-        assert code == 0, error
+    for name in train_in_layouts(folder, head, [*keys, *SHORT]):
         for key in ("state_sha256", "validation_loss", "validation_macro_f1", "validation_recall/good"):
-            assert summary(folder, f"{head}_{name}")[key] == summary(folder, f"{head}_one")[key]
-    assert summary(folder, f"{head}_one")["validation_macro_f1"] > 0.9
+            assert summary(folder / name)[key] == summary(folder / f"{head}_one")[key]
+    assert summary(folder / f"{head}_one")["validation_macro_f1"] > 0.9
     half = ["--training.steps=15", "--optimizer.schedule_steps=30", SHORT[1]]
     code, _, error = tfdp(folder, "train", *keys, *half, f"--run_dir={head}_half")
     assert code == 0, error
     code, _, error = tfdp(folder, "train", f"--run_dir={head}_half", "--training.steps=30")
     assert code == 0, error
-    assert summary(folder, f"{head}_half")["state_sha256"] == summary(folder, f"{head}_one")["state_sha256"]
+    assert summary(folder / f"{head}_half")["state_sha256"] == summary(folder / f"{head}_one")["state_sha256"]
 
     code, out, error = tfdp(folder, "evaluate", f"--run_dir={head}_one", "--checkpoint=newest")
     assert code == 0, error
-    assert json.loads(out)["validation_macro_f1"] == summary(folder, f"{head}_one")["validation_macro_f1"]
-    code, out, error = tfdp(folder, "predict", f"--run_dir={head}_one", "--input=texts.jsonl", "--output=found.jsonl")
+    assert json.loads(out)["validation_macro_f1"] == summary(folder / f"{head}_one")["validation_macro_f1"]
+    predict = [f"--run_dir={head}_one", "--input=texts.jsonl", f"--output={head}.jsonl"]
+    code, out, error = tfdp(folder, "predict", *predict)
     assert code == 0 and out == "", error
-    found = [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / f"{head}.jsonl").read_text().splitlines()]
+    code, _, error = tfdp(folder, "predict", *predict)
+    assert code == 2 and f"output ({head}.jsonl) must not exist: name a new file, or remove it" in error
     moods = [json.loads(line)["mood"] for line in (folder / "texts.jsonl").read_text().splitlines()]
     assert [each["record"] for each in found] == list(range(1, 401))
     assert np.mean([each["label"] == mood for each, mood in zip(found, moods, strict=True)]) > 0.9
@@ -97,7 +78,7 @@ def test_every_layout_has_the_losses_of_one_replica(folder: Path) -> None:
     ):
         code, _, error = tfdp(folder, command, *own, f"--run_dir={name}", *keys)
         assert code == 0, error
-        np.testing.assert_allclose(losses(folder, name), losses(folder, "fast_1"), rtol=1e-5)
+        np.testing.assert_allclose(losses(folder / name), losses(folder / "fast_1"), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
     )
     if sampling is not None and sampling.newest is not None:
         say(f"\n--- a sample ---\n{sampling.newest}\n---\n")
-    say(directory.next_steps())
+    say(directory.next_steps(*([config.next_step] if hasattr(config, "next_step") else [])))
     return summary
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from tfdp.config.parsing import load
@@ -76,16 +76,17 @@ def main() -> None:
 def _corpus(config: Config, trained: "TrainedModel") -> "Corpus":
     """The text of the run, or the one that is named, under the tokenizer of the model."""
     from tfdp.data import sources
+    from tfdp.data.examples import ExampleKeys
     from tfdp.training.run_directory import RunDirectory
 
     data, named = trained.config.data, config.source
     if named is not None:
         whole = None if any(name.startswith(sources.TOKENS) for name, _ in parse(named)) else named
         own = trained.tokenizer_name if whole is not None else "auto"
-        corpus = sources.open_corpus(
-            replace(data, source=named, validation_source=whole, tokenizer=own, partition="shuffled"),
-            sources.cache_dir(data),
-        )
+        data = replace(data, source=named, validation_source=whole, tokenizer=own, partition="shuffled")
+        if whole is None:  # shards have examples or text already
+            data = replace(data, **asdict(ExampleKeys()))
+        corpus = sources.open_corpus(data, sources.cache_dir(data))
         is_same = corpus.tokenizer.fingerprint == trained.tokenizer.fingerprint
         require(is_same, "source", named, f"must hold tokens of the tokenizer of the model, {trained.tokenizer.name}")
         return corpus

@@ -5,6 +5,7 @@ the output has a line of JSON for each: {"record": 1, "label": "ham", "probabili
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS
 from tfdp.data.corpus import records_of
 from tfdp.data.examples import ExampleKeys, Pairs, make_form
-from tfdp.system.exits import require, require_at_most, run_command
+from tfdp.system.exits import ConfigError, require, require_at_most, run_command
 from tfdp.system.files import replacing
+from tfdp.system.messages import shown
 from tfdp.system.startup import load_tensorflow
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Config:
     input: str | None = None
     """File of records: .jsonl, .csv, .tsv or .parquet (the first three compressed, too)."""
     output: str | None = None
-    """File for the predictions, JSON lines; null: they are printed."""
+    """File for the predictions, JSON lines, which must not exist; null: they are printed."""
     rows: int = 32
     """Texts in one forward pass."""
 
@@ -51,6 +53,9 @@ class Config:
 def main() -> None:
     description = "Predict the classes of texts; writes one JSON object for each."
     config = load(Config, sys.argv[1:], "python -m tfdp.predict", description)
+    if config.output is not None:
+        is_free = not os.path.lexists(config.output)
+        require(is_free, "output", config.output, "must not exist: name a new file, or remove it")
     from tfdp.inference.trained import TrainedModel
 
     trained = TrainedModel.open(config.run_dir, config.checkpoint, "used to predict", ("make_model", "weight_shapes"))
@@ -62,9 +67,13 @@ def main() -> None:
         for line in lines:
             print(line, flush=True)
         return
-    with replacing(Path(config.output)) as scratch, scratch.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(f"{line}\n")
+    try:
+        with replacing(Path(config.output)) as scratch, scratch.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(f"{line}\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"output ({shown(config.output)}) must be a file that can be written: {reason}") from None
 
 
 def _prompts(config: Config, trained: "TrainedModel") -> Iterator[tuple[int, list[int]]]:

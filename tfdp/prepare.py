@@ -136,10 +136,10 @@ def main() -> None:
     num_processes = config.num_processes or os.cpu_count() or 1
     prepare(recipe, folder, "output", console, num_processes, config.overlap)
     console.finish()
-    _summarise(console, folder)
+    _summarise(console, folder, " --trainer instruction" if recipe.form is not None else "")
 
 
-def _summarise(console: Console, folder: Path) -> None:
+def _summarise(console: Console, folder: Path, options: str) -> None:
     manifest = read_manifest(folder)
     for name in SPLITS:
         split = manifest["splits"][name]
@@ -152,7 +152,7 @@ def _summarise(console: Console, folder: Path) -> None:
         console.say(f"skipped    {count:,} documents: {reason}")
     if manifest["overlap"] is not None:
         console.say(f"overlap    {manifest['overlap']['told']}")
-    console.say(f"next       python -m tfdp.train --data.source tokens:{folder}")
+    console.say(f"next       python -m tfdp.train{options} --data.source tokens:{folder}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Config(causal_lm.Config):
     """The run."""
 
     identity_keys: ClassVar[tuple[str, ...]] = ("labels", "head")
+    next_step: ClassVar[tuple[str, str]] = ("classes", "tfdp.predict --run_dir {} --input texts.jsonl")
     trainer: str = "classification"
     """The recipe: a module of trainers/, or the dotted path of your own."""
     data: DataConfig = DataConfig(sequences="whole", document_attention=True)

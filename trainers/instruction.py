@@ -37,6 +37,16 @@ class Config(causal_lm.Config):
     score_prompts: bool = False
     """Whether prompts are learned as well as answers."""
 
+    @property
+    def next_step(self) -> tuple[str, str]:
+        """What the model is for: see `RunDirectory.next_steps`."""
+        is_of_pairs = self.data.messages_field is None and self.data.target_field is not None
+        return (
+            ("more text", "tfdp.generate --run_dir {} --prompt ...")
+            if is_of_pairs
+            else ("chat", "tfdp.chat --run_dir {}")
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_whole_examples(self.data)

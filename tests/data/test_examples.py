@@ -10,7 +10,9 @@ import pytest
 
 from tfdp.config.sections import DataConfig
 from tfdp.data import examples
+from tfdp.data.chat import JinjaTemplate
 from tfdp.data.examples import BEGIN, END, ExampleKeys, make_form
+from tfdp.data.labels import count_labels, label_ids
 from tfdp.data.sequences import WholeSequences, examples_of
 from tfdp.data.shards import Split, TokenShards
 from tfdp.data.sources import open_corpus
@@ -194,3 +196,24 @@ def test_a_table_that_is_none_is_one_line(tmp_path: Path, content: str, message:
     with pytest.raises(ConfigError) as caught:
         open_corpus(DataConfig(source=f"csv:{tmp_path}/a.csv"), tmp_path / "cache")
     assert message in str(caught.value)
+
+
+def test_a_template_of_a_folder_that_fails_is_one_line_and_none_knows_the_date() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    date = "{{ strftime_now('%Y') if strftime_now is defined else '2024' }}"
+    assert JinjaTemplate(date, {}).render(messages, False, "line 1") == "2024"
+    for source in ("{% for", "{{ messages[0].a.b }}", "{{ raise_exception('no') }}", "{{ messages['x' * 3] + 1 }}"):
+        with pytest.raises(ConfigError, match="line 1: the chat template of the tokenizer refuses it: "):
+            JinjaTemplate(source, {}).render(messages, False, "line 1")
+
+
+def test_labels_are_counted_and_a_strange_one_is_named(tmp_path: Path) -> None:
+    shards = open_shards(tmp_path, PAIRS, input_field="question", label_field="kind", template="{label}{input}")
+    with pytest.raises(ConfigError, match=r"labels \(0, 1\) must hold the label of each example, but not that of rec"):
+        count_labels(shards.train, ["0", "1"], label_ids(["0", "1"], shards.tokenizer))
+    shards = open_shards(tmp_path, PAIRS, input_field="question", label_field="kind")
+    counts = count_labels(shards.train, ["0", "1"], label_ids(["0", "1"], shards.tokenizer))
+    kinds = [texts_of(shards, shards.train, index)[1][0] for index in range(shards.train.num_documents)]
+    assert counts.tolist() == [kinds.count("0"), kinds.count("1")]
+    with pytest.raises(ConfigError, match="but not that of"):
+        count_labels(shards.train, ["0", "long name"], label_ids(["0", "long name"], shards.tokenizer))

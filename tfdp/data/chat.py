@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -83,23 +82,23 @@ class JinjaTemplate:
         return f"jinja-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def render(self, messages: Sequence[Message], starts_answer: bool, where: str) -> str:
-        import jinja2
-
         try:
             return str(
                 _compiled(self.source).render(
                     messages=list(messages), add_generation_prompt=starts_answer, tools=None, **self.special_tokens
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{where}: the chat template of the tokenizer refuses it: {one_line(str(error))}"
-            ) from None
+        except Exception as error:  # whatever a template raises
+            reason = one_line(str(error))
+            raise ConfigError(f"{where}: the chat template of the tokenizer refuses it: {reason}") from None
 
 
 @lru_cache(maxsize=4)
 def _compiled(source: str) -> Any:
-    """A template in the environment that transformers gives it."""
+    """A template in the environment that transformers gives it, but for `strftime_now`.
+
+    A template that may ask for the date has another text where it cannot, and the same one on each day.
+    """
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -115,7 +114,6 @@ def _compiled(source: str) -> Any:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
@@ -152,17 +150,18 @@ def _own_template(tokenizer: Tokenizer) -> JinjaTemplate | None:
     """The template among the files of a tokenizer of Hugging Face."""
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return None
-    names: Any = strict_json.parse(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    source = names.get("chat_template")
-    if isinstance(source, list):  # several by name
-        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
-    if "chat_template.jinja" in tokenizer.files:
-        source = tokenizer.files["chat_template.jinja"].decode()
-    if not isinstance(source, str):
-        return None
-    tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in names.items()
-        if name.endswith("_token") and isinstance(value, dict | str)
-    }
-    return JinjaTemplate(source, tokens)
+    try:
+        names: Any = strict_json.parse(tokenizer.files.get("tokenizer_config.json", b"{}"))
+        source = names.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = next((each["template"] for each in source if each["name"] == "default"), None)
+        if "chat_template.jinja" in tokenizer.files:
+            source = tokenizer.files["chat_template.jinja"].decode()
+        tokens = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in names.items()
+            if name.endswith("_token") and isinstance(value, dict | str)
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the chat template of the tokenizer must be readable: {one_line(str(error))}") from None
+    return JinjaTemplate(source, tokens) if isinstance(source, str) else None

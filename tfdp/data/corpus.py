@@ -13,7 +13,8 @@ are, and need no field of their own in the shards. Where several fields of a rec
 (`examples.py`), FIELD is left out.
 `addresses.py` has the grammar, `inputs.py` says which files a GLOB means, and `compression.py` which compressed ones
 are read.
-Adding a kind means adding one function to `SOURCES`; nothing else in the library knows where text comes from.
+Adding a kind means adding one function to `SOURCES`, or to `_RECORDS` where it has records; nothing else in the library
+knows where text comes from.
 """
 
 import os
@@ -21,10 +22,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tfdp.data import addresses, compression, inputs, records
-from tfdp.data.examples import Form
+from tfdp.data.examples import Form, OneField
 from tfdp.data.json_lines import json_lines, num_json_lines
 from tfdp.data.parquet import num_parquet_rows, parquet_rows
 from tfdp.data.tables import num_table_rows, table_rows
@@ -71,7 +74,7 @@ def documents(source: str, key: str = "data.source", form: Form | None = None) -
 def records_of(kind: str, path: Path, fields: Sequence[str], key: str) -> Iterator[records.Record]:
     """The records of one file of a kind of source. Raises `ConfigError` for what cannot be read."""
     require(path.is_file(), key, str(path), "must be a file")
-    return _RECORDS[kind](path, fields, key, None)
+    return _RECORDS[kind].read(path, fields, key, None)
 
 
 def licence_of(source: str) -> str | None:
@@ -96,8 +99,7 @@ def condition_of(source: str, key: str) -> tuple[str, str] | None:
 def num_records(source: str, key: str) -> int:
     """The records in the files of a source that has any, whatever its condition."""
     kind, _, address = source.partition(":")
-    count = {"jsonl": num_json_lines, "parquet": num_parquet_rows, "csv": num_table_rows}[kind]
-    return sum(count(path) for _, path in _files(addresses.parse(address, key).pattern, key, source))
+    return sum(_RECORDS[kind].count(path) for _, path in _files(addresses.parse(address, key).pattern, key, source))
 
 
 def _python_stdlib(address: str, key: str) -> Iterator[Document]:
@@ -122,31 +124,16 @@ def _text_files(pattern: str, key: str) -> Iterator[Document]:
         yield Document(name, _read_utf8(path, key))
 
 
-def _json_lines(address: str, key: str) -> Iterator[Document]:
-    """One field of the JSON objects in the files that match a glob pattern; a document is named FILE:LINE."""
-    return _records("jsonl", address, key)
-
-
-def _parquet(address: str, key: str) -> Iterator[Document]:
-    """One column of the Parquet files that match a glob pattern; a document is named FILE:ROW."""
-    return _records("parquet", address, key)
-
-
-def _tables(address: str, key: str) -> Iterator[Document]:
-    """One column of the CSV and TSV files that match a glob pattern; a document is named FILE:LINE."""
-    return _records("csv", address, key)
-
-
 def _records(kind: str, address: str, key: str, form: Form | None = None) -> Iterator[Document]:
-    """Documents of the records in the files that match a glob pattern: one field of each, or what a form makes."""
+    """Documents of the records in the files that match a glob pattern: one field of each, or what a form makes.
+
+    A document is named FILE:NUMBER, by its line or its row.
+    """
     parts = addresses.parse(address, key)
-    fields = [parts.field] if form is None else form.fields
+    form = form or OneField(parts.field)
     for name, path in _files(parts.pattern, key, f"{kind}:{address}"):
-        for number, values, where in _RECORDS[kind](path, fields, key, parts.only):
-            text = (
-                records.text_of(values[0], f"{where} {shown(fields[0])}") if form is None else form.text(values, where)
-            )
-            yield Document(f"{name}:{number}", text)
+        for number, values, where in _RECORDS[kind].read(path, form.fields, key, parts.only):
+            yield Document(f"{name}:{number}", form.text(values, where))
 
 
 def _tfds(address: str, key: str) -> Iterator[Document]:
@@ -184,16 +171,21 @@ def _is_unicode(text: str) -> bool:
     return not any(0xD800 <= ord(char) < 0xE000 for char in text)
 
 
+class _Kind(NamedTuple):
+    """How the records of a kind of file are read, and counted."""
+
+    read: Callable[[Path, Sequence[str], str, records.Condition], Iterator[records.Record]]
+    count: Callable[[Path], int]
+
+
+_RECORDS = {
+    "jsonl": _Kind(json_lines, num_json_lines),
+    "parquet": _Kind(parquet_rows, num_parquet_rows),
+    "csv": _Kind(table_rows, num_table_rows),
+}
 SOURCES: dict[str, Callable[[str, str], Iterator[Document]]] = {
     "python-stdlib": _python_stdlib,
     "text": _text_files,
-    "jsonl": _json_lines,
-    "parquet": _parquet,
-    "csv": _tables,
+    **{kind: partial(_records, kind) for kind in _RECORDS},
     "tfds": _tfds,
-}
-_RECORDS: dict[str, Callable[[Path, Sequence[str], str, records.Condition], Iterator[records.Record]]] = {
-    "jsonl": json_lines,
-    "parquet": parquet_rows,
-    "csv": table_rows,
 }

@@ -220,15 +220,10 @@ def encode(group: DocumentGroup, encoding: Encoding) -> Part:
     for entry, name, size in zip(index, group.names, group.sizes, strict=True):
         text = group.texts[start : start + size]
         start += size
-        to_ids = example_ids if encoding.has_marks else _plain_ids
-        ids = _encode_document(entry, text, name, tokenizer, cleaner, to_ids)
+        ids = _encode_document(entry, text, name, tokenizer, cleaner, encoding.has_marks)
         pieces += [ids.astype(encoding.dtype), end]
     _write(part, np.concatenate(pieces), index, group.names)
     return part
-
-
-def _plain_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    return tokenizer.encode(text)
 
 
 def example_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -246,7 +241,7 @@ def _encode_document(
     name: str,
     tokenizer: Tokenizer,
     cleaner: Cleaner,
-    to_ids: Callable[[Tokenizer, str], np.ndarray],
+    has_marks: bool,
 ) -> np.ndarray:
     """Fills in the record of a document and returns its ids; none if it is omitted."""
     entry["name_rank"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
@@ -256,9 +251,9 @@ def _encode_document(
         entry["left_out"] = LEFT_OUT.index(reason)
         return np.zeros(0, np.uint8)
     cleaned = data if text is read else text.encode()
-    entry["num_bytes"] = len(cleaned) if to_ids is _plain_ids else len(examples.unmarked(text).encode())
+    entry["num_bytes"] = len(examples.unmarked(text).encode()) if has_marks else len(cleaned)
     entry["text_digest"] = np.frombuffer(hashlib.sha256(cleaned).digest()[:16], "<u8")
-    ids = to_ids(tokenizer, text)
+    ids = example_ids(tokenizer, text) if has_marks else tokenizer.encode(text)
     entry["num_tokens"] = len(ids)
     return ids
 

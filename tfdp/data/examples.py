@@ -70,6 +70,24 @@ class Form(Protocol):
 
 
 @dataclass(frozen=True)
+class OneField:
+    """A field that is the text: a document without marks."""
+
+    field: str
+
+    @property
+    def fields(self) -> list[str]:
+        return [self.field]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.field
+
+    def text(self, values: Sequence[Any], where: str) -> str:
+        return records.text_of(values[0], f"{where} {shown(self.field)}")
+
+
+@dataclass(frozen=True)
 class Pairs:
     """An input and what follows from it, in a template: a format string without attributes, indices and conversions.
 

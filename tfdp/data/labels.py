@@ -1,7 +1,6 @@
-"""The classes of examples: which there are in a split, and how often each."""
+"""The classes of examples, and how often each occurs in a split."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,44 +11,26 @@ from tfdp.system.messages import shown
 from tfdp.tasks.flags import UNSCORED
 
 
-class Found(NamedTuple):
-    """A label of an example."""
-
-    ids: tuple[int, ...]  # with the end of text behind it
-    document: int  # of the split
-
-
 def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The tokens of each label, with the end of text that stands behind it."""
     return [(*markup_ids(tokenizer, label).tolist(), tokenizer.end_of_text) for label in labels]
 
 
-def labels_in(split: Split, tokenizer: Tokenizer) -> list[str]:
-    """The labels of a split in the order of their names."""
-    return sorted({tokenizer.decode(np.array(found.ids[:-1])) for found in _each(split)})
-
-
 def count_labels(split: Split, labels: Sequence[str], ids: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Examples of each class, (classes,). Raises `ConfigError` for one that is of none, naming its document."""
-    place = {each: number for number, each in enumerate(ids)}
-    counts = np.zeros(len(labels), np.int64)
-    for found in _each(split):
-        if found.ids not in place:
-            start = int(split.document_starts[found.document])
-            (name,) = split.documents_between(start, start + 1)
-            listed = shown(", ".join(labels))
-            raise ConfigError(f"labels ({listed}) must hold the label of each example, but not that of {shown(name)}")
-        counts[place[found.ids]] += 1
-    return counts
-
-
-def _each(split: Split) -> list[Found]:
-    """The label of each example: the tokens behind the last that is only seen."""
-    starts = np.append(split.document_starts, split.num_tokens)
-    found = []
-    for document, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        width = stop - start
-        (row,) = split.read(np.array([start]), np.array([width]), width, with_flags=True)
-        seen = np.flatnonzero(row & UNSCORED)
-        found.append(Found(tuple(row[seen[-1] + 1 if len(seen) else 0 :].tolist()), document))
-    return found
+    width = max(map(len, ids)) + 1  # and one token before, which is only seen
+    stops = np.append(split.document_starts[1:], split.num_tokens)
+    starts = np.maximum(stops - width, 0)
+    ends = split.read(starts, stops - starts, width, with_flags=True)
+    for short in np.flatnonzero(stops - starts < width):  # at the beginning of the split
+        ends[short] = np.roll(ends[short], width - int(stops[short] - starts[short]))
+    found = np.full(len(ends), -1)
+    for number, label in enumerate(ids):
+        is_label = np.all(ends[:, width - len(label) :] == label, axis=1)
+        found[is_label & (ends[:, width - len(label) - 1] & UNSCORED != 0)] = number
+    if np.any(found < 0):
+        start = int(split.document_starts[int(np.argmax(found < 0))])
+        (name,) = split.documents_between(start, start + 1)
+        listed = shown(", ".join(labels))
+        raise ConfigError(f"labels ({listed}) must hold the label of each example, but not that of {shown(name)}")
+    return np.bincount(found, minlength=len(labels))

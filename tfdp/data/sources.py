@@ -233,11 +233,8 @@ def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards])
             f"data.validation_source ({config.validation_source}) must be null where data.source names token shards or "
             f"several sources, which bring their own: give --validation_source to tfdp.prepare"
         )
-    if opened and (form := make_form(ExampleKeys.of(config), "bytes", "data.")) is not None:
-        raise ConfigError(
-            f"data.source ({next(iter(opened))}) must have been made from examples: give the fields "
-            f"({', '.join(form.fields)}) to tfdp.prepare, not here"
-        )
+    if opened:
+        _check_fields_of_shards(ExampleKeys.of(config), next(iter(opened)))
     if len(names) > 1 and len(opened) < len(names) and not opened and size_to_train(config.tokenizer):
         raise ConfigError(
             f"data.tokenizer ({config.tokenizer}) cannot be trained on several sources at once: train it on one with "
@@ -250,6 +247,14 @@ def _check(config: DataConfig, names: list[str], opened: dict[str, TokenShards])
                 raise ConfigError(
                     f"data.tokenizer ({config.tokenizer}) must be auto or that of {name}, {shards.tokenizer.name}"
                 )
+
+
+def _check_fields_of_shards(keys: ExampleKeys, shards: str) -> None:
+    """Raises `ConfigError` where fields of records are named, which shards do not have any more."""
+    for name in ("input_field", "target_field", "label_field", "messages_field", "template"):
+        value = getattr(keys, name)
+        rule = f"must be left out with {shards}: give it to tfdp.prepare, which makes examples of records"
+        require(value in (None, "auto"), f"data.{name}", value, rule)
 
 
 def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:

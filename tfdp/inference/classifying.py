@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdp.inference.scoring import padded
 from tfdp.ops.visibility import CAUSAL
-
-_STEP = 64  # tokens; rows are padded to multiples, so that few lengths are traced
 
 
 class ClassScorer:
@@ -33,11 +32,7 @@ class ClassScorer:
         """
         for start in range(0, len(texts), self._rows):
             share = [list(ids)[-self._context_length :] for ids in texts[start : start + self._rows]]
-            longest = max(map(len, share))
-            length = max(longest, min(-(-longest // _STEP) * _STEP, self._context_length))
-            tokens = np.zeros((len(share), length), np.int32)
-            for row, ids in zip(tokens, share, strict=True):
-                row[: len(ids)] = ids
+            tokens = padded(share, self._context_length)
             last = np.array([len(ids) - 1 for ids in share], np.int32)
             yield from self._forward(tf.constant(tokens), tf.constant(last)).numpy()
 

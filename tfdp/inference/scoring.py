@@ -19,6 +19,16 @@ class Likelihood(NamedTuple):
     is_greedy: bool  # whether each token is the most likely one at its place
 
 
+def padded(rows: Sequence[Sequence[int]], context_length: int, fill: int = 0) -> np.ndarray:
+    """Rows of one length, int32: a multiple of `_STEP`, but at most the context length unless a row is longer."""
+    longest = max(len(row) for row in rows)
+    length = max(longest, min(-(-longest // _STEP) * _STEP, context_length))
+    made = np.full((len(rows), length), fill, np.int32)
+    for row, tokens in zip(made, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return made
+
+
 class Scorer:
     """Scores tokens; keeps its traced functions from call to call.
 
@@ -37,7 +47,7 @@ class Scorer:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of the token after each one: ids (rows, time) -> float32 (rows, time, vocab_size)."""
         time = tokens.shape[1]
-        return self._logits(tf.constant(self._padded(list(tokens)))).numpy()[:, :time]
+        return self._logits(tf.constant(padded(list(tokens), self._context_length))).numpy()[:, :time]
 
     def likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """How likely each continuation is after its context, which holds one token at least.
@@ -58,8 +68,8 @@ class Scorer:
         for start in range(0, len(pieces), self._rows):
             share = pieces[start : start + self._rows]
             found = self._score(
-                tf.constant(self._padded([piece[1] for piece in share])),
-                tf.constant(self._padded([piece[2] for piece in share], -1)),
+                tf.constant(padded([piece[1] for piece in share], self._context_length)),
+                tf.constant(padded([piece[2] for piece in share], self._context_length, -1)),
             )
             for (index, *_), log_likelihood, count, all_greedy in zip(share, *(x.numpy() for x in found), strict=True):
                 before = totals[index]
@@ -81,15 +91,6 @@ class Scorer:
         for start in range(0, len(continuation), longest):
             share = tokens[start : start + longest + 1]
             yield share[:-1], share[1:]
-
-    def _padded(self, rows: Sequence[Sequence[int]], fill: int = 0) -> np.ndarray:
-        """Rows of one length, a multiple of `_STEP` but at most the context length."""
-        longest = max(len(row) for row in rows)
-        length = max(longest, min(-(-longest // _STEP) * _STEP, self._context_length))
-        padded = np.full((len(rows), length), fill, np.int32)
-        for row, tokens in zip(padded, rows, strict=True):
-            row[: len(tokens)] = tokens
-        return padded
 
     def _forward(self, tokens: tf.Tensor) -> tf.Tensor:
         features = self._model.features(tokens)

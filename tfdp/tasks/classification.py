@@ -57,16 +57,15 @@ class Classification:
         learned = examples.is_learned
         before = tf.pad(learned, [[0, 0], [1, 0]])[:, :-1]
         begins = learned & (~before | examples.starts)
-        longest = max(map(len, self.label_ids))
+        longest, time = max(map(len, self.label_ids)), examples.labels.shape[1]
+        names = np.array([[*ids, *[-1] * (longest - len(ids))] for ids in self.label_ids], np.int32)
         padded = tf.pad(examples.labels, [[0, 0], [0, longest]], constant_values=-1)
-        time = examples.labels.shape[1]
-        found = tf.fill(tf.shape(begins), -1)
-        for number, ids in enumerate(self.label_ids):
-            matches = begins
-            for place, token in enumerate(ids):
-                matches &= padded[:, place : place + time] == token
-            found = tf.where(matches, number, found)
-        return found
+        matches = begins[..., tf.newaxis]  # (rows, time, classes)
+        for place in range(longest):
+            matches &= (padded[:, place : place + time, tf.newaxis] == names[:, place]) | (names[:, place] < 0)
+        return tf.where(
+            tf.reduce_any(matches, axis=-1), tf.argmax(tf.cast(matches, tf.int32), axis=-1, output_type=tf.int32), -1
+        )
 
     def scores(self, features: tf.Tensor, table: Any) -> tf.Tensor:
         """Logits of the classes, float32 (rows, time, classes)."""

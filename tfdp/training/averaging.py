@@ -10,7 +10,7 @@ from tfdp.training.update import assign_in_replica
 
 
 class Averaging:
-    """Exchanges weights and averages while a block runs, on each replica its own copies: two pointers, no numbers.
+    """Exchanges weights and averages while a block runs, on each replica its own copies.
 
     What a replica holds stays its own, so a copy that disagrees with the others still does afterwards, and is found.
 

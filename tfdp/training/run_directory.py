@@ -128,15 +128,19 @@ class RunDirectory:
     def summary_path(self) -> Path:
         return self.path / "summary.json"
 
-    def next_steps(self) -> str:
-        """Where to look after a run, as commands for the Python that runs now."""
+    def next_steps(self, use: tuple[str, str] = ("more text", 'tfdp.generate --run_dir {} --prompt "def "')) -> str:
+        """Where to look after a run, as commands for the Python that runs now.
+
+        Args:
+          use: what the model is for, in a word or two, and the command for it; {} is the run directory.
+        """
         python = sys.executable
         if Path(python).is_relative_to(Path.cwd()):
             python = str(Path(python).relative_to(Path.cwd()))
         return (
             f"summary      {self.summary_path}\n"
             f"curves       {python} -m tensorboard.main --logdir {self.path / 'tensorboard'}\n"
-            f'more text    {python} -m tfdp.generate --run_dir {self.path} --prompt "def "\n'
+            f"{use[0]:<12} {python} -m {use[1].format(self.path)}\n"
             f"evaluation   {python} -m tfdp.evaluate --run_dir {self.path}"
         )
 
