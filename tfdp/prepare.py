@@ -136,7 +136,8 @@ def main() -> None:
     num_processes = config.num_processes or os.cpu_count() or 1
     prepare(recipe, folder, "output", console, num_processes, config.overlap)
     console.finish()
-    _summarise(console, folder, " --trainer instruction" if recipe.form is not None else "")
+    trainer = "classification" if config.label_field is not None else "instruction"
+    _summarise(console, folder, f" --trainer {trainer}" if recipe.form is not None else "")
 
 
 def _summarise(console: Console, folder: Path, options: str) -> None:
