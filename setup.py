@@ -30,6 +30,9 @@ setup(
         "sentencepiece",
         "safetensors",
         "jinja2",  # the language of chat templates
+        "sacrebleu",  # BLEU and chrF, ROUGE, and word error rates
+        "rouge-score",
+        "jiwer",
         "jsonargparse[signatures]>=4.49",
         "pyyaml",
     ],

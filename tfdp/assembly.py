@@ -1,5 +1,6 @@
 """Puts a recipe, a configuration and a text together: the components of a run, for all commands that need them."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -167,6 +168,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
                 "num_params": components.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
                 "transport": collectives.transport_of(strategy),
+                **getattr(components.task, "facts", {}),
             },
             config_yaml=to_yaml(config, without=["run_dir"]),
             started=process.started,
@@ -274,7 +276,8 @@ def _checked(task: "Task", trainer: str) -> "Task":
 
     from tfdp.tasks.task import num_statistics
 
-    names = list(task.metrics({"loss": 1.0, "targets": 1, "bytes": 1, "statistics": np.ones(num_statistics(task))}))
+    totals = {"loss": 1.0, "targets": 1, "bytes": 1, "statistics": np.ones(num_statistics(task)), "outputs": []}
+    names = list(task.metrics(totals))
     rule = f"must have a task whose best ({task.best}) is one of its metrics: {', '.join(names) or 'there are none'}"
     require(task.best in names, "trainer", trainer, rule)
     return task
@@ -345,7 +348,13 @@ def make_evaluator(
     ]
     task = recipe.make_task(config, corpus)
     sums = evaluation_sums(task, model, len(sets), config.training.loss_chunk_size, compilation.kernels)
-    return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes)
+    outputs: dict[str, Any] = {}
+    if (decoding := getattr(task, "decoding", None)) is not None:
+        from tfdp.inference.hypotheses import Hypotheses
+
+        hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes)
+        outputs = {each.name: functools.partial(hypotheses.texts_of, each.sequences) for each in sets}
+    return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes, outputs)
 
 
 def shared_facts(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from tfdp.config.parsing import load
-from tfdp.config.sections import MOST_TOKENS, DistributionConfig
+from tfdp.config.sections import MOST, MOST_TOKENS, DecodingChoice, DistributionConfig
 from tfdp.config.source_syntax import parse
 from tfdp.recipe import FUNCTIONS
 from tfdp.system.exits import require, require_at_most, run_command
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DecodingChoice):
     """The evaluation."""
 
     run_dir: str = "runs/latest"
@@ -31,10 +31,15 @@ class Config:
     rows: int | None = None
     """Sequences per forward pass on each replica; null: as in training, which gives the
     loss of training to the bit on as many replicas and cores."""
+    num_examples: int | None = None
+    """Of a run of the recipe seq2seq: examples of each set for which outputs are written; 0: all; null: as in
+    training."""
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:
-        require_at_most(self, rows=MOST_TOKENS)
+        require_at_most(self, rows=MOST_TOKENS, num_examples=MOST)
+        is_number = self.num_examples is None or self.num_examples >= 0
+        require(is_number, "num_examples", self.num_examples, "must not be negative: 0 takes all")
         require(self.rows is None or self.rows >= 1, "rows", self.rows, "must be at least 1: try 64")
 
 
@@ -46,7 +51,12 @@ def main() -> None:
 
     trained = TrainedModel.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
-    run_config = replace(trained.config, distribution=layout)
+    run_config = config.chosen(replace(trained.config, distribution=layout))
+    if config.num_examples is not None:
+        rule = "is for a run of the recipe seq2seq"
+        require(hasattr(run_config, "decoding"), "num_examples", config.num_examples, rule)
+        decoding = replace(run_config.decoding, num_examples=config.num_examples or None)
+        run_config = replace(run_config, decoding=decoding)
     corpus = _corpus(config, trained)
     load_tensorflow()
     from tfdp.parallel import distribution

@@ -1,19 +1,20 @@
-"""Predicts the classes of texts: `python -m tfdp.predict --run_dir DIR --input FILE --output FILE`.
+"""Predicts what belongs to inputs: `python -m tfdp.predict --run_dir DIR --input FILE --output FILE`.
 
-DIR is a run of the recipe `classification`. The input is a file of records as the run was trained on, without labels;
-the output has a line of JSON for each: {"record": 1, "label": "ham", "probabilities": {"ham": 0.9, "spam": 0.1}}.
+DIR is a run of the recipe `classification` or `seq2seq`. The input is a file of records as the run was trained on,
+without what is to be predicted; the output has a line of JSON for each: {"record": 1, "label": "ham", "probabilities":
+{"ham": 0.9, "spam": 0.1}}, or {"record": 1, "output": "..."}.
 """
 
 import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tfdp.config.parsing import load
-from tfdp.config.sections import MOST_TOKENS
+from tfdp.config.sections import MOST_TOKENS, DecodingChoice
 from tfdp.data.corpus import records_of
 from tfdp.data.examples import ExampleKeys, Pairs, make_form
 from tfdp.system.exits import ConfigError, require, require_at_most, run_command
@@ -24,15 +25,16 @@ from tfdp.system.startup import load_tensorflow
 if TYPE_CHECKING:
     from tfdp.inference.trained import TrainedModel
 
+_PASSES = 32  # whose texts are sorted by length
 _KINDS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DecodingChoice):
     """What to predict."""
 
     run_dir: str = "runs/latest"
-    """Directory of a run of the recipe classification."""
+    """Directory of a run of the recipe classification or seq2seq."""
     checkpoint: str = "best"
     """Which checkpoint: best (by the metric of its task), newest, or a step."""
     input: str | None = None
@@ -40,7 +42,7 @@ class Config:
     output: str | None = None
     """File for the predictions, JSON lines, which must not exist; null: they are printed."""
     rows: int = 32
-    """Texts in one forward pass."""
+    """Texts that are computed at the same time."""
 
     def __post_init__(self) -> None:
         require_at_most(self, rows=MOST_TOKENS)
@@ -51,7 +53,7 @@ class Config:
 
 
 def main() -> None:
-    description = "Predict the classes of texts; writes one JSON object for each."
+    description = "Predict the classes or the outputs of texts; writes one JSON object for each."
     config = load(Config, sys.argv[1:], "python -m tfdp.predict", description)
     if config.output is not None:
         is_free = not os.path.lexists(config.output)
@@ -59,10 +61,12 @@ def main() -> None:
     from tfdp.inference.trained import TrainedModel
 
     trained = TrainedModel.open(config.run_dir, config.checkpoint, "used to predict", ("make_model", "weight_shapes"))
-    labels = getattr(trained.config, "labels", ())
-    require(len(labels) > 1, "run_dir", config.run_dir, "must be a run of the recipe classification")
+    run = config.chosen(trained.config)
+    writes = hasattr(run, "decoding")
+    rule = "must be a run of the recipe classification or seq2seq"
+    require(writes or len(getattr(run, "labels", ())) > 1, "run_dir", config.run_dir, rule)
     prompts = list(_prompts(config, trained))
-    lines = _predictions(config, trained, prompts)
+    lines = (_outputs if writes else _classes)(config, run, trained, prompts)
     if config.output is None:
         for line in lines:
             print(line, flush=True)
@@ -77,11 +81,11 @@ def main() -> None:
 
 
 def _prompts(config: Config, trained: "TrainedModel") -> Iterator[tuple[int, list[int]]]:
-    """The number of each record, and the ids of its text up to the label."""
+    """The number of each record, and the ids of its text up to what is to be predicted."""
     from tfdp.data.tokenizers.tokenizer import markup_ids
 
     form = make_form(ExampleKeys.of(trained.config.data), "bytes", "data.")
-    rule = "must be a run whose records were read here, with data.label_field: shards do not say how their texts look"
+    rule = "must be a run that read its records itself: shards do not say how their texts look"
     require(isinstance(form, Pairs), "run_dir", config.run_dir, rule)
     assert isinstance(form, Pairs)
     fields = [field for field in form.fields if field != form.answer]
@@ -91,13 +95,29 @@ def _prompts(config: Config, trained: "TrainedModel") -> Iterator[tuple[int, lis
         yield number, [trained.tokenizer.end_of_text, *markup_ids(trained.tokenizer, text).tolist()]
 
 
-def _predictions(config: Config, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:
+def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:
+    """Lines with what the model writes for each prompt."""
+    load_tensorflow()
+    import tensorflow as tf
+
+    from tfdp.inference.hypotheses import Hypotheses
+
+    decoding = replace(run.decoding, rows=config.rows)
+    hypotheses = Hypotheses(tf.distribute.get_strategy(), trained.make_model(), trained.tokenizer, decoding)
+    at_a_time = config.rows * _PASSES
+    for start in range(0, len(prompts), at_a_time):
+        share = prompts[start : start + at_a_time]
+        for (number, _), text in zip(share, hypotheses([ids for _, ids in share]), strict=True):
+            yield json.dumps({"record": number, "output": text}, ensure_ascii=False)
+
+
+def _classes(config: Config, run: Any, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:
+    """Lines with the class of each prompt, and the probabilities of all."""
     load_tensorflow()
     from tfdp.data.labels import label_ids
     from tfdp.inference.classifying import ClassScorer
     from tfdp.tasks.classification import Classification
 
-    run: Any = trained.config
     task = Classification(run.labels, label_ids(run.labels, trained.tokenizer), run.head)
     scorer = ClassScorer(trained.make_model(), task, config.rows)
     found = scorer.probabilities([ids for _, ids in prompts])

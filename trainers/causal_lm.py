@@ -6,7 +6,7 @@ configuration and the text are known to be right, so what needs it is imported i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdp import assembly
 from tfdp.config.sections import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 class Config:
     """The run."""
 
+    prompt_attentions: ClassVar[tuple[str, ...]] = ("causal",)
     run_dir: str | None = None
     """Where everything of this run is written; an existing one is resumed; null: a new runs/DATE-TIME."""
     seed: int = 0
@@ -58,6 +59,9 @@ class Config:
             self.training.global_batch_size,
             f"must be at most 2**24 tokens, {largest} sequences of model.context_length: try {largest}",
         )
+        rule = f"must be {' or '.join(self.prompt_attentions)} with trainer {self.trainer}: whole is for seq2seq"
+        attention = getattr(self.model, "prompt_attention", "causal")
+        require(attention in self.prompt_attentions, "model.prompt_attention", attention, rule)
         require(
             self.distribution.reduction == "fast" or self.training.microbatch_size is not None,
             "distribution.reduction",

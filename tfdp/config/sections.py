@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, get_args
 
 from tfdp.config import options, source_syntax
 from tfdp.system.exits import require, require_at_most
@@ -80,6 +80,8 @@ class ModelConfig(_Section):
     """With position rope: layers, counted from 0, that have no rotary embedding (NoPE)."""
     sliding_window: int | None = None
     """Number of most recent tokens that each token attends to, itself included; null: no limit."""
+    prompt_attention: Literal["causal", "whole"] = "causal"
+    """Whom the tokens of a prompt see, with the recipe seq2seq. causal: those before them; whole: all of the prompt."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Normalisation before attention, before the MLP and before the output projection."""
     activation: Literal["gelu", "swiglu"] = "swiglu"
@@ -172,6 +174,8 @@ class ModelConfig(_Section):
             rule = f"must list layers from 0 to {self.num_layers - 1}"
             require(0 <= layer < self.num_layers, "model.layers_without_rope", layer, rule)
         self._require(self.qk_norm or not self.qk_norm_gain, "qk_norm_gain", "needs model.qk_norm true")
+        is_free = self.prompt_attention == "causal" or self.sliding_window is None
+        self._require(is_free, "sliding_window", "must be null with model.prompt_attention whole")
 
     def _check_adapters(self) -> None:
         self._require_at_most(lora_rank=2**16, lora_alpha=1e6)
@@ -638,6 +642,70 @@ class SamplingConfig(_Section):
         self._require(self.top_k is None or self.top_k >= 1, "top_k", "must be at least 1: try 40")
         self._require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "must lie in (0, 1]: try 0.95")
         self._require(all(self.stop), "stop", "must hold texts of at least one character")
+
+
+@dataclass(frozen=True)
+class DecodingConfig(_Section):
+    """How a model writes the outputs that its metrics compare."""
+
+    _PREFIX = "decoding."
+
+    method: Literal["greedy", "beam", "sampling"] = "greedy"
+    """greedy: always the likeliest token; beam: a search for the likeliest output; sampling: drawn."""
+    max_tokens: int = 64
+    """Most tokens of an output."""
+    beam_size: int = 4
+    """With beam: beginnings that are kept."""
+    length_penalty: float = 0.6
+    """With beam: the log-likelihood of an output of n tokens is divided by ((5 + n) / 6) to this power; 0: by 1."""
+    temperature: float = 1.0
+    """With sampling: divides the logits."""
+    top_k: int | None = None
+    """With sampling: draw from this many likeliest tokens; null: from all."""
+    top_p: float | None = None
+    """With sampling: draw from the likeliest tokens that together have this probability; null: from all."""
+    seed: int = 0
+    """With sampling: seed of the draws."""
+    num_examples: int | None = 500
+    """Examples of each validation set for which an evaluation writes outputs, spread evenly over it; null: all."""
+    rows: int = 64
+    """Outputs that a replica writes at the same time."""
+
+    def __post_init__(self) -> None:
+        self._require_at_most(num_examples=MOST, temperature=1000, length_penalty=100, seed=2**63 - 1, top_k=MOST)
+        self._require_at_most(max_tokens=MOST_TOKENS, rows=2**16, beam_size=2**10)
+        for name in ("max_tokens", "beam_size", "rows", "num_examples", "top_k"):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "must be at least 1")
+        self._require(self.length_penalty >= 0, "length_penalty", "must not be negative: try 0.6")
+        self._require(self.temperature > 0, "temperature", "must be positive: try 1, or decoding.method greedy")
+        self._require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "must lie in (0, 1]: try 0.95")
+        self._require(self.seed >= 0, "seed", "must not be negative: try 0")
+
+
+@dataclass(frozen=True)
+class DecodingChoice:
+    """Keys of a command that reads a run of the recipe seq2seq: how it writes outputs, where not as in training."""
+
+    method: Literal["greedy", "beam", "sampling"] | None = None
+    """Of a run of the recipe seq2seq: how outputs are written; null: as in training (decoding.method)."""
+    beam_size: int | None = None
+    """With beam: beginnings that are kept; null: as in training."""
+    length_penalty: float | None = None
+    """With beam: see decoding.length_penalty; null: as in training."""
+    max_tokens: int | None = None
+    """Most tokens of an output; null: as in training."""
+
+    def chosen(self, config: Any) -> Any:
+        """The configuration of a run with the keys that are named. Raises `ConfigError` where it writes no outputs."""
+        named = {
+            field.name: value for field in fields(DecodingChoice) if (value := getattr(self, field.name)) is not None
+        }
+        if not hasattr(config, "decoding"):
+            for name, value in named.items():
+                require(False, name, value, "is for a run of the recipe seq2seq")
+            return config
+        return replace(config, decoding=replace(config.decoding, **named))
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

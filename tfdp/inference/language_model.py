@@ -149,6 +149,9 @@ class LanguageModel:
 
     @functools.cached_property
     def _scorer(self) -> "Scorer":
+        whole = getattr(self._trained.config.model, "prompt_attention", "causal") != "causal"
+        rule = "must be causal to score texts: this model was trained on what follows a prompt alone"
+        require(not whole, "model.prompt_attention", "whole", rule)
         model = self._model
         from tfdp.inference.scoring import Scorer
 

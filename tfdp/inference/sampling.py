@@ -51,7 +51,12 @@ class Sampler:
         yield written.end()
 
     def texts(self, prompts: Sequence[str], config: SamplingConfig) -> list[str]:
-        """The continuations of several prompts, computed as one batch; each as if it were alone."""
+        """The continuations of several prompts, computed as one batch; each as if it were alone.
+
+        A model that sees prompts whole reads each in one pass, so that these are computed one after the other.
+        """
+        if getattr(self._model.config, "prompt_attention", "causal") == "whole":
+            return [self.text(prompt, config) for prompt in prompts]
         written = [Continuation(self._tokenizer, config.stop) for _ in prompts]
         found = [""] * len(prompts)
         for tokens in self.batches([prompt_ids(self._tokenizer, prompt).tolist() for prompt in prompts], config):

@@ -30,7 +30,8 @@ from tfdp.system.messages import shown
 from tfdp.training.checkpoint import CheckpointFolder, evaluated_file
 
 INIT_FROM = "model.init_from"
-_OWN_CHOICE = ("init_from", "dropout", "init_stddev", "zero_init", "lora_dropout")  # keys that no folder decides about
+# keys that no folder decides about
+_OWN_CHOICE = ("init_from", "prompt_attention", "dropout", "init_stddev", "zero_init", "lora_dropout")
 _ADAPTER_KEYS = ("lora_rank", "lora_alpha", "lora_rank_stabilised", "lora_targets")  # that one with adapters decides
 
 

@@ -142,20 +142,36 @@ class GPT(keras.Model):
     def empty_cache(self, batch_size: int, length: int | None = None) -> Cache:
         """A cache of keys and values with nothing in it, for `extend`: of `length` tokens; None: of context_length."""
         config = self.config
-        shape = (batch_size, config.kv_heads, length or config.context_length, config.dim_per_head)
+        slots = config.context_length if length is None else length
+        shape = (batch_size, config.kv_heads, slots, config.dim_per_head)
         return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
 
-    def extend(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+    def extend(
+        self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor, padding: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, Cache]:
         """Logits of new tokens (batch, time) that follow the `start` cached ones, and the longer cache.
 
-        start + time must not exceed the length of the cache.
+        start + time must not exceed the length of the cache. The first tokens of a cache (start 0) are the prompt,
+        which sees itself as `prompt_attention` says.
+
+        Args:
+          padding: int32 (batch,), how many of the first tokens of a row are none: so prompts of several lengths end
+            together. None: there are none.
         """
-        x = self._embed(tokens, start + tf.range(tf.shape(tokens)[1]))
+        features, cache = self.extend_features(tokens, cache, start, padding)
+        return self.logits(features), cache
+
+    def extend_features(
+        self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor, padding: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, Cache]:
+        """What `extend` projects, (batch, time, dim), and the longer cache."""
+        slots = start + tf.range(tf.shape(tokens)[1])
+        x = self._embed(tokens, slots if padding is None else tf.maximum(slots - padding[:, tf.newaxis], 0))
         longer = []
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
-            x, keys, values = block.extend(x, keys, values, start)
+            x, keys, values = block.extend(x, keys, values, start, padding)
             longer.append((keys, values))
-        return self.logits(self.output_norm(x)), longer
+        return self.output_norm(x), longer
 
     def named_weights(self) -> dict[str, keras.Variable]:
         """The trainable variables by name, such as "block_0/attention/query_key_value/kernel"."""

@@ -185,26 +185,34 @@ class Attention(keras.layers.Layer):
         return self._attend(*projected, visible, is_causal, dropout_keys)
 
     def extend(
-        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
+        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor, padding: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Attends from new tokens at positions start, start + 1, ... to them and to the cached ones before.
+        """Attends from new tokens, in the slots start, start + 1, ... of the cache, to them and to those before.
 
         Args:
           x: the new tokens, (batch, time, dim).
           keys, values: the cache, (batch, kv_heads, context_length, head_dim).
-          start: int32 scalar, how many positions of the cache are filled.
+          start: int32 scalar, how many slots of the cache are filled.
+          padding: int32 (batch,), how many of the first slots of a row hold no token; None: none.
 
         Returns:
           The output (batch, time, dim) and the cache with the new tokens in it.
         """
-        positions = start + tf.range(tf.shape(x)[1])
+        own = start + tf.range(tf.shape(x)[1])  # slots of the new tokens
+        positions = own if padding is None else tf.maximum(own - padding[:, tf.newaxis], 0)
         queries, new_keys, new_values = self._project(x, positions)
         slots = tf.range(tf.shape(keys)[2])
-        keys = _write_slots(keys, new_keys, positions)
-        values = _write_slots(values, new_values, positions)
-        visible = slots[tf.newaxis, :] <= positions[:, tf.newaxis]
+        keys = _write_slots(keys, new_keys, own)
+        values = _write_slots(values, new_values, own)
+        last = own
+        if self.config.prompt_attention == "whole":
+            last = tf.where(start == 0, own[-1], own)
+        visible = slots <= last[:, tf.newaxis]
         if self.config.sliding_window is not None:
-            visible &= slots[tf.newaxis, :] > positions[:, tf.newaxis] - self.config.sliding_window
+            visible &= slots > own[:, tf.newaxis] - self.config.sliding_window
+        if padding is not None:
+            visible &= (slots >= padding[:, tf.newaxis])[:, tf.newaxis, tf.newaxis, :]
+            visible |= slots == own[:, tf.newaxis]  # what is no token sees itself: a softmax over nothing is no number
         return self._attend(queries, keys, values, visible, causal=False), keys, values
 
     def _project(
@@ -329,9 +337,9 @@ class Block(keras.layers.Layer):
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), dropout_keys), dropout_keys)
 
     def extend(
-        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor
+        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor, padding: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        attended, keys, values = self.attention.extend(self.attention_norm(x), keys, values, start)
+        attended, keys, values = self.attention.extend(self.attention_norm(x), keys, values, start, padding)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), keys, values
 

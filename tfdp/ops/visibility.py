@@ -18,9 +18,11 @@ class ByDocument:
 
     Attributes:
       starts: bool (rows, time), true where a document starts.
+      in_prefix: bool (rows, time), the first tokens of each document, which all see one another; None: there are none.
     """
 
     starts: tf.Tensor
+    in_prefix: tf.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ def visibility(kind: AttentionKind, time: int, window: int | None = None) -> Vis
       window: tokens that a token sees at most, itself included (Beltagy et al. 2020, Longformer); None: all.
     """
     if isinstance(kind, ByDocument):
-        positions, visible = within_documents(kind.starts)
-        return Visibility(positions, visible if window is None else visible & _past(time, window), is_causal=True)
+        positions, visible = within_documents(kind.starts, kind.in_prefix)
+        visible = visible if window is None else visible & _past(time, window)
+        return Visibility(positions, visible, is_causal=kind.in_prefix is None)
     past = _past(time, window)
     if isinstance(kind, Prefix):
         in_prefix = tf.range(time) < kind.lengths[:, tf.newaxis]
@@ -63,11 +66,12 @@ def visibility(kind: AttentionKind, time: int, window: int | None = None) -> Vis
     return Visibility(tf.range(time), past, is_causal=True)
 
 
-def within_documents(starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def within_documents(starts: tf.Tensor, in_prefix: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
     """Positions and visibility in rows of several documents, none of which sees another.
 
     Args:
       starts: bool (rows, time), true where a document starts.
+      in_prefix: bool (rows, time), tokens of one document that see one another; None: each sees what is before.
 
     Returns:
       The position of each token in its document (in the row, before the first start), int32 (rows, time); and
@@ -79,6 +83,8 @@ def within_documents(starts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     begins = tf.where(starts, index, 0)[:, tf.newaxis, :]
     positions = index - tf.reduce_max(tf.where(past, begins, 0), axis=2)
     document = tf.reduce_sum(tf.cast(past & starts[:, tf.newaxis, :], tf.int32), axis=2)
+    if in_prefix is not None:
+        past |= in_prefix[:, tf.newaxis, :] & in_prefix[:, :, tf.newaxis]
     visible = past & (document[:, :, tf.newaxis] == document[:, tf.newaxis, :])
     return positions, visible[:, tf.newaxis]
 

@@ -20,6 +20,7 @@ class ExampleRows(NamedTuple):
     labels: tf.Tensor  # int32, the token after each input; negative where there is none
     is_learned: tf.Tensor  # bool, whether that token is to be predicted
     starts: tf.Tensor  # bool, the end of text before an example
+    is_prompt: tf.Tensor  # bool, whether an input is seen alone: the prompt of an example, from its start on
 
 
 def read_examples(tokens: tf.Tensor) -> ExampleRows:
@@ -28,7 +29,8 @@ def read_examples(tokens: tf.Tensor) -> ExampleRows:
     ids = tf.where(is_there, tf.bitwise.bitwise_and(tokens, ID_MASK), tokens)
     is_learned = is_there & (tf.bitwise.bitwise_and(tokens, UNSCORED) == 0)
     starts = is_there & (tf.bitwise.bitwise_and(tokens, STARTS) != 0)
-    return ExampleRows(tf.maximum(ids[:, :-1], 0), ids[:, 1:], is_learned[:, 1:], starts[:, :-1])
+    is_prompt = (starts | ~is_learned) & is_there
+    return ExampleRows(tf.maximum(ids[:, :-1], 0), ids[:, 1:], is_learned[:, 1:], starts[:, :-1], is_prompt[:, :-1])
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,20 @@ class Metric(NamedTuple):
     is_recorded: bool = True  # in rows and summaries; what follows from other metrics is only shown
 
 
+class Output(NamedTuple):
+    """What a model wrote for an example, as texts."""
+
+    prompt: str
+    reference: str  # what it should be
+    hypothesis: str  # what it is
+
+
 class Task(Protocol):
     """What is learned from rows, and the metrics of it.
 
     A task whose metrics need more than losses has `num_statistics`, and `statistics(rows, features, table)`: so many
     sums for each row, float32 (rows, num_statistics), which an evaluation adds up.
+    One that compares texts has `decoding`, a `DecodingConfig`: an evaluation writes outputs for examples.
 
     Attributes:
       best: the metric by which the checkpoints of a run are compared.
@@ -59,7 +68,8 @@ class Task(Protocol):
 
         Args:
           totals: over the rows. "loss": of all targets, in nats; "targets": their number, which may be 0; "bytes": of
-            the text of the rows, whether it is a target or not. In an evaluation also "statistics": an array.
+            the text of the rows, whether it is a target or not. In an evaluation also "statistics": an array, and
+            "outputs": a list of `Output`.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow as tf
 from tfdp.data import pipeline
 from tfdp.data.sequences import Sequences
 from tfdp.parallel import collectives
-from tfdp.tasks.task import LossFunction, Metric, Rows, Task, named_metrics, num_statistics
+from tfdp.tasks.task import LossFunction, Metric, Output, Rows, Task, named_metrics, num_statistics
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Evaluator:
       rows: sequences per forward pass on each replica.
       jit_compile: whether XLA compiles the forward pass.
       parallel_passes: forward passes that a replica computes at the same time.
+      outputs: write what the model makes of the examples of each set, by its name; none for a task without `decoding`.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Evaluator:
         rows: int,
         jit_compile: bool,
         parallel_passes: int = 1,
+        outputs: Mapping[str, Callable[[], list[Output]]] = MappingProxyType({}),
     ) -> None:
+        self._outputs = outputs
         self._step = EvalStep(strategy, sums, jit_compile, len(sets), rows, num_statistics(task))
         self._strategy, self._task, self._sets = strategy, task, sets
         self._rows = rows * parallel_passes * int(strategy.num_replicas_in_sync)
@@ -66,16 +70,28 @@ class Evaluator:
         sequences = [each.sequences for each in self._sets]
         batches, num_batches = pipeline.validation_batches(self._strategy, sequences, self._rows)
         sums, sizes = self._step(iter(batches), num_batches), [each.num_bytes for each in self._sets]
+        outputs = {name: write() for name, write in self._outputs.items()}
         of_sets = zip(self._sets, sums.T, strict=True)
-        found = {each.name: self._evaluation(of_set, each.num_bytes) for each, of_set in of_sets}
-        return self._evaluation(sums.sum(axis=1), sum(sizes), found if len(found) > 1 else {})
+        found = {
+            each.name: self._evaluation(of_set, each.num_bytes, outputs.get(each.name)) for each, of_set in of_sets
+        }
+        joined = [output for of_set in outputs.values() for output in of_set] if outputs else None
+        return self._evaluation(sums.sum(axis=1), sum(sizes), joined, found if len(found) > 1 else {})
 
-    def _evaluation(self, sums: np.ndarray, num_bytes: int, sets: Mapping[str, Evaluation] | None = None) -> Evaluation:
+    def _evaluation(
+        self,
+        sums: np.ndarray,
+        num_bytes: int,
+        outputs: list[Output] | None,
+        sets: Mapping[str, Evaluation] = MappingProxyType({}),
+    ) -> Evaluation:
         loss, count, *statistics = sums
         totals: dict[str, Any] = {"loss": float(loss), "targets": int(count), "bytes": int(num_bytes)}
         if statistics:
             totals["statistics"] = np.array(statistics)
-        return Evaluation(named_metrics(self._task, totals), int(count), sets or {})
+        if outputs is not None:
+            totals["outputs"] = outputs
+        return Evaluation(named_metrics(self._task, totals), int(count), sets)
 
 
 class EvalStep:
