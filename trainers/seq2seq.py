@@ -1,8 +1,8 @@
-"""Translation, summaries, answers: `--trainer seq2seq --data.source jsonl:F --data.input_field a --data.target_field b`.
+"""Sequence to sequence: `--trainer seq2seq --data.source jsonl:F --data.input_field en --data.target_field de`.
 
-A model learns the target of each example, and sees its input, which sees itself whole: a prefix language model (Raffel
-et al. 2020). Evaluations write outputs for validation examples and score them by `metrics`; checkpoints are compared by
-the first. `python -m tfdp.predict` writes outputs for a file of inputs.
+For translation, summaries, answers and the like. A model learns the target of each example, and sees its input, which
+sees itself whole: a prefix language model (Raffel et al. 2020). Evaluations write outputs for validation examples and
+score them by `metrics`; checkpoints are compared by the first. `python -m tfdp.predict` writes outputs for a file.
 """
 
 from dataclasses import dataclass

@@ -18,9 +18,9 @@ class Prompts(NamedTuple):
     """The prompts of some rows."""
 
     tokens: tf.Tensor  # int32 (rows, width), each at the end of its row
-    padding: tf.Tensor  # int32 (rows,), tokens before it; width where a row has no prompt
+    padding: tf.Tensor  # int32 (rows,), tokens before it
     numbers: tf.Tensor  # int64 (rows,), of the example: what is drawn for it depends on this and the seed alone
-    num_tokens: tf.Tensor  # int32 scalar, most tokens of an output
+    num_tokens: tf.Tensor  # int32 (rows,), most tokens of its output; 0 where a row has no prompt
 
 
 class Decoder:
@@ -42,7 +42,7 @@ class Decoder:
 
     def _read(self, prompts: Prompts) -> tuple[tf.Tensor, Cache]:
         rows, width = tf.shape(prompts.tokens)[0], tf.shape(prompts.tokens)[1]
-        cache = self._model.empty_cache(rows, width + prompts.num_tokens)
+        cache = self._model.empty_cache(rows, width + tf.reduce_max(prompts.num_tokens))
         return self._next(prompts.tokens, cache, tf.constant(0), prompts.padding)
 
     def _next(self, tokens: tf.Tensor, cache: Cache, start: tf.Tensor, padding: tf.Tensor) -> tuple[tf.Tensor, Cache]:
@@ -57,19 +57,19 @@ class Decoder:
         places = tf.range(self._config.max_tokens)
 
         def goes_on(step: tf.Tensor, written: tf.Tensor, has_ended: tf.Tensor, *_: Any) -> tf.Tensor:
-            return (step < prompts.num_tokens) & ~tf.reduce_all(has_ended)
+            return ~tf.reduce_all(has_ended)
 
         def add(
             step: tf.Tensor, written: tf.Tensor, has_ended: tf.Tensor, logits: tf.Tensor, cache: Cache
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, Cache]:
             token = tf.where(has_ended, self._end, self._choose(logits, prompts.numbers, step))
             written = tf.where(places == step, token[:, tf.newaxis], written)
-            has_ended |= token == self._end
+            has_ended |= (token == self._end) | (step + 1 == prompts.num_tokens)
             logits, cache = self._next(token[:, tf.newaxis], cache, width + step, prompts.padding)
             return step + 1, written, has_ended, logits, cache
 
         written = tf.fill([tf.shape(prompts.tokens)[0], self._config.max_tokens], self._end)
-        first = (tf.constant(0), written, prompts.padding == width, *self._read(prompts))
+        first = (tf.constant(0), written, prompts.num_tokens == 0, *self._read(prompts))
         return tf.while_loop(goes_on, add, first)[1]
 
     def _choose(self, logits: tf.Tensor, numbers: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
@@ -106,23 +106,23 @@ class Decoder:
         """
         size, most = self._config.beam_size, self._config.max_tokens
         rows, width = tf.shape(prompts.tokens)[0], tf.shape(prompts.tokens)[1]
-        is_there = (prompts.padding < width)[:, tf.newaxis]
         logits, cache = self._read(prompts)
         logits = tf.repeat(logits, size, axis=0)
         cache = [(tf.repeat(keys, size, axis=0), tf.repeat(values, size, axis=0)) for keys, values in cache]
         padding = tf.repeat(prompts.padding, size)
         none = tf.fill([rows, size], -float("inf"))
-        begun = _Beams(tf.where(is_there & (tf.range(size) == 0), 0.0, none), tf.fill([rows, size, most], self._end))
+        begun = _Beams(tf.where(tf.range(size) == 0, 0.0, none), tf.fill([rows, size, most], self._end))
         ended = _Beams(none, begun.tokens)
 
         def goes_on(step: tf.Tensor, begun: _Beams, ended: _Beams, *_: Any) -> tf.Tensor:
             could_be = begun.scores[:, 0] / self._penalty(prompts.num_tokens)
-            return (step < prompts.num_tokens) & tf.reduce_any(could_be > ended.scores[:, -1])
+            return tf.reduce_any((step < prompts.num_tokens) & (could_be > ended.scores[:, -1]))
 
         def add(
             step: tf.Tensor, begun: _Beams, ended: _Beams, logits: tf.Tensor, cache: Cache
         ) -> tuple[tf.Tensor, _Beams, _Beams, tf.Tensor, Cache]:
-            begun, ended, chosen = self._step(step, begun, ended, logits)
+            goes_on = (step < prompts.num_tokens)[:, tf.newaxis]
+            begun, ended, chosen = self._step(step, begun, ended, logits, goes_on)
             index = tf.reshape(chosen + tf.range(rows)[:, tf.newaxis] * size, [-1])
             cache = [(tf.gather(keys, index), tf.gather(values, index)) for keys, values in cache]
             token = tf.reshape(begun.tokens[:, :, step], [-1, 1])
@@ -134,9 +134,12 @@ class Decoder:
         return tf.where(has_ended, ended.tokens[:, 0], begun.tokens[:, 0])
 
     def _step(
-        self, step: tf.Tensor, begun: "_Beams", ended: "_Beams", logits: tf.Tensor
+        self, step: tf.Tensor, begun: "_Beams", ended: "_Beams", logits: tf.Tensor, goes_on: tf.Tensor
     ) -> tuple["_Beams", "_Beams", tf.Tensor]:
-        """Both kinds of beams with one token more, and from which beginning each one comes: int32 (rows, beams)."""
+        """Both kinds of beams with one token more, and from which beginning each one comes: int32 (rows, beams).
+
+        Nothing changes in the rows that do not go on, bool (rows, 1).
+        """
         size, vocab_size = self._config.beam_size, self._vocab_size
         likely = tf.reshape(tf.nn.log_softmax(logits), [-1, size, vocab_size]) + begun.scores[..., tf.newaxis]
         # twice as many: of these at most half end
@@ -145,9 +148,13 @@ class Decoder:
         is_now = tf.range(self._config.max_tokens) == step
         tokens = tf.where(is_now, token[..., tf.newaxis], tf.gather(begun.tokens, beam, batch_dims=1))
         ends = token == self._end
-        candidates = tf.where(ends, scores / self._penalty(step + 1), -float("inf"))
+        candidates = tf.where(ends & goes_on, scores / self._penalty(step + 1), -float("inf"))
         ended = _best(tf.concat([ended.scores, candidates], 1), tf.concat([ended.tokens, tokens], 1), size)[0]
-        begun, places = _best(tf.where(ends, -float("inf"), scores), tokens, size)
+        longer, places = _best(tf.where(ends, -float("inf"), scores), tokens, size)
+        begun = _Beams(
+            tf.where(goes_on, longer.scores, begun.scores),
+            tf.where(goes_on[..., tf.newaxis], longer.tokens, begun.tokens),
+        )
         return begun, ended, tf.gather(beam, places, batch_dims=1)
 
     def _penalty(self, num_tokens: tf.Tensor) -> tf.Tensor:

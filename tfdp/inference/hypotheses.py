@@ -47,8 +47,8 @@ class Hypotheses:
         self._parallel = parallel_passes
         self._passes = parallel_passes * int(strategy.num_replicas_in_sync)
         signature = [tf.TensorSpec([self._passes, config.rows, None], tf.int32)]
-        signature += [tf.TensorSpec([self._passes, config.rows], dtype) for dtype in (tf.int32, tf.int64)]
-        signature += [tf.TensorSpec([self._passes], tf.int32)] * 2
+        signature += [tf.TensorSpec([self._passes, config.rows], dtype) for dtype in (tf.int32, tf.int64, tf.int32)]
+        signature += [tf.TensorSpec([self._passes], tf.int32)]
         self._pass = tf.function(self._one_pass, autograph=False)
         self._round = tf.function(self._run, signature, autograph=False)
 
@@ -86,21 +86,21 @@ class Hypotheses:
         return self._tokenizer.decode(ids[: ends[0]] if len(ends) else ids)
 
     def _padded(self, share: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> list[tf.Tensor]:
-        """Tokens, padding, numbers, widths and numbers of tokens of the passes of one round."""
+        """Tokens, padding, numbers, most tokens of outputs, and widths of the passes of one round."""
         most, rows = self._context_length - 1, self._config.rows
         longest = [max((min(len(prompts[index]), most) for index in indices), default=1) for indices in share]
         widths = np.ones(self._passes, np.int32)
-        widths[: len(share)] = [min(-(-length // _STEP) * _STEP, most) for length in longest]
+        widths[: len(share)] = [-(-length // _STEP) * _STEP for length in longest]
         tokens = np.zeros((self._passes, rows, int(widths.max())), np.int32)
-        padding = np.tile(widths[:, np.newaxis], (1, rows))  # a row without a prompt is padding alone
+        padding, num_tokens = (np.zeros((self._passes, rows), np.int32) for _ in range(2))
         numbers = np.zeros((self._passes, rows), np.int64)
         for place, indices in enumerate(share):
             for row, index in enumerate(indices):
                 ids = prompts[index][-most:]
                 tokens[place, row, -len(ids) :] = ids
                 padding[place, row], numbers[place, row] = widths[place] - len(ids), index
-        num_tokens = np.minimum(self._config.max_tokens, self._context_length - widths)
-        return [tf.constant(each) for each in (tokens, padding, numbers, widths, num_tokens)]
+                num_tokens[place, row] = min(self._config.max_tokens, self._context_length - len(ids))
+        return [tf.constant(each) for each in (tokens, padding, numbers, num_tokens, widths)]
 
     def _run(self, *given: tf.Tensor) -> tf.Tensor:
         gathered = self._strategy.run(self._gathered, args=given)
@@ -113,7 +113,7 @@ class Hypotheses:
         return collectives.replica_gather(tf.cast(tf.stack(found), tf.float32))  # which holds every id
 
     def _one_pass(
-        self, tokens: tf.Tensor, padding: tf.Tensor, numbers: tf.Tensor, width: tf.Tensor, num_tokens: tf.Tensor
+        self, tokens: tf.Tensor, padding: tf.Tensor, numbers: tf.Tensor, num_tokens: tf.Tensor, width: tf.Tensor
     ) -> tf.Tensor:
         own = tokens[:, tf.shape(tokens)[1] - width :]
         found = self._decoder(Prompts(own, padding, numbers, num_tokens))

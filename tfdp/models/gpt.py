@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfdp.config.sections import ModelConfig
 from tfdp.models.dropout import KeyedDropout
 from tfdp.models.initializers import Initializers
-from tfdp.models.layers import Block, Norm, rematerialised, rotary_tables
+from tfdp.models.layers import Block, Norm, positions_of, rematerialised, rotary_tables
 from tfdp.models.lora import is_adapter
 from tfdp.ops.kernels import Kernels
 from tfdp.ops.visibility import CAUSAL, AttentionKind, visibility
@@ -151,8 +151,9 @@ class GPT(keras.Model):
     ) -> tuple[tf.Tensor, Cache]:
         """Logits of new tokens (batch, time) that follow the `start` cached ones, and the longer cache.
 
-        start + time must not exceed the length of the cache. The first tokens of a cache (start 0) are the prompt,
-        which sees itself as `prompt_attention` says.
+        start + time must not exceed the length of the cache, which may be longer than the context where rows are
+        padded: then no token of use may have a position beyond it. The first tokens of a cache (start 0) are the
+        prompt, which sees itself as `prompt_attention` says.
 
         Args:
           padding: int32 (batch,), how many of the first tokens of a row are none: so prompts of several lengths end
@@ -166,7 +167,7 @@ class GPT(keras.Model):
     ) -> tuple[tf.Tensor, Cache]:
         """What `extend` projects, (batch, time, dim), and the longer cache."""
         slots = start + tf.range(tf.shape(tokens)[1])
-        x = self._embed(tokens, slots if padding is None else tf.maximum(slots - padding[:, tf.newaxis], 0))
+        x = self._embed(tokens, positions_of(slots, padding, self.config.context_length))
         longer = []
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
             x, keys, values = block.extend(x, keys, values, start, padding)

@@ -199,7 +199,7 @@ class Attention(keras.layers.Layer):
           The output (batch, time, dim) and the cache with the new tokens in it.
         """
         own = start + tf.range(tf.shape(x)[1])  # slots of the new tokens
-        positions = own if padding is None else tf.maximum(own - padding[:, tf.newaxis], 0)
+        positions = positions_of(own, padding, self.config.context_length)
         queries, new_keys, new_values = self._project(x, positions)
         slots = tf.range(tf.shape(keys)[2])
         keys = _write_slots(keys, new_keys, own)
@@ -255,6 +255,14 @@ class Attention(keras.layers.Layer):
         mixed = tf.transpose(self._kernels.attention(queries, keys, values, visible, scale, causal), [0, 2, 1, 3])
         mixed = tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.attention_dim])
         return self.output_projection(mixed, dropout_keys)
+
+
+def positions_of(slots: tf.Tensor, padding: tf.Tensor | None, context_length: int) -> tf.Tensor:
+    """Positions of the tokens in slots of a cache: (time,), or (batch, time) behind padding (batch,).
+
+    What is no token, padding or what follows the end of a text, gets some position that the tables have.
+    """
+    return slots if padding is None else tf.clip_by_value(slots - padding[:, tf.newaxis], 0, context_length - 1)
 
 
 def _write_slots(cache: tf.Tensor, new: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
