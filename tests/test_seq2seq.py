@@ -40,15 +40,15 @@ def outputs(folder: Path, run_dir: str, *keys: str) -> list[str]:
 def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None:
     keys = [*KEYS, *SIZE, "--metrics=[exact_match, wer, bleu]"]
     keys += ["--distribution.reduction=canonical", "--training.microbatch_size=2"]
-    for name in train_in_layouts(folder, "layout", [*keys, *SHORT]):
+    for name in train_in_layouts(folder, "layout", [*keys, "--training.steps=60", SHORT[1]]):
         for key in ("state_sha256", "validation_loss", "validation_exact_match", "validation_wer", "validation_bleu"):
             assert summary(folder / name)[key] == summary(folder / "layout_one")[key]
     found = summary(folder / "layout_one")
     assert found["validation_exact_match"] > 0.5 and "nrefs:1" in found["signature/bleu"]
-    half = ["--training.steps=15", "--optimizer.schedule_steps=30", SHORT[1]]
+    half = ["--training.steps=30", "--optimizer.schedule_steps=60", SHORT[1]]
     code, _, error = tfdp(folder, "train", *keys, *half, "--run_dir=half")
     assert code == 0, error
-    code, _, error = tfdp(folder, "train", "--run_dir=half", "--training.steps=30")
+    code, _, error = tfdp(folder, "train", "--run_dir=half", "--training.steps=60")
     assert code == 0, error
     assert summary(folder / "half")["state_sha256"] == found["state_sha256"]
 
@@ -71,7 +71,7 @@ def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None
     assert code == 2 and "format (huggingface) is for a run with model.prompt_attention causal" in error
     code, out, error = tfdp(folder, "replay", "--run_dir=layout_one", "--step=30")
     assert code == 0 and "words.jsonl:" in out, error
-    code, _, error = tfdp(folder, "train", "--run_dir=layout_one", "--metrics=[wer]", "--training.steps=40")
+    code, _, error = tfdp(folder, "train", "--run_dir=layout_one", "--metrics=[wer]", "--training.steps=70")
     assert code == 2 and "metrics" in error, error
 
 
@@ -112,12 +112,13 @@ def test_mistakes_are_one_line_before_tensorflow_is_loaded(folder: Path, tmp_pat
     assert_refused(without_tensorflow(tmp_path, "tfdp.train", *KEYS, "--model.context_length=48"), rule)
     rule = r"model.sliding_window \(8\) must be null with model.prompt_attention whole"
     refused(tmp_path, rule, "--model.sliding_window=8")
-    messages = ["--data.messages_field=word", "--data.input_field=null", "--data.target_field=null"]
-    refused(tmp_path, r"data.messages_field \(word\) must be null: seq2seq learns pairs; .*", *messages)
+    rule = r"data.messages_field \(word\) must be null: seq2seq learns pairs; .*"
+    own = [*KEYS[:2], "--data.messages_field=word"]
+    assert_refused(without_tensorflow(tmp_path, "tfdp.train", *own), rule)
     refused(tmp_path, r"decoding.beam_size \(0\) must be at least 1", "--decoding.beam_size=0")
     rule = r"model.prompt_attention \(whole\) must be causal with trainer causal_lm: whole is for seq2seq"
     assert_refused(without_tensorflow(tmp_path, "tfdp.train", "--model.prompt_attention=whole"), rule)
     (tmp_path / "words.jsonl").write_text('{"word": "a", "spelled": "A"}\n{"word": "b", "spelled": " "}\n')
-    refused(tmp_path, r"data.source: jsonl: .*words.jsonl.* 2.*spelled must not be empty: it is what is learned")
+    refused(tmp_path, r"data.source: words.jsonl, line 2, field spelled must not be empty: it is what is learned")
     (tmp_path / "words.jsonl").write_text('{"word": "a", "spelled": "A"}\n{"word": "b"}\n')
-    refused(tmp_path, r"data.source: jsonl: .*words.jsonl.* 2.*spelled.*")
+    refused(tmp_path, r"data.source: words.jsonl, line 2.*spelled.*")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfdp.reporting.rows import RowWriter, drop_rows_after
@@ -92,6 +93,11 @@ class MetricsWriter:
         if self._is_chief:
             self._boards.text(name, "    " + text.replace("\n", "\n    "), step)
 
+    def exhibit(self, name: str, exhibit: str | np.ndarray, step: int) -> None:
+        """A text in Markdown, or a picture, uint8 (height, width, 3), of an evaluation: for TensorBoard."""
+        if self._is_chief:
+            self._boards.exhibit(name, exhibit, step)
+
     def close(self) -> None:
         if self._is_chief:
             self._boards.close()
@@ -125,6 +131,17 @@ class Boards:
                 with self._writers["train"].as_default():
                     tf.summary.text(name, text, step=step)
                 self._writers["train"].flush()
+
+    def exhibit(self, name: str, exhibit: str | np.ndarray, step: int) -> None:
+        """A text or a picture, on the board validation."""
+        with self._no_error_ends_the_run():
+            if "validation" in self._writers:
+                with self._writers["validation"].as_default():
+                    if isinstance(exhibit, str):
+                        tf.summary.text(name, exhibit, step=step)
+                    else:
+                        tf.summary.image(name, exhibit[np.newaxis], step=step)
+                self._writers["validation"].flush()
 
     def close(self) -> None:
         with self._no_error_ends_the_run():

@@ -6,6 +6,7 @@ Sums add up over any split of the rows, means do not; so a task gives sums, whic
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from tfdp.ops.cross_entropy import cross_entropy, projected_cross_entropy
@@ -44,12 +45,16 @@ class Output(NamedTuple):
     hypothesis: str  # what it is
 
 
+Exhibit = str | np.ndarray  # a text in Markdown; or a picture, uint8 (height, width, 3)
+
+
 class Task(Protocol):
     """What is learned from rows, and the metrics of it.
 
     A task whose metrics need more than losses has `num_statistics`, and `statistics(rows, features, table)`: so many
     sums for each row, float32 (rows, num_statistics), which an evaluation adds up.
-    One that compares texts has `decoding`, a `DecodingConfig`: an evaluation writes outputs for examples.
+    One that compares texts has `decoding`, a `DecodingConfig`: an evaluation writes outputs for examples. One with more
+    to show than numbers has `exhibits(totals)`: by name texts in Markdown, or pictures, uint8 (height, width, 3).
 
     Attributes:
       best: the metric by which the checkpoints of a run are compared.
@@ -77,6 +82,13 @@ class Task(Protocol):
 def num_statistics(task: Task) -> int:
     """Of a task: 0 where losses are all that its metrics need."""
     return int(getattr(task, "num_statistics", 0))
+
+
+def exhibits(task: Task, totals: Mapping[str, Any]) -> Mapping[str, Exhibit]:
+    """What a task shows of an evaluation beside its metrics."""
+    shows = getattr(task, "exhibits", None)
+    found: Mapping[str, Exhibit] = shows(totals) if shows is not None else {}
+    return found
 
 
 def named_metrics(task: Task, totals: Mapping[str, Any]) -> dict[str, Metric]:

@@ -1,7 +1,7 @@
 """A pass over whole validation sets: each token exactly once, on any number of replicas."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfdp.data import pipeline
 from tfdp.data.sequences import Sequences
 from tfdp.parallel import collectives
-from tfdp.tasks.task import LossFunction, Metric, Output, Rows, Task, named_metrics, num_statistics
+from tfdp.tasks.task import Exhibit, LossFunction, Metric, Output, Rows, Task, exhibits, named_metrics, num_statistics
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Evaluation:
     metrics: Mapping[str, Metric]  # that the task names, over all sets
     num_tokens: int
     sets: Mapping[str, "Evaluation"]  # each by its name, where there are several
+    exhibits: Mapping[str, Exhibit] = field(default_factory=dict)  # what the task shows beside them
 
     def recorded(self) -> dict[str, float]:
         """The metrics that rows and summaries hold."""
@@ -91,7 +92,7 @@ class Evaluator:
             totals["statistics"] = np.array(statistics)
         if outputs is not None:
             totals["outputs"] = outputs
-        return Evaluation(named_metrics(self._task, totals), int(count), sets)
+        return Evaluation(named_metrics(self._task, totals), int(count), sets, exhibits(self._task, totals))
 
 
 class EvalStep:

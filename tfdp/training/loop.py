@@ -292,6 +292,8 @@ def _evaluate_as_it_is(run: Run, writer: MetricsWriter, progress: Progress) -> N
         for name, number in found.recorded().items():
             values[f"validation_{name}/{of_set}"] = scalars[f"{name}/{of_set}"] = number
     writer.validation(values, run.training.steps, scalars, [metric.text for metric in metrics.values() if metric.text])
+    for name, exhibit in progress.evaluation.exhibits.items():
+        writer.exhibit(name, exhibit, progress.step)
     if run.sample is not None:
         writer.text("sample", run.sample() if run.cluster.is_chief else "", progress.step)
 
