@@ -121,6 +121,15 @@ def read_outputs(path: Path, num_records: int) -> list[str]:
     return [str(record["output"]).strip() for record in records]
 
 
+def write_outputs(path: Path, outputs: list[str]) -> None:
+    """What `read_outputs` reads."""
+    lines = [json.dumps({"record": at, "output": text}, ensure_ascii=False) for at, text in enumerate(outputs, 1)]
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        refuse(f"--output {path}: {error.strerror}: name a file that can be written")
+
+
 def fetch(requirement: str, folder: Path, kind: str = "pip") -> Path:
     """Downloads one package, and nothing that it depends on, into a folder: by `pip`, `npm` or `apt-get`."""
     folder.mkdir(parents=True, exist_ok=True)
