@@ -94,7 +94,7 @@ def make_data(archives: list[Path], more: bool, output: Path) -> None:
 
 def words(name: str) -> list[str]:
     """`get_HTTPValue` as get http value."""
-    return re.sub(r"([a-z\d])([A-Z])", r"\1 \2", name.replace("_", " ")).lower().split()
+    return re.sub(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_", " ", name).lower().split()
 
 
 def by_name(code: str) -> str:
