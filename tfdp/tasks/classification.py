@@ -106,6 +106,16 @@ class Classification:
                 found[f"{name}/{label}"] = Metric(value, "")  # a line for each class would be long
         return found
 
+    def exhibits(self, totals: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The confusion matrix as a picture, uint8 (height, width, 3)."""
+        from tfdp.reporting.pictures import confusion_picture
+
+        if "statistics" not in totals:
+            return {}
+        num = len(self.labels)
+        confusion = np.reshape(totals["statistics"][: num * num], (num, num))
+        return {"confusion": confusion_picture(confusion, self.labels)}
+
 
 def scores_of(confusion: np.ndarray) -> dict[str, float]:
     """Accuracy, and the mean of F1 over the classes that occur (macro F1): of a matrix (true, predicted)."""
