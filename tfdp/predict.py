@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DecodingChoice
 from tfdp.data.corpus import records_of
+from tfdp.data.cutting import cut_prompt
 from tfdp.data.examples import ExampleKeys, Pairs, make_form
 from tfdp.system.exits import ConfigError, require, require_at_most, run_command
 from tfdp.system.files import replacing
@@ -103,6 +104,10 @@ def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tu
     from tfdp.inference.hypotheses import Hypotheses
 
     decoding = replace(run.decoding, rows=config.rows)
+    context_length = run.model.context_length
+    if run.data.too_long == "cut_input":  # what leaves no place for an output leaves place for a whole one
+        most = context_length - decoding.max_tokens
+        prompts = [(number, ids if len(ids) < context_length else cut_prompt(ids, most)) for number, ids in prompts]
     hypotheses = Hypotheses(tf.distribute.get_strategy(), trained.make_model(), trained.tokenizer, decoding)
     at_a_time = config.rows * _PASSES
     for start in range(0, len(prompts), at_a_time):
@@ -114,11 +119,14 @@ def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tu
 def _classes(config: Config, run: Any, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:
     """Lines with the class of each prompt, and the probabilities of all."""
     load_tensorflow()
-    from tfdp.data.labels import label_ids
+    from tfdp.data.labels import label_ids, label_room
     from tfdp.inference.classifying import ClassScorer
     from tfdp.tasks.classification import Classification
 
     task = Classification(run.labels, label_ids(run.labels, trained.tokenizer), run.head)
+    if run.data.too_long == "cut_input":
+        most = run.model.context_length + 1 - label_room(run.labels)
+        prompts = [(number, cut_prompt(ids, max(1, most))) for number, ids in prompts]
     scorer = ClassScorer(trained.make_model(), task, config.rows)
     found = scorer.probabilities([ids for _, ids in prompts])
     for (number, _), probabilities in zip(prompts, found, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.ops.visibility import ByDocument
+from tfdp.reporting.pictures import confusion_picture
 from tfdp.tasks.answers import read_examples
 from tfdp.tasks.task import Batch, Metric, Rows
 
@@ -108,8 +109,6 @@ class Classification:
 
     def exhibits(self, totals: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The confusion matrix as a picture, uint8 (height, width, 3)."""
-        from tfdp.reporting.pictures import confusion_picture
-
         if "statistics" not in totals:
             return {}
         num = len(self.labels)
