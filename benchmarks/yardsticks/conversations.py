@@ -40,9 +40,7 @@ def conversation(record: Record) -> Record | None:
         "What are its arguments?",
         f"{listed or 'It has none'}.",
     )
-    messages = [
-        {"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(turns)
-    ]
+    messages = [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(turns)]
     return {"messages": messages, "module": record["module"], "summary": record["summary"], "question": turns[0]}
 
 
