@@ -4,10 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-slow test-full test-peers check format clean
+.PHONY: train pipeline test test-slow test-full test-peers check format clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m tfdp.train $(ARGS)
+
+# From text to a chat: a tokenizer, a model of text, a model that answers, a question, and what was measured.
+# Run it again and it goes on where it was.
+pipeline: $(VENV)/.installed
+	$(BIN)/python benchmarks/yardsticks/conversations.py data --output data/conversations
+	$(BIN)/python -m tfdp.prepare --source python-stdlib --tokenizer bpe:4096 --output data/stdlib
+	$(BIN)/python -m tfdp.train --config configs/pretrain.yaml --run_dir runs/pretrained
+	$(BIN)/python -m tfdp.train --config configs/instruction.yaml --run_dir runs/tuned --model.init_from runs/pretrained
+	printf 'What does json.decoder.scan(text, end) do?\nWhat are its arguments?\n' | $(BIN)/python -m tfdp.chat --run_dir runs/tuned --temperature 0 --num_tokens 48
+	$(BIN)/python -m tfdp.evaluate --run_dir runs/tuned
 
 # Two at a time, but alone what measures how soon a worker is missed. 5: ARGS chose nothing of that part.
 test: check

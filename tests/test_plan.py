@@ -57,6 +57,14 @@ def test_a_gpu_that_is_not_here_is_reckoned_from_its_data_sheet(tmp_path: Path) 
     assert few["step_seconds"] < more["step_seconds"]
 
 
+@pytest.mark.parametrize("trainer", ["seq2seq", pytest.param("classification", marks=pytest.mark.slow)])
+def test_recipes_of_examples_are_planned_without_any(trainer: str) -> None:
+    small = [*TINY, "--training.global_batch_size=4", "--rounds=1"]
+    own = ["--decoding.max_tokens=8"] if trainer == "seq2seq" else ["--labels=[a, b]", "--head=linear"]
+    found = run("tfdp.plan", f"--trainer={trainer}", *small, *own)
+    assert found.returncode == 0 and "measured here" in found.stdout, found.stderr
+
+
 def test_micro_batches_at_the_same_time_hold_their_activations_at_the_same_time(tmp_path: Path) -> None:
     found = {}
     for parallel, size in ((1, 2), (2, 2), (1, 4)):

@@ -1,6 +1,5 @@
 """Puts a recipe, a configuration and a text together: the components of a run, for all commands that need them."""
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -354,7 +353,7 @@ def make_evaluator(
         from tfdp.inference.hypotheses import Hypotheses
 
         hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes)
-        outputs = {each.name: functools.partial(hypotheses.texts_of, each.sequences) for each in sets}
+        outputs = {each.name: hypotheses.writer(each.sequences) for each in sets}
     return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes, outputs)
 
 

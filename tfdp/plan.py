@@ -23,7 +23,7 @@ from tfdp.data import sources
 from tfdp.interop.origin import with_origin_keys
 from tfdp.models import dimensions
 from tfdp.parallel import batch_layout
-from tfdp.recipe import FUNCTIONS, Recipe, load_recipe, require_functions
+from tfdp.recipe import FUNCTIONS, SECTIONS, Recipe, import_recipe, load_recipe, require_functions
 from tfdp.system.exits import require, require_at_most, run_command
 from tfdp.system.machine import GPUS, available_gpus, find_gpu, total_memory
 from tfdp.system.messages import duration
@@ -178,8 +178,19 @@ def _measure(run: Any, vocab_size: int, config: Config) -> Measured:
     return found[0].extended(found[-1], depth)
 
 
+def _on_text(run: Any) -> Any:
+    """The run on plain text, where its recipe learns from examples: random tokens are none, and a row costs the same
+    (but for a prompt that sees itself whole, whose attention computes the masked half as well)."""
+    if not getattr(run, "learns_examples", False):
+        return run
+    own = {name: getattr(run, name) for name in SECTIONS}
+    own |= {"model": replace(run.model, prompt_attention="causal"), "data": DataConfig(document_attention=True)}
+    return import_recipe("causal_lm").Config(seed=run.seed, **own)
+
+
 def _with_layers(run: Any, num_layers: int, num_workers: int) -> Any:
     """The run of one worker by itself, with so many layers, on text that need not be there."""
+    run = _on_text(run)
     training = replace(run.training, global_batch_size=run.training.global_batch_size // num_workers)
     strategy = "one_device" if run.distribution.strategy == "one_device" else "auto"
     own = {"init_from": None} if hasattr(run.model, "init_from") else {}  # whose weights have another depth

@@ -10,8 +10,8 @@ names of it:
     make_sequences(config, split)           the rows that the tokens of a split are cut into
     weight_shapes(config, vocab_size)       of the model before it is made, for estimates
 
-Its Config may also say `identity_keys`, keys of its own that a run cannot change on the way, and `next_step`, what its
-model is for (`RunDirectory.next_steps`).
+Its Config may also say `identity_keys`, keys of its own that a run cannot change on the way, `next_step`, what its
+model is for (`RunDirectory.next_steps`), and `learns_examples`, that its rows are no plain text (`tfdp.plan`).
 
 Or, instead of the functions, `train(config)`: a program of its own, whose runs no other command can read.
 """

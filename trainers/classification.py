@@ -31,6 +31,7 @@ __all__ = ["Config", "make_model", "make_sequences", "make_task", "train", "weig
 class Config(causal_lm.Config):
     """The run."""
 
+    learns_examples: ClassVar[bool] = True
     identity_keys: ClassVar[tuple[str, ...]] = ("labels", "head")
     next_step: ClassVar[tuple[str, str]] = ("classes", "tfdp.predict --run_dir {} --input texts.jsonl")
     trainer: str = "classification"

@@ -7,7 +7,7 @@ with the result.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdp import assembly
 from tfdp.config.sections import DataConfig, TrainingConfig
@@ -29,6 +29,7 @@ __all__ = ["Config", "make_model", "make_sequences", "make_task", "train", "weig
 class Config(causal_lm.Config):
     """The run."""
 
+    learns_examples: ClassVar[bool] = True
     trainer: str = "instruction"
     """The recipe: a module of trainers/, or the dotted path of your own."""
     data: DataConfig = DataConfig(sequences="whole", document_attention=True)

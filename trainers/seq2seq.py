@@ -31,6 +31,7 @@ Score = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "sq
 class Config(causal_lm.Config):
     """The run."""
 
+    learns_examples: ClassVar[bool] = True
     identity_keys: ClassVar[tuple[str, ...]] = ("metrics",)
     next_step: ClassVar[tuple[str, str]] = ("outputs", "tfdp.predict --run_dir {} --input inputs.jsonl")
     prompt_attentions: ClassVar[tuple[str, ...]] = ("whole", "causal")

@@ -4,7 +4,8 @@ Prompts are sorted by length and cut into passes of as many rows, each padded to
 the number of replicas and workers, so no output does: each replica takes passes of its own, and gathers all.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,23 @@ class Hypotheses:
                     found[index] = self._text(ids)
         return found
 
-    def texts_of(self, sequences: Sequences) -> list[Output]:
-        """The outputs of the examples that `config` takes, each beside what it should be."""
-        pairs = examples_in(sequences)
-        num = len(pairs) if self._config.num_examples is None else min(len(pairs), self._config.num_examples)
-        chosen = [pairs[index * len(pairs) // num] for index in range(num)]
-        hypotheses = self([prompt.tolist() for prompt, _ in chosen])
-        decode = self._tokenizer.decode
-        return [
-            Output(decode(prompt[1:]), decode(reference), hypothesis)
-            for (prompt, reference), hypothesis in zip(chosen, hypotheses, strict=True)
-        ]
+    def writer(self, sequences: Sequences) -> Callable[[], list[Output]]:
+        """A function that writes outputs for the examples that `config` takes, each beside what it should be."""
+
+        @functools.cache
+        def chosen() -> list[tuple[np.ndarray, np.ndarray]]:
+            pairs = examples_in(sequences)
+            num = len(pairs) if self._config.num_examples is None else min(len(pairs), self._config.num_examples)
+            return [pairs[index * len(pairs) // num] for index in range(num)]
+
+        def write() -> list[Output]:
+            hypotheses, decode = self([prompt.tolist() for prompt, _ in chosen()]), self._tokenizer.decode
+            return [
+                Output(decode(prompt[1:]), decode(reference), hypothesis)
+                for (prompt, reference), hypothesis in zip(chosen(), hypotheses, strict=True)
+            ]
+
+        return write
 
     def _text(self, ids: np.ndarray) -> str:
         (ends,) = np.nonzero(ids == self._tokenizer.end_of_text)
