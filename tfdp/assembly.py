@@ -122,6 +122,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
     from tfdp.system import console
+    from tfdp.tasks.task import facts_of
     from tfdp.training import loop
     from tfdp.training.identity import identity
     from tfdp.training.introduction import introduction
@@ -167,7 +168,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
                 "num_params": components.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
                 "transport": collectives.transport_of(strategy),
-                **getattr(components.task, "facts", {}),
+                **facts_of(components.task),
             },
             config_yaml=to_yaml(config, without=["run_dir"]),
             started=process.started,
@@ -352,7 +353,7 @@ def make_evaluator(
         from tfdp.inference.hypotheses import Hypotheses
 
         hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes)
-        outputs = {each.name: hypotheses.writer(each.sequences) for each in sets}
+        outputs = {name: hypotheses.writer(split) for name, split in splits.items()}
     return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes, outputs)
 
 

@@ -104,11 +104,22 @@ def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tu
 
     decoding = replace(run.decoding, rows=config.rows)
     hypotheses = Hypotheses(tf.distribute.get_strategy(), trained.make_model(), trained.tokenizer, decoding)
-    at_a_time = config.rows * _PASSES
+    at_a_time, num_cut, num_unfinished = config.rows * _PASSES, 0, 0
     for start in range(0, len(prompts), at_a_time):
         share = prompts[start : start + at_a_time]
-        for (number, _), text in zip(share, hypotheses([ids for _, ids in share]), strict=True):
-            yield json.dumps({"record": number, "output": text}, ensure_ascii=False)
+        numbers = [number for number, _ in share]
+        for number, found in zip(numbers, hypotheses([ids for _, ids in share], numbers), strict=True):
+            notes = {**({"cut": True} if found.is_cut else {}), **({} if found.has_ended else {"unfinished": True})}
+            num_cut, num_unfinished = num_cut + found.is_cut, num_unfinished + (not found.has_ended)
+            yield json.dumps({"record": number, "output": found.text, **notes}, ensure_ascii=False)
+    if num_cut:
+        _note(f"{num_cut} of {len(prompts)} inputs were cut at their start: an output needs a part of the context")
+    if num_unfinished:
+        _note(f"{num_unfinished} of {len(prompts)} outputs reached {decoding.max_tokens} tokens, or the context's end")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _classes(config: Config, run: Any, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:

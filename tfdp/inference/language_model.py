@@ -150,7 +150,7 @@ class LanguageModel:
     @functools.cached_property
     def _scorer(self) -> "Scorer":
         whole = getattr(self._trained.config.model, "prompt_attention", "causal") != "causal"
-        rule = "must be causal to score texts: this model was trained on what follows a prompt alone"
+        rule = "must be causal for logits and scores of texts; generate and tfdp.predict work with this model"
         require(not whole, "model.prompt_attention", "whole", rule)
         model = self._model
         from tfdp.inference.scoring import Scorer
