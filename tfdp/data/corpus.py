@@ -66,7 +66,7 @@ def documents(source: str, key: str = "data.source", form: Form | None = None) -
         return SOURCES[kind](address, key)
     rule = f"must have records with fields, one of {', '.join(_RECORDS)}, where it is to give examples"
     require(kind in _RECORDS, key, source, rule)
-    is_bare = addresses.parse(address, key).field == addresses.DEFAULT_FIELD
+    is_bare = addresses.parse(address, key).field is None
     require(is_bare, key, source, "must name no field: data.input_field and its like do")
     return _records(kind, address, key, form)
 
@@ -130,7 +130,7 @@ def _records(kind: str, address: str, key: str, form: Form | None = None) -> Ite
     A document is named FILE:NUMBER, by its line or its row.
     """
     parts = addresses.parse(address, key)
-    form = form or OneField(parts.field)
+    form = form or OneField(parts.field or addresses.DEFAULT_FIELD)
     for name, path in _files(parts.pattern, key, f"{kind}:{address}"):
         for number, values, where in _RECORDS[kind].read(path, form.fields, key, parts.only):
             yield Document(f"{name}:{number}", form.text(values, where))
