@@ -117,7 +117,6 @@ def _train(
 
 def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, process: Process) -> dict[str, Any]:
     """Prints what the run consists of, and runs the loop."""
-    from tfdp.data.tokenizers.tokenizer import save_tokenizer
     from tfdp.inference.samples import Samples
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
@@ -158,7 +157,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             cluster=cluster,
             watch=process.watch,
             stop=process.stop,
-            save_assets=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
+            save_assets=lambda: _save_assets(config, corpus, directory),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
             flops_per_token=components.model.flops_per_token(),
@@ -178,6 +177,17 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
         say(f"\n--- a sample ---\n{sampling.newest}\n---\n")
     say(directory.next_steps(*([config.next_step] if hasattr(config, "next_step") else [])))
     return summary
+
+
+def _save_assets(config: Any, corpus: "Corpus", directory: "RunDirectory") -> None:
+    """What the use of a run needs of its text, which may be gone then."""
+    from tfdp.data import examples, sources
+    from tfdp.data.tokenizers.tokenizer import save_tokenizer
+
+    save_tokenizer(corpus.tokenizer, directory.tokenizer_path)
+    is_told = examples.ExampleKeys.of(config.data).makes_examples  # by the configuration
+    if not is_told and (ways := sources.example_keys(config.data)):
+        examples.save_keys(directory.examples_path, ways)
 
 
 def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[str, int]:

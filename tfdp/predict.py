@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DecodingChoice
 from tfdp.data.corpus import records_of
-from tfdp.data.examples import ExampleKeys, Pairs, make_form
+from tfdp.data.examples import Pairs, make_form
 from tfdp.system.exits import ConfigError, require, require_at_most, run_command
 from tfdp.system.files import replacing
 from tfdp.system.messages import shown
@@ -84,10 +84,13 @@ def _prompts(config: Config, trained: "TrainedModel") -> Iterator[tuple[int, lis
     """The number of each record, and the ids of its text up to what is to be predicted."""
     from tfdp.data.tokenizers.tokenizer import markup_ids
 
-    form = make_form(ExampleKeys.of(trained.config.data), "bytes", "data.")
-    rule = "must be a run that read its records itself: shards do not say how their texts look"
-    require(isinstance(form, Pairs), "run_dir", config.run_dir, rule)
-    assert isinstance(form, Pairs)
+    forms = [make_form(each, "bytes", "data.") for each in trained.example_keys if each.answer is not None]
+    by_fingerprint = {form.fingerprint: form for form in forms if isinstance(form, Pairs)}
+    rule = "must be a run that read its records itself: its shards, of an earlier version, do not say how texts look"
+    require(bool(by_fingerprint), "run_dir", config.run_dir, rule)
+    rule = "must be a run on examples of one template and of the same fields: those of its shards differ"
+    require(len(by_fingerprint) == 1, "run_dir", config.run_dir, rule)
+    (form,) = by_fingerprint.values()
     fields = [field for field in form.fields if field != form.answer]
     kind = str(_kind_of(str(config.input)))
     for number, values, where in records_of(kind, Path(str(config.input)), fields, "input"):
