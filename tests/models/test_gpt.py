@@ -106,10 +106,10 @@ def test_the_order_of_earlier_tokens_matters(position: str) -> None:
 def test_every_block_and_branch_changes_its_input(norm: str, activation: str) -> None:
     model = make_model(norm=norm, activation=activation)
     x = tf.random.stateless_normal([2, 8, 16], seed=[0, 0])
-    whole_rows = (rotation_at(model.config, tf.range(8)), tf.constant(np.tril(np.ones((8, 8), dtype=bool))))
+    rotation, visible = rotation_at(model.config, tf.range(8)), tf.constant(np.tril(np.ones((8, 8), dtype=bool)))
     for block in model.blocks:
-        assert tf.norm(block(x, *whole_rows) - x) / tf.norm(x) > 0.1
-        for y in (block.attention(x, *whole_rows), block.mlp(x)):
+        assert tf.norm(block(x, visible, rotation=rotation) - x) / tf.norm(x) > 0.1
+        for y in (block.attention(x, visible, rotation=rotation), block.mlp(x)):
             assert y.shape == x.shape
             assert tf.norm(y - x) / tf.norm(x) > 0.1
             assert tf.norm(y) / tf.norm(x) > 0.1

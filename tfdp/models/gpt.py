@@ -124,9 +124,9 @@ class GPT(keras.Model):
         rotation = rotation_at(self.config, positions)
         for block in self.blocks:
             if self.remat:
-                x = rematerialised(block, x, rotation, visible, dropout_keys, is_causal=is_causal)
+                x = rematerialised(block, x, visible, dropout_keys, rotation=rotation, is_causal=is_causal)
             else:
-                x = block(x, rotation, visible, dropout_keys, is_causal=is_causal)
+                x = block(x, visible, dropout_keys, rotation=rotation, is_causal=is_causal)
         return self.output_norm(x)
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:

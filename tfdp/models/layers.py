@@ -130,18 +130,18 @@ class Attention(keras.layers.Layer):
     def call(
         self,
         x: tf.Tensor,
-        rotation: Rotation,
         visible: tf.Tensor,
         dropout_keys: tf.Tensor | None = None,
+        rotation: Rotation | None = None,
         is_causal: bool = True,
     ) -> tf.Tensor:
         """Every token attends to those that are visible to it.
 
         Args:
           x: (batch, time, dim).
-          rotation: of its positions, see `rotation_at`.
           visible: bool (time, time), or (batch, 1, time, time): who (rows) sees whom.
           dropout_keys: of the adapters.
+          rotation: of its positions, see `rotation_at`.
           is_causal: whether nobody sees what is later.
         """
         projected = self._project(x, rotation, dropout_keys)
@@ -150,7 +150,7 @@ class Attention(keras.layers.Layer):
     def extend(
         self,
         x: tf.Tensor,
-        rotation: Rotation,
+        rotation: Rotation | None,
         keys: tf.Tensor,
         values: tf.Tensor,
         start: tf.Tensor,
@@ -185,7 +185,7 @@ class Attention(keras.layers.Layer):
         return self._attend(queries, keys, values, visible, causal=False), keys, values
 
     def _project(
-        self, x: tf.Tensor, rotation: Rotation, dropout_keys: tf.Tensor | None = None
+        self, x: tf.Tensor, rotation: Rotation | None, dropout_keys: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, time, head_dim)."""
         config = self.config
@@ -195,7 +195,9 @@ class Attention(keras.layers.Layer):
         queries, keys, values = tf.split(heads, [config.num_heads, config.kv_heads, config.kv_heads], axis=1)
         if config.qk_norm_gain:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        cosines, sines = rotation if rotation is not None and self._has_rope else (None, None)
+        cosines = sines = None
+        if rotation is not None and self._has_rope:
+            cosines, sines = rotation.cosines, rotation.sines
         normalises = config.qk_norm and not config.qk_norm_gain
         if normalises or self._has_rope:
             epsilon = config.norm_epsilon if normalises else None
@@ -292,19 +294,19 @@ class Block(keras.layers.Layer):
     def call(
         self,
         x: tf.Tensor,
-        rotation: Rotation,
         visible: tf.Tensor,
         dropout_keys: tf.Tensor | None = None,
+        rotation: Rotation | None = None,
         is_causal: bool = True,
     ) -> tf.Tensor:
-        attended = self.attention(self.attention_norm(x), rotation, visible, dropout_keys, is_causal=is_causal)
+        attended = self.attention(self.attention_norm(x), visible, dropout_keys, rotation=rotation, is_causal=is_causal)
         x = x + self.attention_dropout(attended, dropout_keys)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), dropout_keys), dropout_keys)
 
     def extend(
         self,
         x: tf.Tensor,
-        rotation: Rotation,
+        rotation: Rotation | None,
         keys: tf.Tensor,
         values: tf.Tensor,
         start: tf.Tensor,
@@ -315,7 +317,7 @@ class Block(keras.layers.Layer):
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
 
-def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: Any, **options: bool) -> tf.Tensor:
+def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: Any, **options: Any) -> tf.Tensor:
     """block(x, ...), which keeps x alone for the backward pass and computes the rest again (Chen et al. 2016).
 
     `tf.recompute_grad` would take the gradient of all variables that it meets through the strategy.

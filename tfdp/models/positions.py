@@ -2,13 +2,23 @@
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
 
 from tfdp.config.sections import ModelConfig
 
-Rotation = tuple[tf.Tensor, tf.Tensor] | None  # cosines and sines of positions: (..., time, head_dim / 2) each
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of positions, float32 (..., time, head_dim / 2) each.
+
+    No tuple, and given by its name: of those Keras would cast the tensors to the type of the products.
+    """
+
+    cosines: tf.Tensor
+    sines: tf.Tensor
 
 
 def positions_of(slots: tf.Tensor, padding: tf.Tensor | None, context_length: int) -> tf.Tensor:
@@ -55,7 +65,7 @@ def _tables_of(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     return rotary_tables(config.context_length, config.dim_per_head, rotary_frequencies(config))
 
 
-def rotation_at(config: ModelConfig, positions: tf.Tensor) -> Rotation:
+def rotation_at(config: ModelConfig, positions: tf.Tensor) -> Rotation | None:
     """How far queries and keys at some positions are turned, (time,) or (batch, time); None without rotary positions.
 
     All layers share it: looked up by each, the tables would stand in a graph once for each look-up.
@@ -64,5 +74,5 @@ def rotation_at(config: ModelConfig, positions: tf.Tensor) -> Rotation:
         return None
     cosines, sines = (tf.gather(table, positions) for table in _tables_of(config))
     if positions.shape.rank == 2:  # all heads of a row share its positions
-        return cosines[:, tf.newaxis], sines[:, tf.newaxis]
-    return cosines, sines
+        return Rotation(cosines[:, tf.newaxis], sines[:, tf.newaxis])
+    return Rotation(cosines, sines)
