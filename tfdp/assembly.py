@@ -160,7 +160,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             save_assets=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
-            context_length=config.model.context_length,
+            tokens_per_sequence=components.order.tokens_per_sequence,
             flops_per_token=components.model.flops_per_token(),
             matrix_peak=matrix_peak,
             layout=_layout(cluster, strategy, components.layout),

@@ -104,7 +104,7 @@ def test_pairs_in_one_row_learn_what_each_learns_alone() -> None:
 class Rows:
     """Sequences that are given."""
 
-    num_sequences, width = 2, 10
+    num_sequences, width, num_inputs = 2, 10, 18
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         return np.array([ROW, [7 | UNSCORED | STARTS, 8, 0, *[-1] * 7]], np.int32)[indices]
