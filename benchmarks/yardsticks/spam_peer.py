@@ -5,7 +5,7 @@ A mail is cut at its end. AdamW (0.9, 0.95, weight decay 0.1), a linear decay to
 clipped to 1. The weights with the best macro F1 on valid.jsonl are kept. Prints the seconds of training alone.
 
 `--pretrain_steps` learns the next token of the training mails first, packed into rows of the context, as tfdp's recipe
-causal_lm does for configs/spam_language.yaml.
+causal_lm does.
 """
 
 import copy
@@ -76,7 +76,7 @@ class Optimizer:
         self.rule.step()
         self.rule.zero_grad(set_to_none=True)
         self.seconds += time.perf_counter() - started
-        return float(loss)
+        return float(loss.detach())
 
 
 def pretrain(config: Any, rows: list[list[int]], options: Namespace) -> Any:
