@@ -68,7 +68,7 @@ def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None
         )
         assert share > 0.5
     code, _, error = tfdp(folder, "export", "--run_dir=layout_one", "--output=exported")
-    assert code == 2 and "format (huggingface) is for a run with model.prompt_attention causal" in error
+    assert code == 2 and "format (huggingface) is for a model whose inputs see no later tokens" in error
     code, out, error = tfdp(folder, "replay", "--run_dir=layout_one", "--step=30")
     assert code == 0 and "words.jsonl:" in out, error
     code, _, error = tfdp(folder, "train", "--run_dir=layout_one", "--metrics=[wer]", "--training.steps=70")
@@ -97,6 +97,12 @@ def test_a_run_of_the_defaults_in_one_process(folder: Path) -> None:
     assert b"| input | reference | output |" in events
     code, out, error = tfdp(folder, "generate", "--run_dir=quick", "--prompt=ab\n", "--num_tokens=2")
     assert code == 0 and out.startswith("ab"), error
+    code, _, error = tfdp(folder, "evaluate", "--run_dir=quick", "--beam_size=8")
+    assert code == 2 and "beam_size (8) needs --method beam, and it is greedy" in error, error
+    (folder / "long.jsonl").write_text(json.dumps({"word": "a" * 99}) + "\n")
+    code, out, error = tfdp(folder, "predict", "--run_dir=quick", "--input=long.jsonl")
+    assert code == 0 and json.loads(out)["cut"] is True, error
+    assert "note: 1 of 1 inputs were cut at their start: an output needs a part of the context" in error
 
 
 def refused(folder: Path, message: str, *keys: str) -> None:
@@ -110,8 +116,10 @@ def test_mistakes_are_one_line_before_tensorflow_is_loaded(folder: Path, tmp_pat
     refused(tmp_path, r"data.too_long \(cut_end\) must be cut_input, cut_start, .*", "--data.too_long=cut_end")
     rule = r"decoding.max_tokens \(64\) must be below model.context_length \(48\), which holds the input too: try 24"
     assert_refused(without_tensorflow(tmp_path, "tfdp.train", *KEYS, "--model.context_length=48"), rule)
-    rule = r"model.sliding_window \(8\) must be null with model.prompt_attention whole"
+    rule = r"model.prompt_attention \(whole\) must be causal with model.sliding_window 8, .*"
     refused(tmp_path, rule, "--model.sliding_window=8")
+    refused(tmp_path, r"decoding.top_p \(0.9\) needs decoding.method sampling, .*", "--decoding.top_p=0.9")
+    refused(tmp_path, r"data.template \(.*\) must end with .*", "--data.template={target} <- {input}")
     rule = r"data.messages_field \(word\) must be null: seq2seq learns pairs; .*"
     own = [*KEYS[:2], "--data.messages_field=word"]
     assert_refused(without_tensorflow(tmp_path, "tfdp.train", *own), rule)

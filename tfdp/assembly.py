@@ -117,11 +117,11 @@ def _train(
 
 def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, process: Process) -> dict[str, Any]:
     """Prints what the run consists of, and runs the loop."""
-    from tfdp.data.tokenizers.tokenizer import save_tokenizer
     from tfdp.inference.samples import Samples
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
     from tfdp.system import console
+    from tfdp.tasks.task import facts_of
     from tfdp.training import loop
     from tfdp.training.identity import identity
     from tfdp.training.introduction import introduction
@@ -157,7 +157,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             cluster=cluster,
             watch=process.watch,
             stop=process.stop,
-            save_assets=lambda: save_tokenizer(corpus.tokenizer, directory.tokenizer_path),
+            save_assets=lambda: _save_assets(config, corpus, directory),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
             tokens_per_sequence=components.order.tokens_per_sequence,
@@ -168,7 +168,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
                 "num_params": components.model.num_params(),
                 "corpus_sha256": corpus.corpus_sha256,
                 "transport": collectives.transport_of(strategy),
-                **getattr(components.task, "facts", {}),
+                **facts_of(components.task),
             },
             config_yaml=to_yaml(config, without=["run_dir"]),
             started=process.started,
@@ -178,6 +178,17 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
         say(f"\n--- a sample ---\n{sampling.newest}\n---\n")
     say(directory.next_steps(*([config.next_step] if hasattr(config, "next_step") else [])))
     return summary
+
+
+def _save_assets(config: Any, corpus: "Corpus", directory: "RunDirectory") -> None:
+    """What the use of a run needs of its text, which may be gone then."""
+    from tfdp.data import examples, sources
+    from tfdp.data.tokenizers.tokenizer import save_tokenizer
+
+    save_tokenizer(corpus.tokenizer, directory.tokenizer_path)
+    is_told = examples.ExampleKeys.of(config.data).makes_examples  # by the configuration
+    if not is_told and (ways := sources.example_keys(config.data)):
+        examples.save_keys(directory.examples_path, ways)
 
 
 def _layout(cluster: "Cluster", strategy: Any, layout: "BatchLayout") -> dict[str, int]:
@@ -352,8 +363,8 @@ def make_evaluator(
     if (decoding := getattr(task, "decoding", None)) is not None:
         from tfdp.inference.hypotheses import Hypotheses
 
-        hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes)
-        outputs = {each.name: hypotheses.writer(each.sequences) for each in sets}
+        hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes, config.data.too_long)
+        outputs = {name: hypotheses.writer(split) for name, split in splits.items()}
     return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes, outputs)
 
 

@@ -35,8 +35,8 @@ class Config(SamplingConfig):
     """A system prompt: what the model is told before the first turn; null: none."""
     template: str = "auto"
     """How messages become one text: chatml, tokenizer (the chat template of its folder), or a text with {content} for
-    each role, in JSON; auto: what the run was trained with (data.template), for a folder that of its tokenizer, else
-    chatml."""
+    each role, in JSON; auto: what the run was trained with (data.template, or that of its shards), for a folder
+    that of its tokenizer, else chatml."""
 
 
 def main() -> None:

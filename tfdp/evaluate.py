@@ -53,13 +53,15 @@ def main() -> None:
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
     run_config = config.chosen(replace(trained.config, distribution=layout))
     if config.num_examples is not None:
-        rule = "is for a run of the recipe seq2seq"
-        require(hasattr(run_config, "decoding"), "num_examples", config.num_examples, rule)
+        writes = hasattr(run_config, "decoding") and bool(run_config.metrics)
+        rule = "is for a run of the recipe seq2seq that has metrics"
+        require(writes, "num_examples", config.num_examples, rule)
         decoding = replace(run_config.decoding, num_examples=config.num_examples or None)
         run_config = replace(run_config, decoding=decoding)
     corpus = _corpus(config, trained)
     load_tensorflow()
     from tfdp.parallel import distribution
+    from tfdp.tasks.task import facts_of
 
     rows = config.rows or run_config.training.rows_of_evaluation
     parallel = assembly.parallel_microbatches(trained.recipe, run_config, corpus, num_workers=1)
@@ -74,6 +76,7 @@ def main() -> None:
         "step": trained.step,
         **{f"validation_{name}": value for name, value in result.recorded().items()},
         "num_tokens": result.num_tokens,
+        **facts_of(trained.recipe.make_task(run_config, corpus)),
         "sources": {
             name: {**each.recorded(), "num_tokens": each.num_tokens, "sources": {}}
             for name, each in result.sets.items()

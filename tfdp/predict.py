@@ -17,7 +17,7 @@ from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DecodingChoice
 from tfdp.data.corpus import records_of
 from tfdp.data.cutting import cut_prompt
-from tfdp.data.examples import ExampleKeys, Pairs, make_form
+from tfdp.data.examples import Pairs, make_form
 from tfdp.system.exits import ConfigError, require, require_at_most, run_command
 from tfdp.system.files import replacing
 from tfdp.system.messages import shown
@@ -85,10 +85,13 @@ def _prompts(config: Config, trained: "TrainedModel") -> Iterator[tuple[int, lis
     """The number of each record, and the ids of its text up to what is to be predicted."""
     from tfdp.data.tokenizers.tokenizer import markup_ids
 
-    form = make_form(ExampleKeys.of(trained.config.data), "bytes", "data.")
-    rule = "must be a run that read its records itself: shards do not say how their texts look"
-    require(isinstance(form, Pairs), "run_dir", config.run_dir, rule)
-    assert isinstance(form, Pairs)
+    forms = [make_form(each, "bytes", "data.") for each in trained.example_keys if each.answer is not None]
+    by_fingerprint = {form.fingerprint: form for form in forms if isinstance(form, Pairs)}
+    rule = "must be a run that read its records itself: its shards, of an earlier version, do not say how texts look"
+    require(bool(by_fingerprint), "run_dir", config.run_dir, rule)
+    rule = "must be a run on examples of one template and of the same fields: those of its shards differ"
+    require(len(by_fingerprint) == 1, "run_dir", config.run_dir, rule)
+    (form,) = by_fingerprint.values()
     fields = [field for field in form.fields if field != form.answer]
     kind = str(_kind_of(str(config.input)))
     for number, values, where in records_of(kind, Path(str(config.input)), fields, "input"):
@@ -104,16 +107,25 @@ def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tu
     from tfdp.inference.hypotheses import Hypotheses
 
     decoding = replace(run.decoding, rows=config.rows)
-    context_length = run.model.context_length
-    if run.data.too_long == "cut_input":  # what leaves no place for an output leaves place for a whole one
-        most = context_length - decoding.max_tokens
-        prompts = [(number, ids if len(ids) < context_length else cut_prompt(ids, most)) for number, ids in prompts]
-    hypotheses = Hypotheses(tf.distribute.get_strategy(), trained.make_model(), trained.tokenizer, decoding)
-    at_a_time = config.rows * _PASSES
+    rule, strategy = run.data.too_long, tf.distribute.get_strategy()
+    hypotheses = Hypotheses(strategy, trained.make_model(), trained.tokenizer, decoding, too_long=rule)
+    at_a_time, num_cut, num_unfinished = config.rows * _PASSES, 0, 0
     for start in range(0, len(prompts), at_a_time):
         share = prompts[start : start + at_a_time]
-        for (number, _), text in zip(share, hypotheses([ids for _, ids in share]), strict=True):
-            yield json.dumps({"record": number, "output": text}, ensure_ascii=False)
+        numbers = [number for number, _ in share]
+        for number, found in zip(numbers, hypotheses([ids for _, ids in share], numbers), strict=True):
+            notes = {**({"cut": True} if found.is_cut else {}), **({} if found.has_ended else {"unfinished": True})}
+            num_cut, num_unfinished = num_cut + found.is_cut, num_unfinished + (not found.has_ended)
+            yield json.dumps({"record": number, "output": found.text, **notes}, ensure_ascii=False)
+    if num_cut:
+        where = "before their last tokens" if rule == "cut_input" else "at their start"
+        _note(f"{num_cut} of {len(prompts)} inputs were cut {where}: an output needs a part of the context")
+    if num_unfinished:
+        _note(f"{num_unfinished} of {len(prompts)} outputs reached {decoding.max_tokens} tokens, or the context's end")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _classes(config: Config, run: Any, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:

@@ -122,7 +122,8 @@ class Console(Watcher):
 def main() -> None:
     description = "Turn text into token shards, once. If it is stopped, the same command continues where it was."
     config = load(Config, sys.argv[1:], "python -m tfdp.prepare", description)
-    console = Console()
+    console, keys = Console(), ExampleKeys.of(config)
+    form = make_form(keys, config.tokenizer, "")
     recipe = Recipe(
         config.source,
         config.validation_source,
@@ -130,7 +131,8 @@ def main() -> None:
         config.tokenizer,
         config.cleaning,
         config.licence,
-        form=make_form(ExampleKeys.of(config), config.tokenizer, ""),
+        form=form,
+        example_keys=None if form is None else keys,
     )
     folder = Path(str(config.output))
     num_processes = config.num_processes or os.cpu_count() or 1

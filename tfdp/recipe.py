@@ -11,7 +11,8 @@ names of it:
     weight_shapes(config, vocab_size)       of the model before it is made, for estimates
 
 Its Config may also say `identity_keys`, keys of its own that a run cannot change on the way, `next_step`, what its
-model is for (`RunDirectory.next_steps`), and `learns_examples`, that its rows are no plain text (`tfdp.plan`).
+model is for (`RunDirectory.next_steps`), `learns_examples`, that its rows are no plain text (`tfdp.plan`), and
+`prompt_attentions`, the values of `model.prompt_attention` that it trains with.
 
 Or, instead of the functions, `train(config)`: a program of its own, whose runs no other command can read.
 """

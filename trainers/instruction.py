@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tfdp import assembly
 from tfdp.config.sections import DataConfig, TrainingConfig
 from tfdp.data.sequences import Sequences, examples_of
-from tfdp.data.sources import require_examples, require_whole_examples
+from tfdp.data.sources import example_keys, require_examples, require_whole_examples
 from tfdp.recipe import import_recipe
 from trainers import causal_lm
 from trainers.causal_lm import make_model, weight_shapes
@@ -41,7 +41,7 @@ class Config(causal_lm.Config):
     @property
     def next_step(self) -> tuple[str, str]:
         """What the model is for: see `RunDirectory.next_steps`."""
-        is_of_pairs = self.data.messages_field is None and self.data.target_field is not None
+        is_of_pairs = any(each.answer is not None for each in example_keys(self.data))
         return (
             ("more text", "tfdp.generate --run_dir {} --prompt ...")
             if is_of_pairs

@@ -32,7 +32,12 @@ class Config(causal_lm.Config):
     """The run."""
 
     learns_examples: ClassVar[bool] = True
-    identity_keys: ClassVar[tuple[str, ...]] = ("metrics",)
+    # By what checkpoints are compared: a run has one measure.
+    identity_keys: ClassVar[tuple[str, ...]] = (
+        "metrics",
+        *(f"decoding.{key}" for key in ("method", "max_tokens", "beam_size", "length_penalty", "num_examples")),
+        *(f"decoding.{key}" for key in ("temperature", "top_k", "top_p", "seed")),
+    )
     next_step: ClassVar[tuple[str, str]] = ("outputs", "tfdp.predict --run_dir {} --input inputs.jsonl")
     prompt_attentions: ClassVar[tuple[str, ...]] = ("whole", "causal")
     trainer: str = "seq2seq"
@@ -55,6 +60,9 @@ class Config(causal_lm.Config):
         rule = "must be cut_input, cut_start, skip or refuse: the target stands at the end"
         require(data.too_long != "cut_end", "data.too_long", data.too_long, rule)
         require(len(set(self.metrics)) == len(self.metrics), "metrics", list(self.metrics), "must name each once")
+        ends = ("{target}", f"{{{data.target_field}}}")
+        rule = 'must end with "{target}": what stands behind it would be a part of the output'
+        require(data.template == "auto" or data.template.endswith(ends), "data.template", data.template, rule)
         require(
             self.decoding.max_tokens < self.model.context_length,
             "decoding.max_tokens",

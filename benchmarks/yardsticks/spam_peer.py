@@ -25,7 +25,7 @@ try:
 except ImportError as missing:
     refuse(f"the comparison needs PyTorch, transformers and tokenizers: {missing}")
 
-EVALUATIONS = 10
+EVALUATIONS = 6
 
 
 def load_tokenizer(options: Namespace) -> Any:

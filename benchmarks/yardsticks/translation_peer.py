@@ -166,7 +166,7 @@ def train(
         if step % options.evaluate_every == 0 or step == options.steps:
             found = evaluate(model, valid_pairs, pad)
             print(
-                f"step {step:6,}/{options.steps:,} | loss {float(loss) / count:.4f} | valid {found:.4f} | "
+                f"step {step:6,}/{options.steps:,} | loss {loss.item() / count:.4f} | valid {found:.4f} | "
                 f"{seconds:.0f} s | {num_tokens / seconds:,.0f} tok/s | epoch "
                 f"{step * options.global_batch_size / len(train_pairs):.1f}",
                 flush=True,

@@ -87,6 +87,14 @@ def test_members_of_wheels_tars_and_what_is_neither(tmp_path: Path, capsys: pyte
     assert "No such file" in refusal(capsys, lambda: list(splits.members(tmp_path / "b.txt", "x")))
 
 
+def test_a_package_that_does_not_come_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(splits.sys, "executable", "/bin/false")
+    line = refusal(capsys, splits.fetch, "some==1", tmp_path)
+    assert "cannot download some==1 with pip" in line and "--package" in line
+
+
 def test_predictions_must_be_those_of_the_test_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "predictions.jsonl"
     splits.write_outputs(path, ["one ", "zwei"])

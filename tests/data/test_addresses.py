@@ -15,22 +15,22 @@ from tfdp.system.exits import ConfigError
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("a.jsonl", Address("a.jsonl", "text", None)),
+        ("a.jsonl", Address("a.jsonl", None, None)),
         ("a.jsonl:body", Address("a.jsonl", "body", None)),
         ("a.jsonl:meta.title", Address("a.jsonl", "meta.title", None)),
-        ("a.jsonl:label=good", Address("a.jsonl", "text", ("label", "good"))),
+        ("a.jsonl:label=good", Address("a.jsonl", None, ("label", "good"))),
         ("a.jsonl:body:label=very good", Address("a.jsonl", "body", ("label", "very good"))),
         ("a.jsonl:body:label=", Address("a.jsonl", "body", ("label", ""))),
-        ("a.jsonl:a.b=c=d", Address("a.jsonl", "text", ("a.b", "c=d"))),
-        ('a.jsonl:size=5" disk', Address("a.jsonl", "text", ("size", '5" disk'))),
+        ("a.jsonl:a.b=c=d", Address("a.jsonl", None, ("a.b", "c=d"))),
+        ('a.jsonl:size=5" disk', Address("a.jsonl", None, ("size", '5" disk'))),
         ("my files/*.jsonl:body", Address("my files/*.jsonl", "body", None)),
-        ("label=1/*.jsonl", Address("label=1/*.jsonl", "text", None)),
-        ("x:label=1/*.jsonl", Address("x:label=1/*.jsonl", "text", None)),
-        ("x:a*.jsonl", Address("x:a*.jsonl", "text", None)),
-        ("dir[:]x=*.jsonl", Address("dir[:]x=*.jsonl", "text", None)),
-        ("a.jsonl:", Address("a.jsonl:", "text", None)),
-        (":a", Address(":a", "text", None)),
-        ("", Address("", "text", None)),
+        ("label=1/*.jsonl", Address("label=1/*.jsonl", None, None)),
+        ("x:label=1/*.jsonl", Address("x:label=1/*.jsonl", None, None)),
+        ("x:a*.jsonl", Address("x:a*.jsonl", None, None)),
+        ("dir[:]x=*.jsonl", Address("dir[:]x=*.jsonl", None, None)),
+        ("a.jsonl:", Address("a.jsonl:", None, None)),
+        (":a", Address(":a", None, None)),
+        ("", Address("", None, None)),
     ],
 )
 def test_what_was_an_address_before_is_read_as_before(address: str, expected: Address) -> None:
@@ -43,10 +43,10 @@ def test_what_was_an_address_before_is_read_as_before(address: str, expected: Ad
         ('a.jsonl:"Review Text"', Address("a.jsonl", "Review Text", None)),
         ('a.jsonl:"a:b/c"', Address("a.jsonl", "a:b/c", None)),
         ('a.jsonl:text:"my key"=good', Address("a.jsonl", "text", ("my key", "good"))),
-        ('a.jsonl:time="2026-01-31T12:00:00"', Address("a.jsonl", "text", ("time", "2026-01-31T12:00:00"))),
-        ('a.jsonl:url="https://x/y:k=v"', Address("a.jsonl", "text", ("url", "https://x/y:k=v"))),
+        ('a.jsonl:time="2026-01-31T12:00:00"', Address("a.jsonl", None, ("time", "2026-01-31T12:00:00"))),
+        ('a.jsonl:url="https://x/y:k=v"', Address("a.jsonl", None, ("url", "https://x/y:k=v"))),
         (r'a.jsonl:"\u00e9\"":"="="\n"', Address("a.jsonl", 'é"', ("=", "\n"))),
-        ('a.jsonl:x="a:y="b"', Address('a.jsonl:x="a', "text", ("y", "b"))),
+        ('a.jsonl:x="a:y="b"', Address('a.jsonl:x="a', None, ("y", "b"))),
     ],
 )
 def test_what_has_other_characters_stands_in_double_quotes(address: str, expected: Address) -> None:
@@ -63,8 +63,8 @@ def test_what_is_left_and_is_a_file_is_that_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a:b", "a:k=v", "a:b:k=v"):
         (tmp_path / name).write_text("")
-        assert parse(name, "") == Address(name, "text", None)
-        assert parse(f"~/{name}", "") == Address(f"~/{name}", "text", None)
+        assert parse(name, "") == Address(name, None, None)
+        assert parse(f"~/{name}", "") == Address(f"~/{name}", None, None)
         assert parse(f"{name}:body:label=1", "") == Address(name, "body", ("label", "1"))
 
 
@@ -75,7 +75,7 @@ def before(address: str) -> Address:
         address, only = condition[1], (condition[2], condition[3])
     pattern, _, field = address.rpartition(":")
     named = bool(pattern and re.fullmatch(r"[\w.-]+", field))
-    return Address(pattern, field, only) if named else Address(address, "text", only)
+    return Address(pattern, field, only) if named else Address(address, None, only)
 
 
 @given(st.text(alphabet='ab.-_:=/*[] é"', max_size=20).filter(lambda text: text.count('"') < 2))

@@ -126,6 +126,14 @@ def test_a_mistake_is_one_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("named", ["a", "text"])  # the second is what is read where no field is named
+def test_a_field_beside_those_of_examples_is_refused(tmp_path: Path, named: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "x", "b": "y", "text": "z"}\n')
+    config = DataConfig(source=f"jsonl:{tmp_path}/a.jsonl:{named}", input_field="a", target_field="b")
+    with pytest.raises(ConfigError, match=r"must name no field: data\.input_field and its like do"):
+        open_corpus(config, tmp_path / "cache")
+
+
 def test_rows_hold_whole_examples_and_say_where_each_begins(tmp_path: Path) -> None:
     shards = open_shards(tmp_path, PAIRS, input_field="question", target_field="answer")
     split = shards.train

@@ -13,6 +13,17 @@ import pytest
 from tfdp.data.corpus import documents
 from tfdp.system.exits import ConfigError
 
+# What Python does not have. With pandas installed, pyarrow would make a type of pandas of it, or cut it off.
+_NS = pyarrow.timestamp("ns")
+NANOSECONDS = [
+    (_NS, 1, "timestamp[ns]"),
+    (pyarrow.timestamp("ns", "UTC"), 1, "timestamp[ns, tz=UTC]"),
+    (pyarrow.time64("ns"), 1, "time64[ns]"),
+    (pyarrow.duration("ns"), 1, "duration[ns]"),
+    (pyarrow.list_(_NS), [1], "list<element: timestamp[ns]>"),
+    (pyarrow.struct([("x", _NS)]), {"x": 1}, "struct<x: timestamp[ns]>"),
+    (pyarrow.map_(pyarrow.string(), _NS), [("x", 1)], "map<string, timestamp[ns]"),
+]
 NOON = datetime.datetime(2026, 1, 31, 12, 0, 0)
 
 
@@ -43,6 +54,7 @@ def refusal(source: str) -> str:
         (pyarrow.timestamp("us"), NOON.replace(microsecond=1), "2026-01-31T12:00:00.000001"),
         (pyarrow.date32(), NOON.date(), "2026-01-31"),
         (pyarrow.time64("us"), NOON.time(), "12:00:00"),
+        (pyarrow.time64("ns"), NOON.time(), "12:00:00"),
         (pyarrow.decimal128(9, 2), decimal.Decimal("1.5"), "1.50"),
         (pyarrow.decimal128(20, 10), decimal.Decimal("1E-10"), "0.0000000001"),
         (pyarrow.binary(), b"caf\xc3\xa9", "café"),
@@ -54,6 +66,7 @@ def refusal(source: str) -> str:
         (pyarrow.float32(), 2.0, "2.0"),
         (pyarrow.null(), None, "null"),
         (pyarrow.list_(pyarrow.int64()), [1, 2], "[1, 2]"),
+        (pyarrow.list_(_NS), [NOON], '["2026-01-31T12:00:00"]'),
         (pyarrow.list_(pyarrow.date32()), [NOON.date()], '["2026-01-31"]'),
         (pyarrow.struct([("x", pyarrow.decimal128(3, 1))]), {"x": decimal.Decimal("2.0")}, '{"x": "2.0"}'),
         (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), "é", "é"),
@@ -72,13 +85,28 @@ def test_a_condition_on_a_column_of_any_type(tmp_path: Path, kind: Any, value: A
     ("kind", "value", "reason"),
     [
         (pyarrow.duration("s"), datetime.timedelta(1), "a value that has a text to compare, and is timedelta"),
-        (pyarrow.timestamp("ns"), 1, "a value that has a text to compare, and is timestamp"),
-        (pyarrow.timestamp("s"), 10**15, "a value that has a text to compare, and is timestamp"),
+        (pyarrow.duration("ns"), 1000, "a value that has a text to compare, and is timedelta"),
+        (pyarrow.timestamp("s"), 10**15, "a value that has a text, and is timestamp"),
+        *((kind, value, f"a value that has a text, and is {told}") for kind, value, told in NANOSECONDS),
     ],
 )
 def test_a_value_without_a_text_is_one_line(tmp_path: Path, kind: Any, value: Any, reason: str) -> None:
     source = write(tmp_path / "a", text=["a"], key=pyarrow.array([value], kind))
     assert f"{tmp_path}/a, row 1, column key must be {reason}" in refusal(f"{source}:key=1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "reason"),
+    [
+        (pyarrow.timestamp("ns"), 1000, "text, and is datetime"),
+        (pyarrow.duration("ns"), 1000, "text, and is timedelta"),
+        (pyarrow.timestamp("s"), 10**15, "a value that has a text, and is timestamp"),
+        *((kind, value, f"a value that has a text, and is {told}") for kind, value, told in NANOSECONDS),
+    ],
+)
+def test_a_column_that_is_no_text_is_one_line(tmp_path: Path, kind: Any, value: Any, reason: str) -> None:
+    source = write(tmp_path / "a", key=pyarrow.array([value], kind))
+    assert f"{tmp_path}/a, row 1, column key must be {reason}" in refusal(f"{source}:key")
 
 
 def test_bytes_that_are_no_utf8_equal_no_text(tmp_path: Path) -> None:

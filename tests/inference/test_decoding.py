@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdp.config.sections import DecodingConfig, DistributionConfig, ModelConfig
+from tfdp.config.sections import DecodingConfig, DistributionConfig, ModelConfig, SamplingConfig
 from tfdp.data.tokenizers.tokenizer import make_tokenizer
 from tfdp.inference.decoding import Decoder, Prompts
 from tfdp.inference.hypotheses import Hypotheses
+from tfdp.inference.sampling import Sampler
 from tfdp.models.gpt import GPT
 from tfdp.ops.visibility import ByDocument
 from tfdp.parallel import distribution
@@ -104,6 +105,10 @@ def test_beams_that_keep_everything_find_the_best_output(penalty: float) -> None
                 likely = tf.nn.log_softmax(logits)[0, len(prompt) - 1 : -1].numpy()
                 total = sum(row[token] for row, token in zip(likely, written, strict=True))
                 scores[tuple(written + [END] * (longest - length))] = total / ((5 + length) / 6) ** penalty
+                if length == longest:  # nor need it end there
+                    for last in range(1, vocab):
+                        unfinished = total - likely[-1][END] + likely[-1][last]
+                        scores[(*inner, last)] = unfinished / ((5 + length) / 6) ** penalty
         assert tuple(output) == max(scores, key=lambda each: scores[each])
 
 
@@ -121,7 +126,9 @@ def beam_search(model: GPT, prompt: list[int], size: int, longest: int, penalty:
         ended += [(total / scale, written) for total, written in candidates if written[-1] == END]
         ended = sorted(ended, key=lambda each: -each[0])[:size]
         begun = [each for each in candidates if each[1][-1] != END][:size]
-    found = (ended or begun)[0][1]
+    scale = ((5 + longest) / 6) ** penalty
+    ended += [(total / scale, written) for total, written in begun]  # unfinished, and maybe better all the same
+    found = max(ended, key=lambda each: each[0])[1]
     return found + [END] * (longest - len(found))
 
 
@@ -175,12 +182,65 @@ def test_outputs_are_the_same_on_any_number_of_replicas(method: Any) -> None:
         with strategy.scope():
             model = GPT(replace(BASE, prompt_attention="whole", context_length=42), tokenizer.vocab_size, seed=3)
         config = DecodingConfig(method=method, rows=4, max_tokens=6, beam_size=2)
-        found.append(Hypotheses(strategy, model, tokenizer, config, parallel)(given))
+        made = Hypotheses(strategy, model, tokenizer, config, parallel)(given, range(len(given)))
+        found.append([each.text for each in made])
     assert all(each == found[0] for each in found[1:])
     assert len(set(found[0])) >= 5
     end = tokenizer.end_of_text
     decoder = Decoder(model, tokenizer.vocab_size, end, config)
     for text, output in zip(given, found[0], strict=True):
-        if method != "sampling" and len(text) <= 36:
+        if method != "sampling" and len(text) <= 36:  # what is longer has less room
             ids = decoder(prompts([text], 6)).numpy()[0].tolist()
             assert tokenizer.decode(np.array([*ids, end][: [*ids, end].index(end)])) == output
+
+
+def test_a_prompt_leaves_room_and_what_is_cut_or_unfinished_is_told() -> None:
+    tokenizer = make_tokenizer("bytes", "data.tokenizer")
+    model = GPT(replace(BASE, prompt_attention="whole"), tokenizer.vocab_size, seed=3)  # of 24 tokens
+    config = DecodingConfig(max_tokens=10, rows=2)
+    texts = ["abc", "a" * 17, "b" * 18, "c" * 60]
+    given = [[tokenizer.end_of_text, *tokenizer.encode(text).tolist()] for text in texts]
+    found = Hypotheses(tf.distribute.get_strategy(), model, tokenizer, config)(given, range(4))
+    assert [each.is_cut for each in found] == [False, False, True, True]  # a quarter of 24 is left, at least
+    assert [each.has_ended for each in found] == [False] * 4
+    # The second has the last place of its context, and no token beyond it
+    alone = decode_bytes(model, tokenizer, [given[1], given[3][-18:]], 6)
+    assert [found[1].text, found[3].text] == alone
+
+
+def decode_bytes(model: GPT, tokenizer: Any, rows: list[list[int]], num_tokens: int) -> list[str]:
+    decoder = Decoder(model, tokenizer.vocab_size, tokenizer.end_of_text, DecodingConfig(max_tokens=num_tokens))
+    return [tokenizer.decode(ids) for ids in decoder(prompts(rows, num_tokens)).numpy()]
+
+
+def test_what_is_drawn_goes_by_the_number_of_an_example() -> None:
+    tokenizer = make_tokenizer("bytes", "data.tokenizer")
+    model = GPT(replace(BASE, prompt_attention="whole"), tokenizer.vocab_size, seed=3)
+    config = DecodingConfig(method="sampling", max_tokens=6, rows=2)
+    hypotheses = Hypotheses(tf.distribute.get_strategy(), model, tokenizer, config)
+    given = [[tokenizer.end_of_text, 65]] * 5
+    together = hypotheses(given, [3, 4, 5, 6, 3])
+    assert together[0] == together[4] and len({each.text for each in together}) == 4
+    assert [hypotheses(given[:1], [number])[0] for number in (3, 4, 5, 6)] == together[:4]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_kernels_write_the_same(precision: str) -> None:
+    config = DecodingConfig(max_tokens=4)
+    plain, fused = (
+        GPT(replace(BASE, prompt_attention="whole"), VOCAB, seed=1, precision=precision, fuse=fuse)
+        for fuse in (False, True)
+    )
+    assert decode(plain, config, prompts(PROMPTS, 4)) == decode(fused, config, prompts(PROMPTS, 4))
+
+
+def test_a_model_that_sees_prompts_whole_is_sampled_as_it_was_trained() -> None:
+    tokenizer = make_tokenizer("bytes", "data.tokenizer")
+    model = GPT(replace(BASE, prompt_attention="whole"), tokenizer.vocab_size, seed=3)
+    sampler = Sampler(model, tokenizer)
+    config = SamplingConfig(num_tokens=50, temperature=0)
+    texts = ["ab", "xyzuvw"]
+    given = [[tokenizer.end_of_text, *tokenizer.encode(text).tolist()] for text in texts]
+    room = [25 - len(ids) for ids in given]  # it ends with the context: its own text is no prompt
+    alone = [decode_bytes(model, tokenizer, [ids], num)[0] for ids, num in zip(given, room, strict=True)]
+    assert sampler.texts(texts, config) == alone

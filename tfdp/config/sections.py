@@ -81,7 +81,8 @@ class ModelConfig(_Section):
     sliding_window: int | None = None
     """Number of most recent tokens that each token attends to, itself included; null: no limit."""
     prompt_attention: Literal["causal", "whole"] = "causal"
-    """Whom the tokens of a prompt see, with the recipe seq2seq. causal: those before them; whole: all of the prompt."""
+    """With the recipe seq2seq, what each token of an input sees. causal: the tokens before it, as in other models;
+    whole: all of the input."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Normalisation before attention, before the MLP and before the output projection."""
     activation: Literal["gelu", "swiglu"] = "swiglu"
@@ -174,8 +175,9 @@ class ModelConfig(_Section):
             rule = f"must list layers from 0 to {self.num_layers - 1}"
             require(0 <= layer < self.num_layers, "model.layers_without_rope", layer, rule)
         self._require(self.qk_norm or not self.qk_norm_gain, "qk_norm_gain", "needs model.qk_norm true")
-        is_free = self.prompt_attention == "causal" or self.sliding_window is None
-        self._require(is_free, "sliding_window", "must be null with model.prompt_attention whole")
+        narrow = self.sliding_window is not None and self.sliding_window < self.context_length
+        rule = f"must be causal with model.sliding_window {self.sliding_window}, which hides a part of the input"
+        self._require(self.prompt_attention == "causal" or not narrow, "prompt_attention", rule)
 
     def _check_adapters(self) -> None:
         self._require_at_most(lora_rank=2**16, lora_alpha=1e6)
@@ -647,14 +649,14 @@ class SamplingConfig(_Section):
 
 @dataclass(frozen=True)
 class DecodingConfig(_Section):
-    """How a model writes the outputs that its metrics compare."""
+    """How a model writes the outputs that are scored."""
 
     _PREFIX = "decoding."
 
     method: Literal["greedy", "beam", "sampling"] = "greedy"
     """greedy: always the likeliest token; beam: a search for the likeliest output; sampling: drawn."""
     max_tokens: int = 64
-    """Most tokens of an output."""
+    """Most tokens of an output. An input may take three quarters of the context, or all but this where that is more."""
     beam_size: int = 4
     """With beam: beginnings that are kept."""
     length_penalty: float = 0.6
@@ -670,7 +672,7 @@ class DecodingConfig(_Section):
     num_examples: int | None = 500
     """Examples of each validation set for which an evaluation writes outputs, spread evenly over it; null: all."""
     rows: int = 64
-    """Outputs that a replica writes at the same time."""
+    """Rows that a replica computes at the same time: outputs, or beginnings of beams. Fewer take less memory."""
 
     def __post_init__(self) -> None:
         self._require_at_most(num_examples=MOST, temperature=1000, length_penalty=100, seed=2**63 - 1, top_k=MOST)
@@ -682,11 +684,21 @@ class DecodingConfig(_Section):
         self._require(self.temperature > 0, "temperature", "must be positive: try 1, or decoding.method greedy")
         self._require(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "must lie in (0, 1]: try 0.95")
         self._require(self.seed >= 0, "seed", "must not be negative: try 0")
+        for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", None)):
+            is_used = self.method == "sampling" or getattr(self, name) == default
+            self._require(is_used, name, f"needs decoding.method sampling, and it is {self.method}")
+
+    def describe(self) -> str:
+        """The search in a few words, as results are reported with."""
+        if self.method == "beam":
+            return f"beam {self.beam_size}, length penalty {self.length_penalty:g}, {self.max_tokens} tokens at most"
+        drawn = f", temperature {self.temperature:g}, top k {self.top_k}, top p {self.top_p}, seed {self.seed}"
+        return f"{self.method}{drawn if self.method == 'sampling' else ''}, {self.max_tokens} tokens at most"
 
 
 @dataclass(frozen=True)
 class DecodingChoice:
-    """Keys of a command that reads a run of the recipe seq2seq: how it writes outputs, where not as in training."""
+    """The search of a command that reads a run of the recipe seq2seq; null: that of training."""
 
     method: Literal["greedy", "beam", "sampling"] | None = None
     """Of a run of the recipe seq2seq: how outputs are written; null: as in training (decoding.method)."""
@@ -696,17 +708,28 @@ class DecodingChoice:
     """With beam: see decoding.length_penalty; null: as in training."""
     max_tokens: int | None = None
     """Most tokens of an output; null: as in training."""
+    temperature: float | None = None
+    """With sampling: divides the logits; null: as in training."""
+    top_k: int | None = None
+    """With sampling: draw from this many likeliest tokens; null: as in training."""
+    top_p: float | None = None
+    """With sampling: draw from the likeliest tokens that together have this probability; null: as in training."""
 
     def chosen(self, config: Any) -> Any:
-        """The configuration of a run with the keys that are named. Raises `ConfigError` where it writes no outputs."""
+        """The configuration of a run with the keys that are named. Raises `ConfigError` for those without effect."""
         named = {
             field.name: value for field in fields(DecodingChoice) if (value := getattr(self, field.name)) is not None
         }
-        if not hasattr(config, "decoding"):
-            for name, value in named.items():
-                require(False, name, value, "is for a run of the recipe seq2seq")
+        writes = hasattr(config, "decoding") and bool(getattr(config, "metrics", True))
+        first = next(iter(named), "method")
+        require(writes or not named, first, named.get(first), "is for a run of the recipe seq2seq that has metrics")
+        if not named:
             return config
-        return replace(config, decoding=replace(config.decoding, **named))
+        found = replace(config.decoding, **named)
+        for name in ("beam_size", "length_penalty"):
+            is_used = found.method == "beam" or name not in named
+            require(is_used, name, named.get(name), f"needs --method beam, and it is {found.method}")
+        return replace(config, decoding=found)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

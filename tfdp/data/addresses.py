@@ -26,13 +26,13 @@ class Address:
     """The parts of an address."""
 
     pattern: str  # of file names, for `inputs.find`
-    field: str
+    field: str | None  # None: the default one
     only: tuple[str, str] | None  # the field and the value of the records to take; None: all
 
 
 def parse(address: str, key: str) -> Address:
     """Takes an address apart. Raises `ConfigError`, blaming `key`, for double quotes with no JSON text inside."""
-    rest, field, only = address, DEFAULT_FIELD, None
+    rest, field, only = address, None, None
     if condition := _match(_CONDITIONS, rest):
         rest, only = condition[1], (_unquoted(condition[2], key), _unquoted(condition[3], key))
     if named := _match([_FIELD], rest):

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tfdp.data import addresses, compression, inputs, records
+from tfdp.data import addresses, compression, datasets, inputs, records
 from tfdp.data.examples import Form, OneField
 from tfdp.data.json_lines import json_lines, num_json_lines
 from tfdp.data.parquet import num_parquet_rows, parquet_rows
@@ -64,11 +64,13 @@ def documents(source: str, key: str = "data.source", form: Form | None = None) -
         raise ConfigError(f"{key} ({shown(source)}) must begin with one of {', '.join(SOURCES)}: {hint}")
     if form is None:
         return SOURCES[kind](address, key)
-    rule = f"must have records with fields, one of {', '.join(_RECORDS)}, where it is to give examples"
-    require(kind in _RECORDS, key, source, rule)
-    is_bare = addresses.parse(address, key).field == addresses.DEFAULT_FIELD
+    kinds = [*_RECORDS, "tfds"]
+    rule = f"must have records with fields, one of {', '.join(kinds)}, where it is to give examples"
+    require(kind in kinds, key, source, rule)
+    parse = datasets.parse if kind == "tfds" else addresses.parse
+    is_bare = parse(address, key).field is None
     require(is_bare, key, source, "must name no field: data.input_field and its like do")
-    return _records(kind, address, key, form)
+    return _tfds(address, key, form) if kind == "tfds" else _records(kind, address, key, form)
 
 
 def records_of(kind: str, path: Path, fields: Sequence[str], key: str) -> Iterator[records.Record]:
@@ -130,18 +132,23 @@ def _records(kind: str, address: str, key: str, form: Form | None = None) -> Ite
     A document is named FILE:NUMBER, by its line or its row.
     """
     parts = addresses.parse(address, key)
-    form = form or OneField(parts.field)
+    form = form or OneField(parts.field or addresses.DEFAULT_FIELD)
     for name, path in _files(parts.pattern, key, f"{kind}:{address}"):
         for number, values, where in _RECORDS[kind].read(path, form.fields, key, parts.only):
             yield Document(f"{name}:{number}", form.text(values, where))
 
 
-def _tfds(address: str, key: str) -> Iterator[Document]:
-    """One feature of a data set of TensorFlow Datasets; a document is named by its place in the split."""
-    from tfdp.data.datasets import examples
+def _tfds(address: str, key: str, form: Form | None = None) -> Iterator[Document]:
+    """Documents of a data set of TensorFlow Datasets: one feature of each record, or what a form makes.
 
-    for number, text in examples(address, key):
-        yield Document(str(number), text)
+    A document is named by its place in the split.
+    """
+    if form is None:
+        for number, text in datasets.examples(address, key):
+            yield Document(str(number), text)
+        return
+    for number, values, where in datasets.dataset_records(address, form.fields, key):
+        yield Document(str(number), form.text(values, where))
 
 
 def _files(pattern: str, key: str, source: str) -> list[tuple[str, Path]]:

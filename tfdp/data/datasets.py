@@ -1,26 +1,28 @@
-"""Text from TensorFlow Datasets: `tfds:NAME[/CONFIG][:SPLIT][:FIELD]`.
+"""Text and records from TensorFlow Datasets: `tfds:NAME[/CONFIG][:SPLIT][:FIELD]`.
 
 NAME is a data set that TensorFlow Datasets knows (wikipedia/20230601.en, lm1b, tiny_shakespeare), with a version if one
 is wanted (lm1b:1.1.0), or the folder of a prepared one. SPLIT is train by default, and may be a slice: train[:90%].
-FIELD is the feature that holds the text: by default `text`, or the only feature that is text.
+FIELD is the feature that holds the text: by default `text`, or the only feature that is text. Records have features of
+any kind that JSON has too (`features.py`).
 
-A separate process reads the data set and sends the texts through a pipe: reading starts TensorFlow, and in the process
-that trains nothing may start it before a `MultiWorkerMirroredStrategy` is made.
+A separate process reads the data set and sends texts, or records as JSON, through a pipe: reading starts TensorFlow,
+and in the process that trains nothing may start it before a `MultiWorkerMirroredStrategy` is made.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tfdp.data import inputs
+from tfdp.data import inputs, records
 from tfdp.system import messages
 from tfdp.system.exits import ConfigError
 
@@ -59,10 +61,30 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
       ConfigError: no such data set, split or field, text that is not UTF-8, or no network to download it with.
     """
     parse(address, key)
-    command = [sys.executable, "-m", "tfdp.data.datasets", address, key]
+    yield from enumerate(_received(address, key, []))
+
+
+def dataset_records(address: str, fields: Sequence[str], key: str) -> Iterator[records.Record]:
+    """Yields the records of a split, in its fixed order, numbered from 0.
+
+    Args:
+      address: without a field.
+      fields: whose values are wanted; a.b is the feature a.b, else the feature b of the features a.
+      key: the configuration key to blame.
+
+    Raises:
+      ConfigError: as `examples` does, or a feature that is not there, or a value that is missing.
+    """
+    parse(address, key)
+    for number, text in enumerate(_received(address, key, [json.dumps(list(fields))])):
+        yield records.Record(number, json.loads(text), f"{_named(address, key)}, example {number}, field")
+
+
+def _received(address: str, key: str, fields: Sequence[str]) -> Iterator[str]:
+    """What the reading process sends: texts, or with `fields`, a list of names in JSON, lists of their values."""
+    command = [sys.executable, "-m", "tfdp.data.datasets", address, key, *fields]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.pop("TF_CONFIG", None)
-    number = 0
     with (
         tempfile.TemporaryFile() as printed,  # an unread pipe would fill up and block the process
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=printed, env=environment) as process,
@@ -72,8 +94,7 @@ def examples(address: str, key: str) -> Iterator[tuple[int, str]]:
             for kind, text in _frames(process.stdout):
                 if kind == _MISTAKE:
                     raise ConfigError(text)
-                yield number, text
-                number += 1
+                yield text
             if process.wait() != 0:
                 printed.seek(0)
                 last = printed.read().decode(errors="replace").strip().splitlines()[-1:]
@@ -94,8 +115,9 @@ def _frames(stream: IO[bytes]) -> Iterator[tuple[bytes, str]]:
 
 
 def main() -> int:
-    """Reads the data set that the arguments name, and writes a frame for each text."""
-    address, key = sys.argv[1:3]
+    """Reads the data set that the arguments name, and writes a frame for each text or record."""
+    address, key, *rest = sys.argv[1:]
+    fields = json.loads(rest[0]) if rest else None
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the libraries print must not mix with the frames
 
@@ -103,7 +125,7 @@ def main() -> int:
         output.write(kind + len(data).to_bytes(8, "little") + data)
 
     try:
-        for number, data in enumerate(_read(parse(address, key), key, address)):
+        for number, data in enumerate(_read(parse(address, key), key, address, fields)):
             try:
                 data.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -117,7 +139,8 @@ def main() -> int:
     return 0
 
 
-def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
+def _read(wanted: Address, key: str, address: str, fields: Sequence[str] | None = None) -> Iterator[bytes]:
+    """The texts of a data set, or where `fields` are named, lists of their values in JSON."""
     from tfdp.system.startup import load_tensorflow
 
     load_tensorflow()
@@ -130,16 +153,30 @@ def _read(wanted: Address, key: str, address: str) -> Iterator[bytes]:
     if not (builder.is_prepared() and builder.info.splits):
         _prepare(builder, shown)
         builder = _builder(tfds, wanted, shown)
-    field = _field(tfds, builder, wanted.field, shown)
+    if fields is None:
+        field = _field(tfds, builder, wanted.field, shown)
+        yield from (example[field] for example in _opened(tfds, builder, wanted.split, shown))
+        return
+    from tfdp.data.features import Field
+
+    features = _features(builder)
+    found = [Field(name, features, shown) for name in fields]
+    is_flat = type(builder.info.features) is tfds.features.FeaturesDict  # of no other kind a part can be decoded
+    needed = tfds.decode.PartialDecoding({field.place[0]: True for field in found}) if is_flat else None
+    for number, example in enumerate(_opened(tfds, builder, wanted.split, shown, needed)):
+        yield json.dumps([field.value(example, f"{shown}, example {number},") for field in found]).encode()
+
+
+def _opened(tfds: Any, builder: Any, split: str, shown: str, decoders: Any = None) -> Any:
+    """The examples of a split in their fixed order. Raises `ConfigError` where there is no such split."""
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     try:
-        data = builder.as_dataset(split=wanted.split, shuffle_files=False, read_config=config)
+        data = builder.as_dataset(split=split, shuffle_files=False, read_config=config, decoders=decoders)
     except (ValueError, KeyError, AssertionError) as error:
         listed = ", ".join(builder.info.splits)
         reason = " ".join(str(error).split())
         raise ConfigError(f"{shown} must name a split of {listed}, or a slice of one: {reason[:200]}") from None
-    for example in tfds.as_numpy(data):
-        yield example[field]
+    return tfds.as_numpy(data)
 
 
 def _builder(tfds: Any, wanted: Address, shown: str) -> Any:
@@ -192,10 +229,14 @@ def _missing_package(error: BaseException) -> str:
     return getattr(error, "name", None) or " ".join(str(error).split())[:200]
 
 
+def _features(builder: Any) -> dict[str, Any]:
+    """The features of a data set by name."""
+    return dict(builder.info.features) if hasattr(builder.info.features, "items") else {}
+
+
 def _field(tfds: Any, builder: Any, field: str | None, shown: str) -> str:
     """The feature that holds the text."""
-    features = dict(builder.info.features) if hasattr(builder.info.features, "items") else {}
-    texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    texts = [name for name, feature in _features(builder).items() if isinstance(feature, tfds.features.Text)]
     if field is None:
         field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if field is None or field not in texts:

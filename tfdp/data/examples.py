@@ -13,7 +13,8 @@ is done with examples.
 import json
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 from tfdp.data import records, strict_json
@@ -21,6 +22,7 @@ from tfdp.data.chat import ROLES, ChatTemplate, Message, chat_template
 from tfdp.data.tokenizers.tokenizer import make_tokenizer, size_to_train
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.messages import shown
+from tfdp.system.sealed import read_sealed, write_sealed
 
 BEGIN, END = "\ufdd0", "\ufdd1"  # of what is learned
 DEFAULT_TEMPLATES = {"target": "{input}\n{target}", "label": "{input}\n{label}"}
@@ -49,6 +51,25 @@ class ExampleKeys:
     def answer(self) -> str | None:
         """What is learned of a pair: "target" or "label"."""
         return "target" if self.target_field is not None else "label" if self.label_field is not None else None
+
+
+def save_keys(path: Path, ways: Sequence[ExampleKeys]) -> None:
+    """Writes down how records became examples, so that a model can be asked as it was trained."""
+    write_sealed(path, {"examples": [asdict(each) for each in ways]})
+
+
+def open_keys(path: Path, key: str) -> list[ExampleKeys]:
+    """What `save_keys` wrote; nothing where there is no such file.
+
+    Raises:
+      ConfigError: it is not what was written.
+    """
+    try:
+        return [ExampleKeys(**each) for each in read_sealed(path)["examples"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{key} ({path}) must be as the run wrote it: {error}") from None
 
 
 class Form(Protocol):

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from tfdp.data.examples import ExampleKeys
 from tfdp.system.sealed import read_sealed, write_sealed
 
 FORMAT_VERSION, OLDEST_READ = 5, 4
 EXAMPLES_VERSION = 6  # shards of examples, whose ids carry flags (tfdp/tasks/flags.py)
+EXAMPLE_KEYS = "example_keys"  # of the manifest: how records became examples, which earlier ones do not say
 SPLITS = ("train", "validation")
 MANIFEST_FILE, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 DTYPES = ("<u2", "<u4")
@@ -61,6 +63,7 @@ class Manifest:
     corpus_sha256: str
     splits: dict[str, SplitFacts]
     tokenizer_files: Sequence[ListedFile]
+    example_keys: ExampleKeys | None = None  # None: its documents are plain text, or it does not say
 
     @property
     def has_flags(self) -> bool:
@@ -86,6 +89,7 @@ class Manifest:
                 content["corpus_sha256"],
                 {name: _split_facts(content, name) for name in SPLITS},
                 [_listed(entry) for entry in content.get("tokenizer_files", [])],
+                ExampleKeys(**content[EXAMPLE_KEYS]) if EXAMPLE_KEYS in content else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a key is missing or wrong ({type(error).__name__}: {error})") from None

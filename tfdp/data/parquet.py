@@ -36,11 +36,13 @@ def parquet_rows(
             columns = [place[0] for place in places]
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 found = [_values(batch, place) for place in places]
+                kinds = [_in_microseconds(each.type) for each in found]
                 for row in range(len(batch)):
                     number += 1
                     place = f"{where}, row {number}, column"
-                    if only is None or _compared(found[-1][row], f"{place} {shown(only[0])}") == only[1]:
-                        values = [_from_arrow(each[row]) for each in found[: len(fields)]]
+                    if only is None or _compared(found[-1][row], kinds[-1], f"{place} {shown(only[0])}") == only[1]:
+                        wanted = zip(fields, found, kinds, strict=False)  # without that of the condition
+                        values = [_python(each[row], kind, place, field) for field, each, kind in wanted]
                         yield records.Record(number, values, place)
     except (pyarrow.ArrowException, OSError) as error:
         message = one_line(" ".join(str(error).split()))
@@ -100,22 +102,57 @@ def _values(batch: Any, place: list[str]) -> Any:
     return array
 
 
-def _from_arrow(value: Any) -> Any:
+def _compared(value: Any, kind: Any, where: str) -> str:
+    found = _python(value, kind, where)
+    return "\udcff" if isinstance(found, UnicodeDecodeError) else records.compared(found, where)  # no text equals it
+
+
+def _python(value: Any, kind: Any, place: str, field: str | None = None) -> Any:
+    """The value as Python has it, the same with and without pandas; bytes that are no UTF-8 as the error that they are.
+
+    pyarrow makes types of pandas of nanoseconds where it is installed, and cuts those of a time of day off.
+
+    Args:
+      value: in the types of pyarrow.
+      kind: what `_in_microseconds` makes of its type.
+      place, field: of it, for messages.
+
+    Raises:
+      ConfigError: Python has no such value.
+    """
     try:
-        return value.as_py()
+        return (value if kind is None else value.cast(kind)).as_py()
     except UnicodeDecodeError as error:
         return error
-
-
-def _compared(value: Any, where: str) -> str:
-    try:
-        return records.compared(value.as_py(), where)
-    except UnicodeDecodeError:
-        return "\udcff"  # no text equals it
     except (ValueError, OverflowError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
         reason = one_line(" ".join(str(error).split()))[:200]
-        raise ConfigError(
-            f"{where} must be a value that has a text to compare, and is {value.type}: {reason}"
-        ) from None
+        where = place if field is None else f"{place} {shown(field)}"
+        raise ConfigError(f"{where} must be a value that has a text, and is {value.type}: {reason}") from None
+
+
+def _in_microseconds(kind: Any) -> Any:
+    """A type with microseconds in place of nanoseconds, which Python does not have; None for one without these."""
+    return _replaced(kind) if "[ns" in str(kind) else None
+
+
+def _replaced(kind: Any) -> Any:
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_replaced(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pyarrow.map_(_replaced(kind.key_type), _replaced(kind.item_type))
+    if types.is_list(kind):
+        return pyarrow.list_(_replaced(kind.value_type))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_replaced(kind.value_type))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(_replaced(kind.value_type), kind.list_size)
+    if types.is_dictionary(kind):
+        return _replaced(kind.value_type)
+    if getattr(kind, "unit", None) != "ns":
+        return kind
+    if types.is_timestamp(kind):
+        return pyarrow.timestamp("us", kind.tz)
+    return pyarrow.time64("us") if types.is_time64(kind) else pyarrow.duration("us")

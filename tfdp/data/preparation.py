@@ -21,6 +21,7 @@ from tfdp.data.encoding import PARTS_FOLDER, Encoding, Part, encode_all, groups
 from tfdp.data.examples import unmarked
 from tfdp.data.inputs import path_of
 from tfdp.data.manifest import (
+    EXAMPLE_KEYS,
     EXAMPLES_VERSION,
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -247,6 +248,7 @@ def _manifest(
         **found,
         "overlap": None,
         "recipe": facts,
+        **({} if recipe.example_keys is None else {EXAMPLE_KEYS: asdict(recipe.example_keys)}),
     }
 
 

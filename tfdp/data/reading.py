@@ -11,7 +11,7 @@ import numpy as np
 from tfdp.data import joining
 from tfdp.data.cleaning import Cleaning, fingerprint
 from tfdp.data.corpus import Document, condition_of, documents, num_records
-from tfdp.data.examples import Form
+from tfdp.data.examples import ExampleKeys, Form
 from tfdp.data.manifest import SPLITS
 from tfdp.data.tokenizers.tokenizer import make_tokenizer, size_to_train
 from tfdp.system.exits import ConfigError
@@ -31,6 +31,7 @@ class Recipe:
       licence: of the text, if known.
       section: of the configuration that these keys come from, with its dot; to name what is wrong.
       form: that makes examples of records; None: documents are plain text.
+      example_keys: that the form was made of, for the manifest.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Recipe:
     licence: str | None = None
     section: str = ""
     form: Form | None = None
+    example_keys: ExampleKeys | None = None
 
     def facts(self) -> dict[str, Any]:
         """What the bytes of the shards follow from, with the content of the files it names."""

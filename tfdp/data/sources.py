@@ -12,7 +12,7 @@ from tfdp.config import source_syntax
 from tfdp.config.sections import DataConfig
 from tfdp.data.examples import ExampleKeys, make_form
 from tfdp.data.inputs import path_of
-from tfdp.data.manifest import FORMAT_VERSION, SPLITS
+from tfdp.data.manifest import FORMAT_VERSION, SPLITS, Manifest
 from tfdp.data.preparation import prepare
 from tfdp.data.reading import Recipe, corpus_sha256
 from tfdp.data.shards import Split, TokenShards, open_shards, open_tokenizer_of
@@ -162,6 +162,28 @@ def require_examples(config: DataConfig) -> None:
     require(is_known, "data.target_field", config.target_field, rule)
 
 
+def example_keys(config: DataConfig) -> list[ExampleKeys]:
+    """How the records of a run became examples: as its keys say, or the manifests of its shards, each way once.
+
+    Empty where it has no examples, or where the shards of one source do not say: those of an earlier version, say.
+    """
+    own = ExampleKeys.of(config)
+    if own.makes_examples:
+        return [own]
+    found = []
+    for name, _ in source_syntax.parse(config.source):
+        if not name.startswith(TOKENS):
+            continue  # plain text
+        try:
+            manifest = Manifest.read(_folder_and_key(name)[0])
+        except (OSError, ValueError):
+            return []
+        if manifest.has_flags and manifest.example_keys is None:
+            return []
+        found += [manifest.example_keys] if manifest.example_keys is not None else []
+    return list(dict.fromkeys(found))
+
+
 def require_whole_examples(config: DataConfig) -> None:
     """Raises `ConfigError` where examples would be cut in two, or see each other."""
     rule = "must be whole or documents: an example is not cut in two"
@@ -265,9 +287,11 @@ def _tokenizer_name(config: DataConfig, opened: list[str]) -> str:
 
 
 def _from_cache(config: DataConfig, source: str, tokenizer: str, cache_dir: Path) -> TokenShards:
-    form = make_form(ExampleKeys.of(config), tokenizer, "data.")
+    keys = ExampleKeys.of(config)
+    form = make_form(keys, tokenizer, "data.")
     held_out = (config.validation_source, config.validation_fraction)
-    recipe = Recipe(source, *held_out, tokenizer, section="data.", form=form)
+    own_keys = None if form is None else keys
+    recipe = Recipe(source, *held_out, tokenizer, section="data.", form=form, example_keys=own_keys)
     # the text itself, not where it lies
     facts = {**recipe.facts(), "source": corpus_sha256(recipe), "validation_source": None}
     name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.{FORMAT_VERSION}"

@@ -1,7 +1,8 @@
 """Searches for the outputs of many prompts in one graph: greedy, drawn, or by beams.
 
-Prompts of several lengths are padded in front, so that they end together, and keys and values are cached. A graph of
-TensorFlow serves rows, lengths and numbers of tokens of any size: nothing is traced or compiled for each.
+Prompts of several lengths are padded in front, so that they end together, and keys and values are cached. One graph of
+TensorFlow serves rows, lengths and numbers of tokens of any size. (Kernels that XLA compiles are compiled for each
+width: callers keep to a few.)
 """
 
 from typing import Any, NamedTuple
@@ -53,24 +54,30 @@ class Decoder:
     # One token at a time, the likeliest or a drawn one
 
     def _one_by_one(self, prompts: Prompts) -> tf.Tensor:
-        width = tf.shape(prompts.tokens)[1]
-        places = tf.range(self._config.max_tokens)
-
-        def goes_on(step: tf.Tensor, written: tf.Tensor, has_ended: tf.Tensor, *_: Any) -> tf.Tensor:
-            return ~tf.reduce_all(has_ended)
+        width, places = tf.shape(prompts.tokens)[1], tf.range(self._config.max_tokens)
 
         def add(
-            step: tf.Tensor, written: tf.Tensor, has_ended: tf.Tensor, logits: tf.Tensor, cache: Cache
-        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, Cache]:
+            step: tf.Tensor, written: tf.Tensor, has_ended: tf.Tensor, logits: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             token = tf.where(has_ended, self._end, self._choose(logits, prompts.numbers, step))
             written = tf.where(places == step, token[:, tf.newaxis], written)
-            has_ended |= (token == self._end) | (step + 1 == prompts.num_tokens)
-            logits, cache = self._next(token[:, tf.newaxis], cache, width + step, prompts.padding)
-            return step + 1, written, has_ended, logits, cache
+            return token, written, has_ended | (token == self._end) | (step + 1 >= prompts.num_tokens)
 
+        def go_on(
+            step: tf.Tensor, token: tf.Tensor, written: tf.Tensor, has_ended: tf.Tensor, cache: Cache
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, Cache]:
+            logits, cache = self._next(token[:, tf.newaxis], cache, width + step - 1, prompts.padding)
+            return step + 1, *add(step, written, has_ended, logits), cache
+
+        logits, cache = self._read(prompts)
         written = tf.fill([tf.shape(prompts.tokens)[0], self._config.max_tokens], self._end)
-        first = (tf.constant(0), written, prompts.num_tokens == 0, *self._read(prompts))
-        return tf.while_loop(goes_on, add, first)[1]
+        first = add(tf.constant(0), written, prompts.num_tokens == 0, logits)
+        found = tf.while_loop(
+            lambda step, token, written, has_ended, cache: ~tf.reduce_all(has_ended),
+            go_on,
+            (tf.constant(1), *first, cache),
+        )
+        return found[2]
 
     def _choose(self, logits: tf.Tensor, numbers: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         """A token for each row: int32 (rows,)."""
@@ -89,9 +96,7 @@ class Decoder:
         chances = tf.where(is_kept, chances, 0.0)
         bounds = tf.cumsum(chances, axis=-1)
         keys = sequence_keys(config.seed, tf.cast(step, tf.int64), numbers)
-        uniform = (
-            tf.cast(tf.bitwise.right_shift(keys, uint32(8)), tf.float32) / 2.0**24
-        )  # in [0, 1): what float32 holds
+        uniform = tf.cast(tf.bitwise.right_shift(keys, uint32(8)), tf.float32) / 2.0**24  # in [0, 1)
         drawn = uniform * bounds[:, -1]
         place = tf.reduce_sum(tf.cast(bounds <= drawn[:, tf.newaxis], tf.int32), axis=-1)
         return tf.gather(order, tf.minimum(place, self._vocab_size - 1), batch_dims=1)
@@ -102,45 +107,42 @@ class Decoder:
         """Beam search with a length penalty (Wu et al. 2016, "Google's neural machine translation system").
 
         The likeliest `beam_size` beginnings are kept apart from as many outputs that have ended; a row is done when no
-        beginning can become better than the worst of these.
+        beginning can become better than the worst of these. One that has reached its most tokens counts as it is.
         """
         size, most = self._config.beam_size, self._config.max_tokens
         rows, width = tf.shape(prompts.tokens)[0], tf.shape(prompts.tokens)[1]
-        logits, cache = self._read(prompts)
-        logits = tf.repeat(logits, size, axis=0)
-        cache = [(tf.repeat(keys, size, axis=0), tf.repeat(values, size, axis=0)) for keys, values in cache]
         padding = tf.repeat(prompts.padding, size)
-        none = tf.fill([rows, size], -float("inf"))
-        begun = _Beams(tf.where(tf.range(size) == 0, 0.0, none), tf.fill([rows, size, most], self._end))
-        ended = _Beams(none, begun.tokens)
 
         def goes_on(step: tf.Tensor, begun: _Beams, ended: _Beams, *_: Any) -> tf.Tensor:
             could_be = begun.scores[:, 0] / self._penalty(prompts.num_tokens)
             return tf.reduce_any((step < prompts.num_tokens) & (could_be > ended.scores[:, -1]))
 
-        def add(
-            step: tf.Tensor, begun: _Beams, ended: _Beams, logits: tf.Tensor, cache: Cache
-        ) -> tuple[tf.Tensor, _Beams, _Beams, tf.Tensor, Cache]:
-            goes_on = (step < prompts.num_tokens)[:, tf.newaxis]
-            begun, ended, chosen = self._step(step, begun, ended, logits, goes_on)
-            index = tf.reshape(chosen + tf.range(rows)[:, tf.newaxis] * size, [-1])
-            cache = [(tf.gather(keys, index), tf.gather(values, index)) for keys, values in cache]
-            token = tf.reshape(begun.tokens[:, :, step], [-1, 1])
-            return step + 1, begun, ended, *self._next(token, cache, width + step, padding)
+        def add(step: tf.Tensor, begun: _Beams, ended: _Beams, cache: Cache) -> tuple[tf.Tensor, _Beams, _Beams, Cache]:
+            last = tf.reshape(begun.tokens[:, :, step - 1], [-1, 1])
+            logits, cache = self._next(last, cache, width + step - 1, padding)
+            begun, ended, chosen = self._step(step, begun, ended, logits, prompts.num_tokens)
+            return step + 1, begun, ended, _of_beams(cache, chosen, rows, size)
 
-        found = tf.while_loop(goes_on, add, (tf.constant(0), begun, ended, logits, cache))
-        begun, ended = found[1], found[2]
-        has_ended = ended.scores[:, :1] > -float("inf")
-        return tf.where(has_ended, ended.tokens[:, 0], begun.tokens[:, 0])
+        logits, cache = self._read(prompts)
+        none = tf.fill([rows, size], -float("inf"))
+        begun = _Beams(tf.where(tf.range(size) == 0, 0.0, none), tf.fill([rows, size, most], self._end))
+        first, step = tf.repeat(logits, size, axis=0), tf.constant(0)
+        begun, ended, chosen = self._step(step, begun, _Beams(none, begun.tokens), first, prompts.num_tokens)
+        repeated = [(tf.repeat(keys, size, axis=0), tf.repeat(values, size, axis=0)) for keys, values in cache]
+        state = (step + 1, begun, ended, _of_beams(repeated, chosen, rows, size))
+        _, begun, ended, _ = tf.while_loop(goes_on, add, state)
+        unfinished = begun.scores / self._penalty(prompts.num_tokens)[:, tf.newaxis]
+        found, _ = _best(tf.concat([ended.scores, unfinished], 1), tf.concat([ended.tokens, begun.tokens], 1), 1)
+        return found.tokens[:, 0]
 
     def _step(
-        self, step: tf.Tensor, begun: "_Beams", ended: "_Beams", logits: tf.Tensor, goes_on: tf.Tensor
+        self, step: tf.Tensor, begun: "_Beams", ended: "_Beams", logits: tf.Tensor, num_tokens: tf.Tensor
     ) -> tuple["_Beams", "_Beams", tf.Tensor]:
         """Both kinds of beams with one token more, and from which beginning each one comes: int32 (rows, beams).
 
-        Nothing changes in the rows that do not go on, bool (rows, 1).
+        Nothing changes in rows that have their most tokens (rows,).
         """
-        size, vocab_size = self._config.beam_size, self._vocab_size
+        size, vocab_size, goes_on = self._config.beam_size, self._vocab_size, (step < num_tokens)[:, tf.newaxis]
         likely = tf.reshape(tf.nn.log_softmax(logits), [-1, size, vocab_size]) + begun.scores[..., tf.newaxis]
         # twice as many: of these at most half end
         scores, index = tf.math.top_k(tf.reshape(likely, [-1, size * vocab_size]), min(2 * size, size * vocab_size))
@@ -166,6 +168,12 @@ class _Beams(NamedTuple):
 
     scores: tf.Tensor  # float32 (rows, beams); -inf where there is none
     tokens: tf.Tensor  # int32 (rows, beams, max_tokens)
+
+
+def _of_beams(cache: Cache, chosen: tf.Tensor, rows: tf.Tensor, size: int) -> Cache:
+    """The cache of the chosen beams of each row, int32 (rows, beams)."""
+    index = tf.reshape(chosen + tf.range(rows)[:, tf.newaxis] * size, [-1])
+    return [(tf.gather(keys, index), tf.gather(values, index)) for keys, values in cache]
 
 
 def _best(scores: tf.Tensor, tokens: tf.Tensor, number: int) -> tuple[_Beams, tf.Tensor]:

@@ -78,7 +78,7 @@ def export(trained: TrainedModel, config: ExportConfig, command: str) -> None:
     output, model = require_free(str(config.output)), trained.config.model
     is_gpt = isinstance(model, ModelConfig)
     require(is_gpt, "format", config.format, "is for a run whose section model is that of the GPT")
-    rule = "is for a run with model.prompt_attention causal: other libraries show a prompt no later tokens"
+    rule = "is for a model whose inputs see no later tokens: train it with --model.prompt_attention causal"
     require(model.prompt_attention == "causal", "format", config.format, rule)
     has_adapters = model.lora_rank is not None
     rule = "is for a run with model.lora_rank: try huggingface"

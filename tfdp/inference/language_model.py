@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from tfdp.data.chat import ChatTemplate, chat_template
-from tfdp.data.examples import ExampleKeys
 from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.inference.conversation import Conversation
 from tfdp.inference.exporting import ExportConfig, export
@@ -72,10 +71,10 @@ class LanguageModel:
         Args:
           system: a system prompt, which stands before all turns; None: none.
           template: how messages become a text: chatml, tokenizer, or a text for each role in JSON. "auto": the one that
-            the run was trained with; for a folder that of its tokenizer, else chatml.
+            the run was trained with, or its shards were made with; for a folder that of its tokenizer, else chatml.
 
         Raises:
-          ConfigError: there is no such template, it refuses the system prompt, or the run learned pairs.
+          ConfigError: there is no such template, it refuses the system prompt, or the run learned pairs or has several.
         """
 
         def continued(ids: Sequence[int], config: "SamplingConfig", ends: Collection[int]) -> Iterator[str]:
@@ -88,10 +87,14 @@ class LanguageModel:
 
     def _chat_template(self, name: str) -> ChatTemplate:
         if name == "auto" and self._trained.is_run:
-            keys = ExampleKeys.of(self._trained.config.data)
+            ways = self._trained.example_keys
+            are_pairs = [each.answer is not None for each in ways]
             rule = "must be named for a run that learned no conversations, but pairs: try chatml, or tfdp.generate"
-            require(keys.answer is None, "template", name, rule)
-            name = keys.template
+            require(not ways or not all(are_pairs), "template", name, rule)
+            found = [chat_template(each.template, self.tokenizer, "template") for each in ways if each.answer is None]
+            is_one = not any(are_pairs) and len({each.fingerprint for each in found}) < 2
+            require(is_one, "template", name, "must be named for a run whose shards have several: try chatml")
+            name = ways[0].template if ways else name
         return chat_template(name, self.tokenizer, "template")
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
@@ -150,7 +153,7 @@ class LanguageModel:
     @functools.cached_property
     def _scorer(self) -> "Scorer":
         whole = getattr(self._trained.config.model, "prompt_attention", "causal") != "causal"
-        rule = "must be causal to score texts: this model was trained on what follows a prompt alone"
+        rule = "must be causal for logits and scores of texts; generate and tfdp.predict work with this model"
         require(not whole, "model.prompt_attention", "whole", rule)
         model = self._model
         from tfdp.inference.scoring import Scorer

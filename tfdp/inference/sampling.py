@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.config.sections import SamplingConfig
-from tfdp.data.tokenizers.tokenizer import Tokenizer, prompt_ids
+from tfdp.data.tokenizers.tokenizer import Tokenizer, markup_ids, prompt_ids
 
 Cache = list[tuple[tf.Tensor, tf.Tensor]]  # keys and values of each block
 
@@ -37,7 +37,18 @@ class Sampler:
 
     def stream(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
         """Yields the continuation of a prompt piece by piece, each as soon as later tokens cannot change it."""
-        return self.stream_after(prompt_ids(self._tokenizer, prompt).tolist(), config)
+        return self.stream_after(self._ids_of(prompt), config)
+
+    def _ids_of(self, prompt: str) -> list[int]:
+        if self._sees_whole:  # as the examples of its training
+            return [self._tokenizer.end_of_text, *markup_ids(self._tokenizer, prompt).tolist()]
+        found: list[int] = prompt_ids(self._tokenizer, prompt).tolist()
+        return found
+
+    @property
+    def _sees_whole(self) -> bool:
+        """Whether prompts see themselves whole: then each is read in one pass, and once."""
+        return bool(getattr(self._model.config, "prompt_attention", "causal") == "whole")
 
     def stream_after(self, ids: Sequence[int], config: SamplingConfig, ends: Collection[int] = ()) -> Iterator[str]:
         """Yields what follows ids, as `stream` does; a token among `ends` ends it too, and is no part of it."""
@@ -55,11 +66,11 @@ class Sampler:
 
         A model that sees prompts whole reads each in one pass, so that these are computed one after the other.
         """
-        if getattr(self._model.config, "prompt_attention", "causal") == "whole":
+        if self._sees_whole:
             return [self.text(prompt, config) for prompt in prompts]
         written = [Continuation(self._tokenizer, config.stop) for _ in prompts]
         found = [""] * len(prompts)
-        for tokens in self.batches([prompt_ids(self._tokenizer, prompt).tolist() for prompt in prompts], config):
+        for tokens in self.batches([self._ids_of(prompt) for prompt in prompts], config):
             for row, token in enumerate(tokens):
                 if token is not None and not written[row].is_stopped:
                     found[row] += written[row].add(token)
@@ -69,7 +80,7 @@ class Sampler:
 
     def tokens(self, prompt: str, config: SamplingConfig) -> Iterator[int]:
         """Yields the ids that continue a prompt, of which the last context_length tokens are seen."""
-        for (token,) in self.batches([prompt_ids(self._tokenizer, prompt).tolist()], config):
+        for (token,) in self.batches([self._ids_of(prompt)], config):
             if token is not None:
                 yield token
 
@@ -98,6 +109,8 @@ class Sampler:
             if all(row.has_ended for row in rows):
                 return
             if filled == context_length:
+                if self._sees_whole:  # what it wrote would become a prompt, which it was not trained on
+                    return
                 kept = max(1, context_length // 2)
                 logits, cache, filled = self._read(
                     [row.ids[position - kept : position] for row in rows], context_length

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from tfdp.config.options import whole_number
 from tfdp.config.parsing import to_yaml
 from tfdp.config.run_config import differing_keys, flatten_yaml
 from tfdp.config.sections import ModelConfig
+from tfdp.data.examples import ExampleKeys, open_keys
 from tfdp.data.inputs import path_of
 from tfdp.data.tokenizers.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 from tfdp.interop import hugging_face, origin
@@ -42,6 +43,7 @@ class TrainedModel:
     started_from: str | None = None  # the folder of its first weights
     tokenizer_name: str = "bytes"  # as `data.tokenizer` names it
     is_run: bool = True  # of tfdp, not a folder of another library
+    example_keys: Sequence[ExampleKeys] = ()  # how records became its examples; empty where nothing says
 
     @classmethod
     def open(
@@ -74,7 +76,10 @@ class TrainedModel:
             config = origin.without_origin(config)
         sets = (saved.evaluated, saved.frozen, saved.step)
         name = f"bpe:{run.tokenizer_path}" if run.tokenizer_path.exists() else "bytes"  # of whatever kind
-        return cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from, name)
+        keys = ExampleKeys.of(config.data)
+        ways = [keys] if keys.makes_examples else open_keys(run.examples_path, "run_dir")
+        made = cls(recipe, config, tokenizer, *sets, corpus_sha256, summary, model_type, started_from, name)
+        return replace(made, example_keys=ways)
 
     @classmethod
     def _of_folder(cls, name: str) -> "TrainedModel":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfdp.ops.visibility import ByDocument
@@ -20,7 +21,7 @@ class ExampleRows(NamedTuple):
     labels: tf.Tensor  # int32, the token after each input; negative where there is none
     is_learned: tf.Tensor  # bool, whether that token is to be predicted
     starts: tf.Tensor  # bool, the end of text before an example
-    is_prompt: tf.Tensor  # bool, whether an input is seen alone: the prompt of an example, from its start on
+    is_prompt: tf.Tensor  # bool, whether an input stands before all that is learned of its example
 
 
 def read_examples(tokens: tf.Tensor) -> ExampleRows:
@@ -29,8 +30,17 @@ def read_examples(tokens: tf.Tensor) -> ExampleRows:
     ids = tf.where(is_there, tf.bitwise.bitwise_and(tokens, ID_MASK), tokens)
     is_learned = is_there & (tf.bitwise.bitwise_and(tokens, UNSCORED) == 0)
     starts = is_there & (tf.bitwise.bitwise_and(tokens, STARTS) != 0)
-    is_prompt = (starts | ~is_learned) & is_there
+    is_prompt = is_there & (_learned_since_start(is_learned, starts) == 0)
     return ExampleRows(tf.maximum(ids[:, :-1], 0), ids[:, 1:], is_learned[:, 1:], starts[:, :-1], is_prompt[:, :-1])
+
+
+def _learned_since_start(is_learned: tf.Tensor, starts: tf.Tensor) -> tf.Tensor:
+    """Tokens that are learned of an example, up to each one; the end of text before it is none: int32 (rows, time)."""
+    total = tf.cumsum(tf.cast(is_learned, tf.int32), axis=1)
+    time = total.shape[1]
+    past = np.tril(np.ones((time, time), bool))
+    before = tf.reduce_max(tf.where(past & starts[:, tf.newaxis, :], total[:, tf.newaxis, :], 0), axis=2)
+    return total - before
 
 
 @dataclass(frozen=True)

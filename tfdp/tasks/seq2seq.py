@@ -14,6 +14,7 @@ from tfdp.tasks.task import Batch, Metric, Output, Rows
 from tfdp.tasks.text_scores import LOWEST_IS_BEST, score, signature
 
 _NUM_SHOWN = 12  # outputs
+_MARKS = frozenset("\\`*_{}[]()#+-!|<>&~")  # that Markdown or HTML would read
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Seq2Seq:
     def facts(self) -> dict[str, str]:
         """What has to stand beside the scores."""
         found = {f"signature/{name}": signature(name) for name in self.names}
-        return {name: each for name, each in found.items() if each is not None}
+        how = {} if self.decoding is None else {"decoding": str(self.decoding.describe())}
+        return {**how, **{name: each for name, each in found.items() if each is not None}}
 
     def batch(self, rows: Rows) -> Batch:
         examples = read_examples(rows["tokens"])
@@ -59,23 +61,24 @@ class Seq2Seq:
             outputs: Sequence[Output] = totals["outputs"]
             references, hypotheses = [each.reference for each in outputs], [each.hypothesis for each in outputs]
             for name in self.names:
-                value = score(name, hypotheses, references)
-                found[name] = Metric(
-                    value, f"{name} {value:.2f}" if name in ("bleu", "chrf") else f"{name} {value:.4f}"
-                )
+                value, digits = score(name, hypotheses, references), 2 if name in ("bleu", "chrf") else 4
+                found[name] = Metric(value, f"{name} {value:.{digits}f}")
+            unfinished = sum(not each.has_ended for each in outputs) / max(1, len(outputs))
+            found["unfinished"] = Metric(unfinished, f"{unfinished:.1%} unfinished" if unfinished else "")
+            found["num_outputs"] = Metric(len(outputs), "")
         return found
 
     def exhibits(self, totals: Mapping[str, Any]) -> dict[str, str]:
         """A table of some outputs."""
         outputs: Sequence[Output] = totals.get("outputs", ())
-        chosen = outputs[:: max(1, len(outputs) // _NUM_SHOWN)][:_NUM_SHOWN]
+        num = min(len(outputs), _NUM_SHOWN)
+        chosen = [outputs[index * len(outputs) // num] for index in range(num)]
         lines = ["| input | reference | output |", "|---|---|---|"]
-        lines += [f"| {' | '.join(_cell(text) for text in output)} |" for output in chosen]
+        lines += [f"| {_cell(each.prompt)} | {_cell(each.reference)} | {_cell(each.hypothesis)} |" for each in chosen]
         return {"outputs": "\n".join(lines)} if chosen else {}
 
 
 def _cell(text: str) -> str:
-    """A text as a cell of a Markdown table: as it is, without what would end the cell."""
-    for character, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", "<br>")):
-        text = text.replace(character, written)
-    return text
+    """A text as a cell of a Markdown table, in which no character means anything."""
+    escaped = "".join(f"&#{ord(each)};" if each in _MARKS else each for each in text)
+    return escaped.replace("\r", "").replace("\n", "<br>")

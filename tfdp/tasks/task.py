@@ -43,6 +43,7 @@ class Output(NamedTuple):
     prompt: str
     reference: str  # what it should be
     hypothesis: str  # what it is
+    has_ended: bool = True  # or it was as long as it may be
 
 
 Exhibit = str | np.ndarray  # a text in Markdown; or a picture, uint8 (height, width, 3)
@@ -54,7 +55,8 @@ class Task(Protocol):
     A task whose metrics need more than losses has `num_statistics`, and `statistics(rows, features, table)`: so many
     sums for each row, float32 (rows, num_statistics), which an evaluation adds up.
     One that compares texts has `decoding`, a `DecodingConfig`: an evaluation writes outputs for examples. One with more
-    to show than numbers has `exhibits(totals)`: by name texts in Markdown, or pictures, uint8 (height, width, 3).
+    to show than numbers has `exhibits(totals)`: by name texts in Markdown, or pictures, uint8 (height, width, 3). What
+    has to stand beside its metrics in a summary, such as how they were computed, is `facts`, texts by name.
 
     Attributes:
       best: the metric by which the checkpoints of a run are compared.
@@ -82,6 +84,12 @@ class Task(Protocol):
 def num_statistics(task: Task) -> int:
     """Of a task: 0 where losses are all that its metrics need."""
     return int(getattr(task, "num_statistics", 0))
+
+
+def facts_of(task: Task) -> Mapping[str, str]:
+    """What has to stand beside the metrics of a task."""
+    found: Mapping[str, str] = getattr(task, "facts", {})
+    return found
 
 
 def exhibits(task: Task, totals: Mapping[str, Any]) -> Mapping[str, Exhibit]:

@@ -1,12 +1,14 @@
 """How near texts are to what they should be: scores of the libraries that their fields use, by name.
 
-bleu, chrf           0 to 100, of the corpus (Papineni et al. 2002; Popović 2015), by sacrebleu (Post 2018)
-rouge1, rouge2, rougeL  0 to 1, the mean F-measure of the examples (Lin 2004), by rouge-score, with its stemmer
-exact_match          0 to 1, the share of outputs that equal their reference, apart from space around them
-squad_exact_match, squad_f1  the same, and the mean F1 of the words, as SQuAD normalises them (Rajpurkar et al. 2016)
-wer                  word error rate, 0 and more, of the corpus, by jiwer; lower is better
+- bleu, chrf: 0 to 100, of the corpus (Papineni et al. 2002; Popović 2015), by sacrebleu (Post 2018).
+- rouge1, rouge2, rougeL: 0 to 1, the mean F-measure of the examples (Lin 2004), by rouge-score with its stemmer; its
+  words are those of all scripts, not those of the letters a to z alone.
+- exact_match: 0 to 1, the share of outputs that equal their reference, apart from space around them.
+- squad_exact_match, squad_f1: the same, and the mean F1 of words, as SQuAD normalises them (Rajpurkar et al. 2016).
+- wer: the word error rate of the corpus, 0 and more, by jiwer; lower is better.
 """
 
+import functools
 import math
 import re
 import string
@@ -43,11 +45,24 @@ def _of_sacrebleu(name: str) -> Score:
     )
 
 
+class _Words:
+    """The words of rouge-score, which knows the letters a to z alone, with those of all scripts."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stem = functools.cache(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = re.findall(r"[^\W_]+", text.lower())
+        return [self._stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
 def _of_rouge(name: str) -> Score:
     def mean(hypotheses: Texts, references: Texts) -> float:
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer([name], use_stemmer=True)
+        scorer = RougeScorer([name], tokenizer=_Words())
         pairs = zip(references, hypotheses, strict=True)
         return sum(scorer.score(*pair)[name].fmeasure for pair in pairs) / len(references)
 
@@ -87,7 +102,8 @@ def squad_normalised(text: str) -> str:
 def _wer(hypotheses: Texts, references: Texts) -> float:
     import jiwer
 
-    return float(jiwer.wer(list(references), list(hypotheses)))
+    single = [[" ".join(text.split()) for text in texts] for texts in (references, hypotheses)]  # it splits at spaces
+    return float(jiwer.wer(single[0], single[1]))
 
 
 SCORES: dict[str, Score] = {

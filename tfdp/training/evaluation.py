@@ -76,8 +76,10 @@ class Evaluator:
         found = {
             each.name: self._evaluation(of_set, each.num_bytes, outputs.get(each.name)) for each, of_set in of_sets
         }
+        if len(found) == 1:
+            return next(iter(found.values()))
         joined = [output for of_set in outputs.values() for output in of_set] if outputs else None
-        return self._evaluation(sums.sum(axis=1), sum(sizes), joined, found if len(found) > 1 else {})
+        return self._evaluation(sums.sum(axis=1), sum(sizes), joined, found)
 
     def _evaluation(
         self,

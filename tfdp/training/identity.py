@@ -1,6 +1,7 @@
 """What makes two processes the same run: a process resumes only a checkpoint with the same."""
 
 from dataclasses import asdict
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,5 +32,5 @@ def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
         "training.global_batch_size": config.training.global_batch_size,
         "seed": config.seed,
-        **{key: getattr(config, key) for key in getattr(config, "identity_keys", ())},
+        **{key: attrgetter(key)(config) for key in getattr(config, "identity_keys", ())},
     }

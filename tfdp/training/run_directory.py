@@ -3,6 +3,7 @@
 config.yaml      the resolved configuration        checkpoints/   see checkpoint.py
 metrics.jsonl    one object per logged step        tensorboard/   train/ and validation/
 summary.json     what the run came to              tokenizer/     as it was in training
+examples.json    how the records behind its shards became examples, where it was trained on such
 resolved.yaml    the resolved configuration where config.yaml is the user's own, which stays as it is
 .lock            while a training works there
 """
@@ -119,6 +120,10 @@ class RunDirectory:
     @property
     def tokenizer_path(self) -> Path:
         return self.path / "tokenizer"
+
+    @property
+    def examples_path(self) -> Path:
+        return self.path / "examples.json"
 
     @property
     def metrics_path(self) -> Path:
