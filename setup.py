@@ -33,6 +33,7 @@ setup(
         "sacrebleu",  # BLEU and chrF, ROUGE, and word error rates
         "rouge-score",
         "jiwer",
+        "pillow",  # draws the confusion matrix
         "jsonargparse[signatures]>=4.49",
         "pyyaml",
     ],
@@ -49,6 +50,7 @@ setup(
             "tf2onnx>=1.17",
             "onnx",
             "onnxruntime",
+            "scikit-learn",
         ],
         "dev": [
             "pytest",

@@ -86,7 +86,10 @@ def test_every_layout_has_the_losses_of_one_replica(folder: Path) -> None:
     [
         ([], r"labels \(\[\]\) must name two classes at least: try \[ham, spam\]"),
         (["--labels=[a, a]"], r"labels \(\['a', 'a'\]\) must not name a class twice"),
-        ([LABELS, "--data.too_long=cut_end"], r"data\.too_long \(cut_end\) must be cut_start, skip or refuse"),
+        (
+            [LABELS, "--data.too_long=cut_end"],
+            r"data\.too_long \(cut_end\) must be cut_input, cut_start, skip or refuse",
+        ),
         ([LABELS, "--data.template={input} {label}."], r'data\.template \(.*\) must end with "{label}"'),
         ([LABELS, "--data.sequences=packed"], r"data\.sequences \(packed\) must be whole or documents"),
     ],

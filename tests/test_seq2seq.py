@@ -113,7 +113,7 @@ def test_mistakes_are_one_line_before_tensorflow_is_loaded(folder: Path, tmp_pat
     shutil.copy(folder / "words.jsonl", tmp_path / "words.jsonl")
     refused(tmp_path, r"metrics \(\['ter'\]\) must be a list of bleu, chrf, rouge1, .*", "--metrics=[ter]")
     refused(tmp_path, r"metrics \(.*\) must name each once", "--metrics=[wer, wer]")
-    refused(tmp_path, r"data.too_long \(cut_end\) must be cut_start, .*", "--data.too_long=cut_end")
+    refused(tmp_path, r"data.too_long \(cut_end\) must be cut_input, cut_start, .*", "--data.too_long=cut_end")
     rule = r"decoding.max_tokens \(64\) must be below model.context_length \(48\), which holds the input too: try 24"
     assert_refused(without_tensorflow(tmp_path, "tfdp.train", *KEYS, "--model.context_length=48"), rule)
     rule = r"model.prompt_attention \(whole\) must be causal with model.sliding_window 8, .*"

@@ -160,6 +160,7 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             save_assets=lambda: _save_assets(config, corpus, directory),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
+            tokens_per_sequence=components.order.tokens_per_sequence,
             flops_per_token=components.model.flops_per_token(),
             matrix_peak=matrix_peak,
             layout=_layout(cluster, strategy, components.layout),
@@ -362,7 +363,7 @@ def make_evaluator(
     if (decoding := getattr(task, "decoding", None)) is not None:
         from tfdp.inference.hypotheses import Hypotheses
 
-        hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes)
+        hypotheses = Hypotheses(strategy, model, corpus.tokenizer, decoding, parallel_passes, config.data.too_long)
         outputs = {name: hypotheses.writer(split) for name, split in splits.items()}
     return Evaluator(strategy, task, sums, sets, rows, compilation.whole, parallel_passes, outputs)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tfdp.config.parsing import load
 from tfdp.config.sections import MOST_TOKENS, DecodingChoice
 from tfdp.data.corpus import records_of
+from tfdp.data.cutting import cut_prompt
 from tfdp.data.examples import Pairs, make_form
 from tfdp.system.exits import ConfigError, require, require_at_most, run_command
 from tfdp.system.files import replacing
@@ -106,7 +107,8 @@ def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tu
     from tfdp.inference.hypotheses import Hypotheses
 
     decoding = replace(run.decoding, rows=config.rows)
-    hypotheses = Hypotheses(tf.distribute.get_strategy(), trained.make_model(), trained.tokenizer, decoding)
+    rule, strategy = run.data.too_long, tf.distribute.get_strategy()
+    hypotheses = Hypotheses(strategy, trained.make_model(), trained.tokenizer, decoding, too_long=rule)
     at_a_time, num_cut, num_unfinished = config.rows * _PASSES, 0, 0
     for start in range(0, len(prompts), at_a_time):
         share = prompts[start : start + at_a_time]
@@ -116,7 +118,8 @@ def _outputs(config: Config, run: Any, trained: "TrainedModel", prompts: list[tu
             num_cut, num_unfinished = num_cut + found.is_cut, num_unfinished + (not found.has_ended)
             yield json.dumps({"record": number, "output": found.text, **notes}, ensure_ascii=False)
     if num_cut:
-        _note(f"{num_cut} of {len(prompts)} inputs were cut at their start: an output needs a part of the context")
+        where = "before their last tokens" if rule == "cut_input" else "at their start"
+        _note(f"{num_cut} of {len(prompts)} inputs were cut {where}: an output needs a part of the context")
     if num_unfinished:
         _note(f"{num_unfinished} of {len(prompts)} outputs reached {decoding.max_tokens} tokens, or the context's end")
 
@@ -128,11 +131,14 @@ def _note(text: str) -> None:
 def _classes(config: Config, run: Any, trained: "TrainedModel", prompts: list[tuple[int, list[int]]]) -> Iterator[str]:
     """Lines with the class of each prompt, and the probabilities of all."""
     load_tensorflow()
-    from tfdp.data.labels import label_ids
+    from tfdp.data.labels import label_ids, label_room
     from tfdp.inference.classifying import ClassScorer
     from tfdp.tasks.classification import Classification
 
     task = Classification(run.labels, label_ids(run.labels, trained.tokenizer), run.head)
+    if run.data.too_long == "cut_input":
+        most = run.model.context_length + 1 - label_room(run.labels)
+        prompts = [(number, cut_prompt(ids, max(1, most))) for number, ids in prompts]
     scorer = ClassScorer(trained.make_model(), task, config.rows)
     found = scorer.probabilities([ids for _, ids in prompts])
     for (number, _), probabilities in zip(prompts, found, strict=True):

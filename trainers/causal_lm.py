@@ -73,6 +73,8 @@ class Config:
 
 def train(config: Config) -> dict[str, Any]:
     """Trains the recipe that the configuration names; returns what summary.json holds."""
+    rule = "must be cut_start, cut_end, skip or refuse: all of a text is learned"
+    require(config.data.too_long != "cut_input", "data.too_long", config.data.too_long, rule)
     return assembly.train(import_recipe(config.trainer), config)
 
 

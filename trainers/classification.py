@@ -51,7 +51,7 @@ class Config(causal_lm.Config):
         super().__post_init__()
         data = self.data
         require_whole_examples(data)
-        rule = "must be cut_start, skip or refuse: the label stands at the end"
+        rule = "must be cut_input, cut_start, skip or refuse: the label stands at the end"
         require(data.too_long != "cut_end", "data.too_long", data.too_long, rule)
         require(len(set(self.labels)) == len(self.labels), "labels", list(self.labels), "must not name a class twice")
         rule = 'must end with "{label}": nothing stands behind the class'
@@ -99,7 +99,10 @@ def make_task(config: Config, corpus: "Corpus") -> "Classification":
 
 def make_sequences(config: Config, split: "Split") -> Sequences:
     """Rows of whole examples."""
-    return examples_of(split, config.model.context_length, config.data.sequences, config.data.too_long)
+    from tfdp.data.labels import label_room
+
+    data, room = config.data, label_room(config.labels)
+    return examples_of(split, config.model.context_length, data.sequences, data.too_long, room)
 
 
 def weight_shapes(config: Config, vocab_size: int) -> Mapping[str, tuple[int, ...]]:

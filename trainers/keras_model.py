@@ -36,6 +36,8 @@ class Config(causal_lm.Config):
         require(not self.data.document_attention, key, self.data.document_attention, rule)
         size, rule = self.training.loss_chunk_size, "must be null: a Keras model gives all its logits at once"
         require(size is None, "training.loss_chunk_size", size, rule)
+        rule = "must be cut_start, cut_end, skip or refuse: all of a text is learned"
+        require(self.data.too_long != "cut_input", "data.too_long", self.data.too_long, rule)
         rule = "must be false: a Keras model keeps its activations"
         require(not self.training.remat, "training.remat", self.training.remat, rule)
 

@@ -57,7 +57,7 @@ class Config(causal_lm.Config):
         data = self.data
         rule = "must be null: seq2seq learns pairs; try --trainer instruction"
         require(data.messages_field is None, "data.messages_field", data.messages_field, rule)
-        rule = "must be cut_start, skip or refuse: the target stands at the end"
+        rule = "must be cut_input, cut_start, skip or refuse: the target stands at the end"
         require(data.too_long != "cut_end", "data.too_long", data.too_long, rule)
         require(len(set(self.metrics)) == len(self.metrics), "metrics", list(self.metrics), "must name each once")
         ends = ("{target}", f"{{{data.target_field}}}")

@@ -33,6 +33,8 @@ def test_the_console_line_is_for_people() -> None:
     assert step_line(VALUES, 2000, 38.2) == (
         "step   100/2000 | loss 2.1453 | lr 6.0e-04 | grad norm 0.91 | 20.4 ms | 37,600 tok/s | mfu 41% | eta 38s"
     )
+    few = step_line({**VALUES, "sequences_per_second": 784.31}, 2000, 38.2, few_targets=True)
+    assert "| 20.4 ms | 784.3 sequences/s | mfu 41% |" in few
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (245, "4m05s"), (7800, "2h10m")])
@@ -97,6 +99,9 @@ def test_throughput_is_tokens_by_seconds() -> None:
     speed.add(2.0, 1000, 4)
     speed.add(2.0, 3000, 4)
     assert (speed.tokens_per_second, speed.step_seconds) == (1000.0, 0.5)
+    speed = Throughput()
+    speed.add(2.0, 3, 4, 64)
+    assert (speed.sequences_per_second, speed.computed_tokens_per_second(100)) == (32.0, 3200.0)
 
 
 def test_the_peak_of_known_gpus_is_the_data_sheets_times_their_number() -> None:
@@ -118,6 +123,13 @@ def test_every_second_of_a_run_belongs_to_a_part(tiny_config: Callable[..., Conf
     assert sum(parts.values()) < elapsed  # which holds what comes before the loop, too
     rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]  # type: ignore[arg-type]
     steps = [row for row in rows if "loss" in row]
+    width, num_rows = config.model.context_length, config.training.global_batch_size
+    full = [row for row in steps if row["num_tokens"] == width * num_rows]  # but for the last row of the corpus
+    assert len(full) >= len(steps) - 2
+    for row in full:
+        assert row["sequences_per_second"] * width == pytest.approx(row["tokens_per_second"], rel=1e-12)
+        assert row["mfu"] / row["tokens_per_second"] == pytest.approx(full[0]["mfu"] / full[0]["tokens_per_second"])
+    assert summary["sequences_per_second"] * width == pytest.approx(summary["tokens_per_second"], rel=0.01)
     for part in (*PHASES, "host"):
         assert sum(row[f"seconds/{part}"] for row in steps) == pytest.approx(parts[part], rel=0.2, abs=0.05), part
     assert {(row["reduction_bytes"], row["num_reductions"]) for row in steps} == {(0, 0)}

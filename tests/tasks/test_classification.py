@@ -8,6 +8,7 @@ from tfdp.config.sections import ModelConfig
 from tfdp.models.classifier import CLASS_TABLE, Classifier
 from tfdp.models.gpt import GPT
 from tfdp.ops.cross_entropy import cross_entropy, projected_cross_entropy
+from tfdp.reporting.pictures import confusion_picture
 from tfdp.tasks.classification import NUM_BINS, Classification, calibration_error, scores_of
 from tfdp.tasks.flags import STARTS, UNSCORED
 from tfdp.tasks.task import evaluation_sums, row_losses
@@ -92,7 +93,17 @@ def test_a_table_of_classes_leaves_the_model_as_it_was() -> None:
     weights = {name: variable.numpy() for name, variable in plain.named_weights().items()}
     again = Classifier(3, MODEL, 256, given=weights)
     assert again.named_weights().keys() == {*weights, CLASS_TABLE}
+    assert plain.flops_per_token() - own.flops_per_token() == 6 * (256 - 3) * MODEL.model_dim  # of the projections
     np.testing.assert_array_equal(again(tokens), plain(tokens))
+
+
+def test_the_confusion_matrix_is_shown() -> None:
+    own = task()
+    totals = {"loss": 1.0, "targets": 4, "statistics": np.zeros(own.num_statistics)}
+    totals["statistics"][:4] = (3, 1, 0, 2)  # type: ignore[index]
+    picture = own.exhibits(totals)["confusion"]
+    np.testing.assert_array_equal(picture, confusion_picture(np.array([[3, 1], [0, 2]]), ["no", "y"]))
+    assert own.exhibits({"loss": 1.0, "targets": 4}) == {}
 
 
 def test_metrics_are_those_of_their_definitions() -> None:

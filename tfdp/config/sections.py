@@ -301,10 +301,11 @@ class DataConfig(_Section):
     sequences: Literal["packed", "documents", "whole"] = "packed"
     """packed: documents end to end, cut into sequences; documents: each one starts a sequence, padded at its end;
     whole: as many whole documents in a sequence as fit."""
-    too_long: Literal["cut_start", "cut_end", "skip", "refuse"] = "cut_start"
+    too_long: Literal["cut_start", "cut_end", "cut_input", "skip", "refuse"] = "cut_start"
     """What happens to an example, or with sequences whole to a document, that is longer than the context. cut_start:
-    its last tokens stay; cut_end: its first ones; skip: it is left out; refuse: the run ends. The first lines of a run
-    say how many there are."""
+    its last tokens stay; cut_end: its first ones; cut_input: of an example all that is learned, the 8 tokens before it
+    and the first ones of its prompt; skip: it is left out; refuse: the run ends. The first lines of a run say how many
+    there are."""
     document_attention: bool = False
     """Whether attention and positions restart at each document of a packed sequence, so that documents do not see each
     other."""

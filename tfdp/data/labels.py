@@ -16,6 +16,12 @@ def label_ids(labels: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ..
     return [(*markup_ids(tokenizer, label).tolist(), tokenizer.end_of_text) for label in labels]
 
 
+def label_room(labels: Sequence[str]) -> int:
+    """Tokens of a row that a text leaves free for its label, whatever that is and whatever the tokenizer: so many as
+    the longest one has bytes, and two more, for the end of text and a token that a tokenizer may put first."""
+    return max((len(label.encode()) for label in labels), default=0) + 2
+
+
 def count_labels(split: Split, labels: Sequence[str], ids: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Examples of each class, (classes,). Raises `ConfigError` for one that is of none, naming its document."""
     width = max(map(len, ids)) + 1  # and one token before, which is only seen

@@ -12,6 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.config.sections import DecodingConfig
+from tfdp.data.cutting import cut_prompt
+from tfdp.data.sequences import TooLong
 from tfdp.data.shards import Split
 from tfdp.data.tokenizers.tokenizer import Tokenizer
 from tfdp.inference.decoding import Decoder, Prompts
@@ -27,7 +29,7 @@ class Hypothesis(NamedTuple):
 
     text: str
     has_ended: bool  # or it has as many tokens as it may have
-    is_cut: bool  # whether the start of the prompt was not seen
+    is_cut: bool  # whether a part of the prompt was not seen
 
 
 class Hypotheses:
@@ -39,6 +41,7 @@ class Hypotheses:
       tokenizer: of its ids.
       config: how to search.
       parallel_passes: that a replica computes at the same time.
+      too_long: `data.too_long`. With cut_input, a prompt loses what is before its last tokens; else its start.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Hypotheses:
         tokenizer: Tokenizer,
         config: DecodingConfig,
         parallel_passes: int = 1,
+        too_long: TooLong = "cut_start",
     ) -> None:
+        self._cuts_input = too_long == "cut_input"
         self._strategy, self._tokenizer, self._config = strategy, tokenizer, config
         self._context_length: int = model.config.context_length
         self._decoder = Decoder(model, tokenizer.vocab_size, tokenizer.end_of_text, config)
@@ -65,11 +70,11 @@ class Hypotheses:
         """The output of each prompt, in order.
 
         Args:
-          prompts: ids. One that leaves less than `reserved` tokens of the context is cut at its start.
+          prompts: ids. One that leaves less than `reserved` tokens of the context is cut.
           numbers: of the examples: what is drawn for one depends on its number and the seed alone.
         """
         most = self._context_length - reserved(self._config, self._context_length)
-        kept = [list(prompt[-most:]) for prompt in prompts]
+        kept = [cut_prompt(prompt, most) if self._cuts_input else list(prompt[-most:]) for prompt in prompts]
         order = sorted(range(len(kept)), key=lambda index: len(kept[index]))
         passes = [order[start : start + self._rows] for start in range(0, len(order), self._rows)]
         found: list[Hypothesis] = [Hypothesis("", False, False)] * len(kept)

@@ -216,7 +216,7 @@ class GPT(keras.Model):
             )
             for variables in (self.trainable_variables, self.non_trainable_variables)
         )
-        projection = (6 if self.output_table.trainable else 4) * self.vocab_size * config.model_dim
+        projection = (6 if self.output_table.trainable else 4) * math.prod(self.output_table.shape)
         attention = 6 * config.num_layers * (config.context_length + 1) * config.attention_dim
         return 6 * trained + 4 * frozen + projection + attention
 

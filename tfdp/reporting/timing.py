@@ -12,15 +12,16 @@ from tfdp.system.console import say
 
 
 class Throughput:
-    """Time and tokens of training alone; evaluations, samples and saves do not count."""
+    """Time, targets and sequences of training alone; evaluations, samples and saves do not count."""
 
     def __init__(self) -> None:
-        self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0
+        self.seconds, self.num_tokens, self.num_steps, self.num_sequences = 0.0, 0, 0, 0
 
-    def add(self, seconds: float, num_tokens: int, num_steps: int) -> None:
+    def add(self, seconds: float, num_tokens: int, num_steps: int, num_sequences: int = 0) -> None:
         self.seconds += seconds
-        self.num_tokens += num_tokens
+        self.num_tokens += num_tokens  # that are learned
         self.num_steps += num_steps
+        self.num_sequences += num_sequences  # rows that are computed, whatever is learned of them
 
     @property
     def step_seconds(self) -> float:
@@ -29,6 +30,14 @@ class Throughput:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def sequences_per_second(self) -> float:
+        return self.num_sequences / self.seconds if self.seconds > 0 else 0.0
+
+    def computed_tokens_per_second(self, tokens_per_sequence: float) -> float:
+        """Tokens of all rows, whether they are learned or only seen."""
+        return self.sequences_per_second * tokens_per_sequence
 
 
 class Attribution:

@@ -44,6 +44,7 @@ class MetricsWriter:
         num_steps: int,
         eta_seconds: float,
         derived: Mapping[str, float] = MappingProxyType({}),
+        few_targets: bool = False,
     ) -> None:
         """One logged step.
 
@@ -52,12 +53,13 @@ class MetricsWriter:
           num_steps: of the run.
           eta_seconds: to its end.
           derived: numbers that follow from them, for TensorBoard alone.
+          few_targets: the console tells sequences a second, as targets are a small part of what is computed.
         """
         if not self._is_chief:
             return
         self._rows.write(_finite(values))
         self._boards.scalars("train", int(values["step"]), {**values, **derived})
-        say(step_line(values, num_steps, eta_seconds))
+        say(step_line(values, num_steps, eta_seconds, few_targets))
 
     def validation(
         self, values: Mapping[str, float | int], num_steps: int, scalars: Mapping[str, float], texts: Sequence[str]
@@ -170,16 +172,19 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if key in odd else value for key, value in values.items()}
 
 
-def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: float) -> str:
+def step_line(values: Mapping[str, float | int], num_steps: int, eta_seconds: float, few_targets: bool = False) -> str:
     """The console line of one logged step."""
     mfu = values.get("mfu")
+    speed = f"{values['tokens_per_second']:,.0f} tok/s"
+    if few_targets:
+        speed = f"{values['sequences_per_second']:,.1f} sequences/s"
     parts = [
         f"step {values['step']:>5}/{num_steps}",
         f"loss {values['loss']:.4f}",
         f"lr {values['learning_rate']:.1e}",
         f"grad norm {values['grad_norm']:.2f}",
         f"{values['step_seconds'] * 1e3:.1f} ms",
-        f"{values['tokens_per_second']:,.0f} tok/s",
+        speed,
         *([] if mfu is None else [f"mfu {mfu:.0%}"]),
         f"eta {duration(eta_seconds)}",
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.ops.visibility import ByDocument
+from tfdp.reporting.pictures import confusion_picture
 from tfdp.tasks.answers import read_examples
 from tfdp.tasks.task import Batch, Metric, Rows
 
@@ -105,6 +106,14 @@ class Classification:
                 value = of_class / total if total else 0.0
                 found[f"{name}/{label}"] = Metric(value, "")  # a line for each class would be long
         return found
+
+    def exhibits(self, totals: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The confusion matrix as a picture, uint8 (height, width, 3)."""
+        if "statistics" not in totals:
+            return {}
+        num = len(self.labels)
+        confusion = np.reshape(totals["statistics"][: num * num], (num, num))
+        return {"confusion": confusion_picture(confusion, self.labels)}
 
 
 def scores_of(confusion: np.ndarray) -> dict[str, float]:

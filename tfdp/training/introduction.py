@@ -35,10 +35,13 @@ def introduction(config: Any, corpus: Corpus, strategy: Any, components: Any, ma
 
 def _too_long(config: Any, order: Order, names: list[str]) -> list[str]:
     """How many examples do not fit into the context, and what becomes of them."""
-    what = {"cut_start": "cut at the start", "cut_end": "cut at the end", "skip": "left out"}.get(config.data.too_long)
-    counts = [getattr(each, "num_too_long", 0) for each in order.sequences]
-    return [
-        f"too long   {count:,} documents of {name}: {what} (data.too_long {config.data.too_long})"
-        for count, name in zip(counts, names, strict=True)
-        if count
-    ]
+    rule = config.data.too_long
+    what = {"cut_start": "cut at the start", "cut_end": "cut at the end", "skip": "left out"}.get(rule)
+    found = []
+    for each, name in zip(order.sequences, names, strict=True):
+        count, at_start = getattr(each, "num_too_long", 0), getattr(each, "num_cut_at_start", 0)
+        if rule == "cut_input":
+            what = "cut before what is learned" + (f", {at_start:,} of them at the start" if at_start else "")
+        if count:
+            found.append(f"too long   {count:,} documents of {name}: {what} (data.too_long {rule})")
+    return found

@@ -201,11 +201,10 @@ def _advance(run: Run, batches: Iterator[Any], progress: Progress) -> StepResult
     progress.source_tokens += results.source_tokens.sum(axis=0)
     finite = results.loss[np.isfinite(results.loss)]
     progress.train_loss = float(finite[-1]) if len(finite) else progress.train_loss
-    if progress.warm:
-        progress.since_log.add(seconds, int(results.num_tokens.sum()), len(results.loss))
-        progress.total.add(seconds, int(results.num_tokens.sum()), len(results.loss))
-    else:
-        progress.first.add(seconds, int(results.num_tokens.sum()), len(results.loss))
+    num_steps, num_tokens = len(results.loss), int(results.num_tokens.sum())
+    for speed in (progress.since_log, progress.total) if progress.warm else (progress.first,):
+        speed.add(seconds, num_tokens, num_steps, num_steps * run.training.global_batch_size)
+    if not progress.warm:
         progress.warm = True
         if run.cluster.is_chief:
             since_start = duration(time.monotonic() - run.started)
@@ -217,7 +216,7 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
     if not len(results.loss):
         return
     speed = progress.since_log if progress.since_log.num_steps else progress.first
-    loss = float(results.loss[-1])
+    loss, computed = float(results.loss[-1]), speed.computed_tokens_per_second(run.tokens_per_sequence)
     metrics = named_metrics(run.task, {"loss": loss, "targets": 1, "bytes": run.bytes_per_token})
     values = {
         "step": progress.step,
@@ -225,8 +224,9 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
         "learning_rate": float(results.learning_rate[-1]),
         "grad_norm": float(results.grad_norm[-1]),
         "tokens_per_second": speed.tokens_per_second,
+        "sequences_per_second": speed.sequences_per_second,
         "step_seconds": speed.step_seconds,
-        "mfu": speed.tokens_per_second * run.flops_per_token / run.matrix_peak,
+        "mfu": computed * run.flops_per_token / run.matrix_peak,
         **{name: metric.value for name, metric in metrics.items() if metric.is_recorded and name != "loss"},
         "num_tokens": int(results.num_tokens[-1]),
         "sequences_seen": sequences_seen(run, progress),
@@ -239,7 +239,7 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
     progress.time.restart()
     eta = (run.training.steps - progress.step) * speed.step_seconds
     derived = {name: metric.value for name, metric in metrics.items() if not metric.is_recorded}
-    writer.train(values, run.training.steps, eta, derived)
+    writer.train(values, run.training.steps, eta, derived, few_targets=speed.tokens_per_second < computed / 2)
     progress.since_log = Throughput()
     progress.source_losses, progress.source_tokens = 0.0, 0
 
@@ -316,6 +316,7 @@ def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
         f"best_validation_{run.task.best}": progress.best_value,
         "evaluations_not_better": progress.num_not_better,
         "tokens_per_second": progress.total.tokens_per_second,
+        "sequences_per_second": progress.total.sequences_per_second,
         "wall_seconds": time.monotonic() - run.started,
         "run_seconds": run_seconds(run, progress),
         "peak_memory_bytes": peak_memory(),
