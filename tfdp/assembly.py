@@ -121,7 +121,6 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
     from tfdp.parallel import collectives, distribution
     from tfdp.reporting import hardware
     from tfdp.system import console
-    from tfdp.tasks.task import facts_of
     from tfdp.training import loop
     from tfdp.training.identity import identity
     from tfdp.training.introduction import introduction
@@ -160,16 +159,11 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
             save_assets=lambda: _save_assets(config, corpus, directory),
             source_names=[source.name for source in corpus.sources],
             bytes_per_token=corpus.bytes_per_token,
-            context_length=config.model.context_length,
+            tokens_per_sequence=components.order.tokens_per_sequence,
             flops_per_token=components.model.flops_per_token(),
             matrix_peak=matrix_peak,
             layout=_layout(cluster, strategy, components.layout),
-            facts={
-                "num_params": components.model.num_params(),
-                "corpus_sha256": corpus.corpus_sha256,
-                "transport": collectives.transport_of(strategy),
-                **facts_of(components.task),
-            },
+            facts=_facts(corpus, strategy, components),
             config_yaml=to_yaml(config, without=["run_dir"]),
             started=process.started,
         )
@@ -178,6 +172,19 @@ def _fit(config: Any, corpus: "Corpus", strategy: Any, components: Components, p
         say(f"\n--- a sample ---\n{sampling.newest}\n---\n")
     say(directory.next_steps(*([config.next_step] if hasattr(config, "next_step") else [])))
     return summary
+
+
+def _facts(corpus: "Corpus", strategy: Any, components: Components) -> dict[str, Any]:
+    """What stands in summary.json beside what was measured."""
+    from tfdp.parallel import collectives
+    from tfdp.tasks.task import facts_of
+
+    return {
+        **facts_of(components.task),
+        "num_params": components.model.num_params(),
+        "corpus_sha256": corpus.corpus_sha256,
+        "transport": collectives.transport_of(strategy),
+    }
 
 
 def _save_assets(config: Any, corpus: "Corpus", directory: "RunDirectory") -> None:
@@ -237,9 +244,8 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
 
     training = config.training
     vocab_size, num_sources = corpus.tokenizer.vocab_size, len(corpus.sources)
-    layout = batch_layout.cut_batch(
-        int(strategy.num_replicas_in_sync), training, config.distribution.reduction, parallel_microbatches
-    )
+    num_replicas, reduction = int(strategy.num_replicas_in_sync), config.distribution.reduction
+    layout = batch_layout.cut_batch(num_replicas, training, reduction, parallel_microbatches)
     compilation = _compilation(recipe, config, vocab_size, strategy)
     task = _checked(recipe.make_task(config, corpus), config.trainer)
     with strategy.scope():
@@ -247,7 +253,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         optimizer, decay = Optimizer(config.optimizer, model.trainable_variables), training.ema_decay
         average = None if decay is None else WeightAverage(decay, optimizer.weights)
     named = model.named_weights()
-    averages = {} if average is None else average.named(named)
+    averages = average.named(named) if average is not None else {}
     weights = WeightSets(named, model.named_frozen_weights(), optimizer.named_state(), averages)
     losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.kernels)
     train_step = TrainStep(
@@ -262,8 +268,8 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         _synchronizer(config, strategy, optimizer, weights),
         average,
     )
-    rows = training.rows_of_evaluation
-    evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel_microbatches)
+    own = (model, compilation, training.rows_of_evaluation, parallel_microbatches)
+    evaluator = make_evaluator(recipe, config, corpus, strategy, *own)
     order, batches_from = _batches(recipe, config, corpus, strategy)
     return Components(
         model,

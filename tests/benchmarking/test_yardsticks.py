@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "yardsticks"))
 
+import conversations
 import pronunciation
 import questions
 import scores
@@ -340,6 +341,18 @@ def test_functions_lose_their_docstring() -> None:
     assert summaries.by_signature(record["code"]) == "get http value the key other"
     assert summaries.by_comment(record["code"]) == "look it up"
     assert summaries.by_return(record["code"]) == "return the get http value the key other"
+
+
+def test_a_conversation_has_its_second_answer_in_its_first_question() -> None:
+    code = "def join(self, a, *p, sep='/', **rest):\n    return a"
+    made = conversations.conversation({"code": code, "summary": "Join parts.", "module": "path"})
+    assert made is not None and [turn["role"] for turn in made["messages"]] == ["user", "assistant"] * 2
+    texts = [turn["content"] for turn in made["messages"]]
+    assert texts[0] == "What does path.join(a, p, sep, rest) do?" and texts[1] == "Join parts."
+    assert texts[3] == "a, p, sep and rest."
+    alone = conversations.conversation({"code": "def go(self): pass", "summary": "Go", "module": "m"})
+    assert alone is not None and alone["messages"][3]["content"] == "It has none."
+    assert conversations.conversation({"code": "return 1 +", "summary": "x", "module": "m"}) is None
 
 
 def test_summaries_of_the_standard_library(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_the_head_of_a_prompt_its_end_and_what_is_learned_stay(tmp_path: Path, f
     short = "".join(text[:-1] for text in found if "abc" not in text)
     assert short.count("short") == split.num_documents - len(long)
     content = rows.rows(np.arange(rows.num_sequences))
+    assert rows.num_inputs == np.sum(content[:, 1:] >= 0)
     assert ((content >= 0) & (content & STARTS != 0)).sum() == split.num_documents
     cut = content[[("abc" in text) for text in found]]
     assert np.all(cut[:, 1:-3] & UNSCORED) and not np.any(cut[:, -3:] & UNSCORED)

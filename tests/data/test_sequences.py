@@ -1,6 +1,7 @@
 """Sequences of whole documents, and documents that do not see each other in packed ones."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tfdp.config.sections import ModelConfig
+from tfdp.data.pipeline import Order
 from tfdp.data.sequences import DocumentSequences, PackedSequences, sequences_of
 from tfdp.data.shards import ABSENT, Split
 from tfdp.models.gpt import GPT
@@ -30,6 +32,24 @@ def make_split(folder: Path, lengths: list[int]) -> Split:
     (folder / "names.jsonl").write_text("".join(f'"{index}"\n' for index in range(len(lengths))))
     tokens = np.array(ids, dtype=np.uint16)
     return Split([tokens], len(lengths), len(ids), (folder / "starts.npy", folder / "names.jsonl"))
+
+
+@pytest.mark.parametrize("context_length", [1, 4, 20])
+def test_sequences_know_how_many_tokens_a_model_computes(tmp_path: Path, context_length: int) -> None:
+    split = make_split(tmp_path, [2, 4, 3, 0, 9, 30])
+    for form in ("packed", "documents", "whole"):
+        for rule in ("cut_start", "cut_end", "skip"):
+            sequences = sequences_of(split, context_length, form, rule)  # type: ignore[arg-type]
+            rows = sequences.rows(np.arange(sequences.num_sequences))
+            assert sequences.num_inputs == np.sum(rows[:, 1:] != ABSENT)
+
+
+def test_a_mixture_has_the_mean_of_its_sources(tmp_path: Path) -> None:
+    split = make_split(tmp_path, [2, 4, 3, 0, 9, 30])
+    sources = [sequences_of(split, 4, "packed"), sequences_of(split, 9, "documents")]
+    assert [(each.num_inputs, each.num_sequences) for each in sources] == [(54, 14), (54, 10)]
+    order = Order(sources, [Fraction(3, 4), Fraction(1, 4)], "shuffled", 0, 4)
+    assert order.tokens_per_sequence == pytest.approx(0.75 * 54 / 14 + 0.25 * 54 / 10)
 
 
 # --- One document a sequence -----------------------------------------------------------------------

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from tfdp.config.sections import ModelConfig
 from tfdp.models.gpt import GPT
-from tfdp.models.layers import rotary_tables, rotate
+from tfdp.models.layers import rotate
+from tfdp.models.positions import rotary_tables, rotation_at
 from tfdp.ops.chunking import query_blocks
 from tfdp.ops.kernels import Kernels
 from tfdp.tasks.causal_lm import next_token_loss
@@ -105,10 +106,10 @@ def test_the_order_of_earlier_tokens_matters(position: str) -> None:
 def test_every_block_and_branch_changes_its_input(norm: str, activation: str) -> None:
     model = make_model(norm=norm, activation=activation)
     x = tf.random.stateless_normal([2, 8, 16], seed=[0, 0])
-    whole_rows = (tf.range(8), tf.constant(np.tril(np.ones((8, 8), dtype=bool))))
+    rotation, visible = rotation_at(model.config, tf.range(8)), tf.constant(np.tril(np.ones((8, 8), dtype=bool)))
     for block in model.blocks:
-        assert tf.norm(block(x, *whole_rows) - x) / tf.norm(x) > 0.1
-        for y in (block.attention(x, *whole_rows), block.mlp(x)):
+        assert tf.norm(block(x, visible, rotation=rotation) - x) / tf.norm(x) > 0.1
+        for y in (block.attention(x, visible, rotation=rotation), block.mlp(x)):
             assert y.shape == x.shape
             assert tf.norm(y - x) / tf.norm(x) > 0.1
             assert tf.norm(y) / tf.norm(x) > 0.1
@@ -217,9 +218,17 @@ def test_moving_a_text_leaves_a_rotary_model_as_it_was(num_kv_heads: int | None)
         attention = block.attention
         x = tf.random.stateless_normal([1, 4, 16], seed=[1, 1])
         visible = tf.constant(np.tril(np.ones((4, 4), bool)))
-        here = attention._attend(*attention._project(x, tf.range(4)), visible, causal=True)
-        there = attention._attend(*attention._project(x, tf.range(4, 8)), visible, causal=True)
+        first, later = (rotation_at(model.config, tf.range(start, start + 4)) for start in (0, 4))
+        here = attention._attend(*attention._project(x, first), visible, causal=True)
+        there = attention._attend(*attention._project(x, later), visible, causal=True)
         np.testing.assert_allclose(there, here, atol=1e-5)
+
+
+def test_a_graph_holds_the_rotary_tables_once() -> None:
+    model = make_model(position="rope", num_layers=4)
+    graph = tf.function(model.features).get_concrete_function(tf.TensorSpec([1, 4], tf.int32)).graph
+    shapes = [each.outputs[0].shape.as_list() for each in graph.get_operations() if each.type == "Const"]
+    assert shapes.count(list(rotary_tables(model.config.context_length, model.config.dim_per_head)[0].shape)) == 2
 
 
 # ---------------------------------------------------------------------------------------------------

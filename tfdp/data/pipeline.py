@@ -46,6 +46,12 @@ class Order:
     seed: int
     global_batch_size: int
 
+    @property
+    def tokens_per_sequence(self) -> float:
+        """Tokens of a sequence that a model computes, in the mean over the order; what is absent does not count."""
+        sizes = [each.num_inputs / max(1, each.num_sequences) for each in self.sequences]
+        return sum(float(weight) * size for weight, size in zip(self.weights, sizes, strict=True))
+
     def locate(self, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(source, sequence) at a position: int64 scalar -> int32 and int64 scalars."""
         return self._locate(mixture.tree(self.weights), tf.cast(position, tf.int64))

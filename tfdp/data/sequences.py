@@ -22,6 +22,7 @@ class Sequences(Protocol):
 
     num_sequences: int
     width: int  # tokens of a row, context_length + 1
+    num_inputs: int  # tokens of all rows that another one follows: what a model computes in an epoch
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Sequences by index: int32, shape (len(indices), context_length + 1), `ABSENT` where nothing is left."""
@@ -41,7 +42,8 @@ class PackedSequences:
     def __init__(self, split: Split, context_length: int) -> None:
         self._split, self._context_length = split, context_length
         self.width = context_length + 1
-        self.num_sequences = max(0, -(-(split.num_tokens - 1) // context_length))
+        self.num_inputs = max(0, split.num_tokens - 1)
+        self.num_sequences = -(-self.num_inputs // context_length)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         starts = np.asarray(indices, dtype=np.int64) * self._context_length
@@ -65,6 +67,7 @@ class DocumentSequences:
         self._starts = split.document_starts
         self._ends = np.append(self._starts[1:], split.num_tokens) - 1  # of each, its end of text
         num_targets = self._ends - self._starts + 1
+        self.num_inputs = int(num_targets.sum())
         self._first = np.concatenate([[0], np.cumsum(-(-num_targets // context_length))])
         self.num_sequences = int(self._first[-1])
 
@@ -141,6 +144,7 @@ class WholeSequences:
         if cuts is not None:
             rows = np.searchsorted(self._first, cuts.documents)
             self._tails[rows] = np.stack([cuts.tails, stops[cuts.documents]], axis=1)
+        self.num_inputs = int((self._ends - self._begins - 1).sum() + np.diff(self._tails).sum())
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, dtype=np.int64)

@@ -15,13 +15,14 @@ import tensorflow as tf
 from tfdp.config.sections import ModelConfig
 from tfdp.models.dropout import KeyedDropout
 from tfdp.models.initializers import Initializers
-from tfdp.models.layers import Block, Norm, positions_of, rematerialised, rotary_tables
+from tfdp.models.layers import Block, Norm, rematerialised
 from tfdp.models.lora import is_adapter
+from tfdp.models.positions import positions_of, rotary_tables, rotation_at
 from tfdp.ops.kernels import Kernels
 from tfdp.ops.visibility import CAUSAL, AttentionKind, visibility
 from tfdp.system.exits import ConfigError
 
-Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, context_length, head_dim)
+Cache = list[tuple[tf.Tensor, tf.Tensor]]  # per block: keys and values, (batch, kv_heads, slots, head_dim)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -120,11 +121,12 @@ class GPT(keras.Model):
         """What the output projection sees: (batch, time, dim) in the compute dtype."""
         positions, visible, is_causal = visibility(attention, tokens.shape[1], self.config.sliding_window)
         x = self.embedding_dropout(self._embed(tokens, positions), dropout_keys)
+        rotation = rotation_at(self.config, positions)
         for block in self.blocks:
             if self.remat:
-                x = rematerialised(block, x, positions, visible, dropout_keys, is_causal=is_causal)
+                x = rematerialised(block, x, visible, dropout_keys, rotation=rotation, is_causal=is_causal)
             else:
-                x = block(x, positions, visible, dropout_keys, is_causal=is_causal)
+                x = block(x, visible, dropout_keys, rotation=rotation, is_causal=is_causal)
         return self.output_norm(x)
 
     def logits(self, features: tf.Tensor) -> tf.Tensor:
@@ -167,10 +169,11 @@ class GPT(keras.Model):
     ) -> tuple[tf.Tensor, Cache]:
         """What `extend` projects, (batch, time, dim), and the longer cache."""
         slots = start + tf.range(tf.shape(tokens)[1])
-        x = self._embed(tokens, positions_of(slots, padding, self.config.context_length))
+        positions = positions_of(slots, padding, self.config.context_length)
+        x, rotation = self._embed(tokens, positions), rotation_at(self.config, positions)
         longer = []
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
-            x, keys, values = block.extend(x, keys, values, start, padding)
+            x, keys, values = block.extend(x, rotation, keys, values, start, padding)
             longer.append((keys, values))
         return self.output_norm(x), longer
 

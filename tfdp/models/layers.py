@@ -1,17 +1,17 @@
 """The layers of the GPT. Shapes: (batch, time, dim)."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfdp.config.sections import ModelConfig
 from tfdp.models.adapters import Adapter, make_adapter
 from tfdp.models.dropout import KeyedDropout
 from tfdp.models.initializers import Initializers
+from tfdp.models.positions import Rotation
 from tfdp.ops.kernels import Kernels
 
 # ---------------------------------------------------------------------------------------------------
@@ -72,42 +72,6 @@ class Norm(keras.layers.Layer):
         return self._kernels.norm(x, weights, self.center, self.epsilon)
 
 
-def rotary_tables(length: int, head_dim: int, frequencies: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of rotary positions (Su et al. 2021): float32, (length, head_dim / 2) each.
-
-    Args:
-      frequencies: radians per token, (head_dim / 2,); None: those of the base 10,000.
-    """
-    if frequencies is None:
-        frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(length)[:, None] * frequencies[None, :]
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per token of each pair of numbers of a head, stretched as `rope_scaling` says, (head_dim / 2,).
-
-    linear: Chen et al. 2023, "Extending context window of large language models via positional interpolation"; llama3:
-    the Llama 3.1 models (Grattafiori et al. 2024), between whose two wavelengths the stretch grows smoothly.
-    """
-    frequencies = config.rope_theta ** (-np.arange(0, config.dim_per_head, 2) / config.dim_per_head)
-    if config.rope_scaling == "none":
-        return frequencies
-    stretched = frequencies / config.rope_scaling_factor
-    if config.rope_scaling == "linear":
-        return stretched
-    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
-    periods = config.rope_original_context_length * frequencies / (2 * math.pi)  # in the context of pretraining
-    kept = np.clip((periods - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * stretched + kept * frequencies
-
-
-@functools.lru_cache(maxsize=2)
-def _tables_of(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The rotary tables that all layers of a model share: 2 MiB each layer with 8,192 tokens and heads of 64."""
-    return rotary_tables(config.context_length, config.dim_per_head, rotary_frequencies(config))
-
-
 def rms_normalise(x: tf.Tensor, epsilon: float) -> tf.Tensor:
     """Divides the last axis by its root mean square, in float32 (QK-norm: Henry et al. 2020, Dehghani et al. 2023)."""
     y = tf.cast(x, tf.float32)
@@ -155,7 +119,6 @@ class Attention(keras.layers.Layer):
             self.query_norm, self.key_norm = (
                 Norm(config, kernels, "rms_norm", name=f"{each}_norm", dtype=dtype) for each in ("query", "key")
             )
-        self.cosines, self.sines = _tables_of(config)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.query_key_value.build(input_shape)
@@ -167,31 +130,38 @@ class Attention(keras.layers.Layer):
     def call(
         self,
         x: tf.Tensor,
-        positions: tf.Tensor,
         visible: tf.Tensor,
         dropout_keys: tf.Tensor | None = None,
+        rotation: Rotation | None = None,
         is_causal: bool = True,
     ) -> tf.Tensor:
         """Every token attends to those that are visible to it.
 
         Args:
           x: (batch, time, dim).
-          positions: int32 (time,), or (batch, time) where rows differ.
           visible: bool (time, time), or (batch, 1, time, time): who (rows) sees whom.
           dropout_keys: of the adapters.
+          rotation: of its positions, see `rotation_at`.
           is_causal: whether nobody sees what is later.
         """
-        projected = self._project(x, positions, dropout_keys)
+        projected = self._project(x, rotation, dropout_keys)
         return self._attend(*projected, visible, is_causal, dropout_keys)
 
     def extend(
-        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor, padding: tf.Tensor | None = None
+        self,
+        x: tf.Tensor,
+        rotation: Rotation | None,
+        keys: tf.Tensor,
+        values: tf.Tensor,
+        start: tf.Tensor,
+        padding: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Attends from new tokens, in the slots start, start + 1, ... of the cache, to them and to those before.
 
         Args:
           x: the new tokens, (batch, time, dim).
-          keys, values: the cache, (batch, kv_heads, context_length, head_dim).
+          rotation: of their positions, see `rotation_at`.
+          keys, values: the cache, (batch, kv_heads, slots, head_dim).
           start: int32 scalar, how many slots of the cache are filled.
           padding: int32 (batch,), how many of the first slots of a row hold no token; None: none.
 
@@ -199,8 +169,7 @@ class Attention(keras.layers.Layer):
           The output (batch, time, dim) and the cache with the new tokens in it.
         """
         own = start + tf.range(tf.shape(x)[1])  # slots of the new tokens
-        positions = positions_of(own, padding, self.config.context_length)
-        queries, new_keys, new_values = self._project(x, positions)
+        queries, new_keys, new_values = self._project(x, rotation)
         slots = tf.range(tf.shape(keys)[2])
         keys = _write_slots(keys, new_keys, own)
         values = _write_slots(values, new_values, own)
@@ -216,7 +185,7 @@ class Attention(keras.layers.Layer):
         return self._attend(queries, keys, values, visible, causal=False), keys, values
 
     def _project(
-        self, x: tf.Tensor, positions: tf.Tensor, dropout_keys: tf.Tensor | None = None
+        self, x: tf.Tensor, rotation: Rotation | None, dropout_keys: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, time, head_dim)."""
         config = self.config
@@ -227,10 +196,8 @@ class Attention(keras.layers.Layer):
         if config.qk_norm_gain:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         cosines = sines = None
-        if self._has_rope:
-            cosines, sines = tf.gather(self.cosines, positions), tf.gather(self.sines, positions)
-            if positions.shape.rank == 2:  # all heads of a row share its positions
-                cosines, sines = cosines[:, tf.newaxis], sines[:, tf.newaxis]
+        if rotation is not None and self._has_rope:
+            cosines, sines = rotation.cosines, rotation.sines
         normalises = config.qk_norm and not config.qk_norm_gain
         if normalises or self._has_rope:
             epsilon = config.norm_epsilon if normalises else None
@@ -255,14 +222,6 @@ class Attention(keras.layers.Layer):
         mixed = tf.transpose(self._kernels.attention(queries, keys, values, visible, scale, causal), [0, 2, 1, 3])
         mixed = tf.reshape(mixed, [tf.shape(mixed)[0], tf.shape(mixed)[1], config.attention_dim])
         return self.output_projection(mixed, dropout_keys)
-
-
-def positions_of(slots: tf.Tensor, padding: tf.Tensor | None, context_length: int) -> tf.Tensor:
-    """Positions of the tokens in slots of a cache: (time,), or (batch, time) behind padding (batch,).
-
-    What is no token, padding or what follows the end of a text, gets some position that the tables have.
-    """
-    return slots if padding is None else tf.clip_by_value(slots - padding[:, tf.newaxis], 0, context_length - 1)
 
 
 def _write_slots(cache: tf.Tensor, new: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
@@ -335,24 +294,30 @@ class Block(keras.layers.Layer):
     def call(
         self,
         x: tf.Tensor,
-        positions: tf.Tensor,
         visible: tf.Tensor,
         dropout_keys: tf.Tensor | None = None,
+        rotation: Rotation | None = None,
         is_causal: bool = True,
     ) -> tf.Tensor:
-        attended = self.attention(self.attention_norm(x), positions, visible, dropout_keys, is_causal=is_causal)
+        attended = self.attention(self.attention_norm(x), visible, dropout_keys, rotation=rotation, is_causal=is_causal)
         x = x + self.attention_dropout(attended, dropout_keys)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), dropout_keys), dropout_keys)
 
     def extend(
-        self, x: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, start: tf.Tensor, padding: tf.Tensor | None = None
+        self,
+        x: tf.Tensor,
+        rotation: Rotation | None,
+        keys: tf.Tensor,
+        values: tf.Tensor,
+        start: tf.Tensor,
+        padding: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        attended, keys, values = self.attention.extend(self.attention_norm(x), keys, values, start, padding)
+        attended, keys, values = self.attention.extend(self.attention_norm(x), rotation, keys, values, start, padding)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
 
-def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: tf.Tensor | None, **options: bool) -> tf.Tensor:
+def rematerialised(block: keras.Layer, x: tf.Tensor, *arguments: Any, **options: Any) -> tf.Tensor:
     """block(x, ...), which keeps x alone for the backward pass and computes the rest again (Chen et al. 2016).
 
     `tf.recompute_grad` would take the gradient of all variables that it meets through the strategy.

@@ -35,9 +35,9 @@ class Throughput:
     def sequences_per_second(self) -> float:
         return self.num_sequences / self.seconds if self.seconds > 0 else 0.0
 
-    def computed_tokens_per_second(self, context_length: int) -> float:
-        """Tokens of all rows, which take the same time whether they are learned, seen or absent."""
-        return self.num_sequences * context_length / self.seconds if self.seconds > 0 else 0.0
+    def computed_tokens_per_second(self, tokens_per_sequence: float) -> float:
+        """Tokens of all rows, whether they are learned or only seen."""
+        return self.sequences_per_second * tokens_per_sequence
 
 
 class Attribution:

@@ -216,7 +216,7 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
     if not len(results.loss):
         return
     speed = progress.since_log if progress.since_log.num_steps else progress.first
-    loss, computed = float(results.loss[-1]), speed.computed_tokens_per_second(run.context_length)
+    loss, computed = float(results.loss[-1]), speed.computed_tokens_per_second(run.tokens_per_sequence)
     metrics = named_metrics(run.task, {"loss": loss, "targets": 1, "bytes": run.bytes_per_token})
     values = {
         "step": progress.step,

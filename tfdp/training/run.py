@@ -43,7 +43,7 @@ class Run:
     ]  # puts into the run directory what is needed to read the model back, besides checkpoints
     source_names: Sequence[str]  # of the text, in the order of the step's sums
     bytes_per_token: float  # of the training text
-    context_length: int  # tokens of a row that a step computes
+    tokens_per_sequence: float  # of training, in the mean, targets or not; what is absent does not count
     flops_per_token: int  # of those, whether they are targets or not
     matrix_peak: float  # FLOP/s of all devices together
     layout: Mapping[str, int]  # what it runs on: num_workers, num_replicas, microbatch_size, ...
