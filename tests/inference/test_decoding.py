@@ -203,6 +203,10 @@ def test_a_prompt_leaves_room_and_what_is_cut_or_unfinished_is_told() -> None:
     found = Hypotheses(tf.distribute.get_strategy(), model, tokenizer, config)(given, range(4))
     assert [each.is_cut for each in found] == [False, False, True, True]  # a quarter of 24 is left, at least
     assert [each.has_ended for each in found] == [False] * 4
+    cutting = Hypotheses(tf.distribute.get_strategy(), model, tokenizer, config, too_long="cut_input")
+    assert [each.is_cut for each in cutting(given, range(4))] == [False, False, True, True]
+    kept = [*given[3][:10], *given[3][-8:]]  # 18 tokens: how it begins, and what stands before the answer
+    assert cutting(given[3:], [3])[0].text == decode_bytes(model, tokenizer, [kept], 6)[0]
     # The second has the last place of its context, and no token beyond it
     alone = decode_bytes(model, tokenizer, [given[1], given[3][-18:]], 6)
     assert [found[1].text, found[3].text] == alone
