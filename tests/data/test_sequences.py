@@ -136,7 +136,14 @@ def test_the_loss_of_packed_documents_is_the_sum_of_their_own(tmp_path: Path) ->
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("data", [{"document_attention": True}, {"sequences": "documents"}, {"partition": "block"}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"document_attention": True},
+        {"sequences": "documents"},
+        pytest.param({"partition": "block"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_of_each_form_does_not_know_its_layout(
     tiny_config: Callable[..., Config], data: dict[str, object]
 ) -> None:

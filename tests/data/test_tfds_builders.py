@@ -62,6 +62,7 @@ def _texts(source: str) -> list[str]:
     return [document.text for document in found]
 
 
+@pytest.mark.slow
 def test_tiny_shakespeare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # prints much more to stderr than a pipe holds
     text = "".join(f"ROMEO:\nLine {number}, où?\n\n" for number in range(50))
@@ -125,6 +126,7 @@ def test_prepared_by_another_process_just_after_the_builder_was_made(
 ARTICLES = [(f"Title {number}", f"Article {number} à propos.\n\nSecond paragraph.") for number in range(20)]
 
 
+@pytest.mark.slow
 def test_wikipedia_that_is_prepared(folder: Path) -> None:
     class Prepared(Wikipedia, skip_registration=True):  # the real one's name, versions, configurations and features
         name = "wikipedia"

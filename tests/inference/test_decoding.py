@@ -169,7 +169,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / num))
 
 
-@pytest.mark.parametrize("method", ["greedy", pytest.param("beam", marks=pytest.mark.slow), "sampling"])
+@pytest.mark.parametrize(
+    "method", ["greedy", *(pytest.param(each, marks=pytest.mark.slow) for each in ("beam", "sampling"))]
+)
 def test_outputs_are_the_same_on_any_number_of_replicas(method: Any) -> None:
     """And in the order of the prompts; the last passes have rows without a prompt."""
     tokenizer = make_tokenizer("bytes", "data.tokenizer")

@@ -384,7 +384,12 @@ def test_initial_spread_is_that_of_gpt2(num_layers: int) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "jit_compile", "fuse"),
-    [("float32", False, False), ("float32", True, False), ("float32", False, True), ("bfloat16", False, False)],
+    [
+        pytest.param("float32", False, False, marks=pytest.mark.slow),
+        ("float32", True, False),
+        ("float32", False, True),
+        pytest.param("bfloat16", False, False, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_remat_gives_the_same_loss_and_gradients(

@@ -138,7 +138,7 @@ def test_a_corruption_after_the_last_comparison_is_found_before_the_last_save(
         causal_lm.train(config)
 
 
-@pytest.mark.parametrize("num_steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_clean_steps_raise_no_alarm(num_steps: int) -> None:
     step, _, batches = make_step(3)
     results = step(batches, 0, num_steps)
