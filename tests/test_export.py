@@ -335,6 +335,7 @@ def test_adapters_alone_are_trained_sent_and_saved_and_go_out_again(folder: Path
 
 @pytest.mark.slow
 @pytest.mark.multiworker
+@pytest.mark.timeout(900)
 def test_a_run_with_adapters_is_one_run_in_any_layout_and_after_a_stop(folder: Path) -> None:
     """From an adapter of PEFT's form too; with dropout of the adapters' inputs."""
     keys = [*ADAPTERS, *TEXT, *SHORT, "--distribution.reduction=canonical", "--training.microbatch_size=2"]

@@ -81,6 +81,7 @@ def test_the_target_of_a_prompt_moves_no_loss_and_no_example_sees_another() -> N
 
 @pytest.mark.slow
 @pytest.mark.multiworker
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "data", [pytest.param(PAIRS, marks=pytest.mark.full, id="pairs"), pytest.param(CHATS, id="chats")]
 )

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.multiworker
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("head", [pytest.param("tokens", marks=pytest.mark.full), "linear"])
 def test_a_run_is_one_run_in_any_layout_and_predicts(folder: Path, head: str) -> None:
     keys = [*KEYS, *SIZE, LABELS, f"--head={head}", "--class_weights=balanced"]
@@ -68,6 +69,7 @@ def test_a_run_is_one_run_in_any_layout_and_predicts(folder: Path, head: str) ->
 
 @pytest.mark.slow
 @pytest.mark.multiworker
+@pytest.mark.timeout(900)
 def test_every_layout_has_the_losses_of_one_replica(folder: Path) -> None:
     """At rates at which rounding does not grow; in canonical order there is none, as the test above shows."""
     keys = [*KEYS, *SIZE, *SHORT, LABELS, "--optimizer.learning_rate=0.003", "--optimizer.adam_learning_rate=0.003"]

@@ -37,6 +37,7 @@ def outputs(folder: Path, run_dir: str, *keys: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.multiworker
+@pytest.mark.timeout(900)
 def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None:
     keys = [*KEYS, *SIZE, "--metrics=[exact_match, wer, bleu]"]
     keys += ["--distribution.reduction=canonical", "--training.microbatch_size=2"]
@@ -77,6 +78,7 @@ def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.multiworker
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("attention", ["whole", pytest.param("causal", marks=pytest.mark.full)])
 def test_every_layout_has_the_losses_of_one_replica(folder: Path, attention: str) -> None:
     """At rates at which rounding does not grow; in canonical order there is none, as the test above shows."""
