@@ -57,7 +57,7 @@ def test_a_gpu_that_is_not_here_is_reckoned_from_its_data_sheet(tmp_path: Path) 
     assert few["step_seconds"] < more["step_seconds"]
 
 
-@pytest.mark.parametrize("trainer", ["seq2seq", pytest.param("classification", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer", ["seq2seq", pytest.param("classification", marks=pytest.mark.full)])
 def test_recipes_of_examples_are_planned_without_any(trainer: str) -> None:
     small = [*TINY, "--training.global_batch_size=4", "--rounds=1"]
     own = ["--decoding.max_tokens=8"] if trainer == "seq2seq" else ["--labels=[a, b]", "--head=linear"]

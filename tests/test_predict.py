@@ -67,6 +67,7 @@ def test_a_run_is_one_run_in_any_layout_and_predicts(folder: Path, head: str) ->
     assert code == 2 and "labels" in error, error
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.multiworker
 @pytest.mark.timeout(900)

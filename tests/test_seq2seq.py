@@ -77,9 +77,10 @@ def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.multiworker
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("attention", ["whole", pytest.param("causal", marks=pytest.mark.full)])
+@pytest.mark.parametrize("attention", ["whole", "causal"])
 def test_every_layout_has_the_losses_of_one_replica(folder: Path, attention: str) -> None:
     """At rates at which rounding does not grow; in canonical order there is none, as the test above shows."""
     keys = [*KEYS, *SIZE, *SHORT, f"--model.prompt_attention={attention}"]
