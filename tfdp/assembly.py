@@ -253,7 +253,7 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         optimizer, decay = Optimizer(config.optimizer, model.trainable_variables), training.ema_decay
         average = None if decay is None else WeightAverage(decay, optimizer.weights)
     named = model.named_weights()
-    averages = average.named(named) if average is not None else {}
+    averages = {} if average is None else average.named(named)
     weights = WeightSets(named, model.named_frozen_weights(), optimizer.named_state(), averages)
     losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.kernels)
     train_step = TrainStep(
@@ -268,8 +268,8 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         _synchronizer(config, strategy, optimizer, weights),
         average,
     )
-    own = (model, compilation, training.rows_of_evaluation, parallel_microbatches)
-    evaluator = make_evaluator(recipe, config, corpus, strategy, *own)
+    rows = training.rows_of_evaluation
+    evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel_microbatches)
     order, batches_from = _batches(recipe, config, corpus, strategy)
     return Components(
         model,

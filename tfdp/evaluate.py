@@ -76,7 +76,7 @@ def main() -> None:
         "step": trained.step,
         **{f"validation_{name}": value for name, value in result.recorded().items()},
         "num_tokens": result.num_tokens,
-        **facts_of(trained.recipe.make_task(run_config, corpus)),
+        **facts_of(evaluator.task),
         "sources": {
             name: {**each.recorded(), "num_tokens": each.num_tokens, "sources": {}}
             for name, each in result.sets.items()

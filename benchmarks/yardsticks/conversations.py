@@ -19,7 +19,7 @@ import platform
 from pathlib import Path
 
 import summaries
-from splits import Record, canonical, commands, drop_shared, split, write
+from splits import Record, add_data, canonical, commands, drop_shared, split, write
 
 
 def conversation(record: Record) -> Record | None:
@@ -54,8 +54,7 @@ def make_data(output: Path) -> None:
 
 def main() -> None:
     parser, subcommands = commands(__doc__)
-    data = subcommands.add_parser("data", help="write the splits")
-    data.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    add_data(subcommands)
     make_data(parser.parse_args().output)
 
 

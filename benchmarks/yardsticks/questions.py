@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from scores import exact_match, report, squad_f1
-from splits import Record, commands, drop_shared, place, read, read_outputs, write
+from splits import Record, add_data, add_score, commands, drop_shared, place, read, read_outputs, write
 
 # Many names, so that a model cannot know them all by heart and has to copy: with 27 it did not read new ones.
 ONSETS = (
@@ -148,14 +148,11 @@ def baseline(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser, subcommands = commands(__doc__)
-    data = subcommands.add_parser("data", help="write the splits")
-    data.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    data = add_data(subcommands)
     data.add_argument("--num_train", type=int, default=20_000, help="training stories (default: 20000)")
     other = subcommands.add_parser("baseline", help="scores of the most frequent answer")
     other.add_argument("--data", type=Path, required=True, help="the folder that `data` wrote")
-    scoring = subcommands.add_parser("score", help="exact match and F1 of predictions")
-    scoring.add_argument("--predictions", type=Path, required=True, help='JSON lines {"record": 1, "output": "..."}')
-    scoring.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+    add_score(subcommands, "exact match and F1 of predictions")
     arguments = parser.parse_args()
     if arguments.command == "data":
         make_data({"test": 2_000, "valid": 500, "train": arguments.num_train}, arguments.output)

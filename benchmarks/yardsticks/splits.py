@@ -40,6 +40,20 @@ def commands(description: str | None) -> tuple[Parser, Any]:
     return parser, parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
 
+def add_data(subcommands: Any) -> Parser:
+    """The command that writes the splits."""
+    parser: Parser = subcommands.add_parser("data", help="write the splits")
+    parser.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    return parser
+
+
+def add_score(subcommands: Any, text: str, example: str = '{"record": 1, "output": "..."}') -> None:
+    """The command that scores predictions, told in a few words; an example of their lines."""
+    parser = subcommands.add_parser("score", help=text)
+    parser.add_argument("--predictions", type=Path, required=True, help=f"JSON lines {example}")
+    parser.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+
+
 def place(key: str) -> float:
     """Where a key falls between 0 and 1, evenly, whatever the machine and the run."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
@@ -122,9 +136,9 @@ def read_outputs(path: Path, num_records: int) -> list[str]:
     return [str(record["output"]).strip() for record in records]
 
 
-def write_outputs(path: Path, outputs: list[str]) -> None:
+def write_outputs(path: Path, outputs: list[str], field: str = "output") -> None:
     """What `read_outputs` reads."""
-    lines = [json.dumps({"record": at, "output": text}, ensure_ascii=False) for at, text in enumerate(outputs, 1)]
+    lines = [json.dumps({"record": at, field: text}, ensure_ascii=False) for at, text in enumerate(outputs, 1)]
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -25,7 +25,20 @@ from pathlib import Path
 from textwrap import dedent
 
 from scores import report, rouge
-from splits import Record, canonical, commands, drop_shared, fetch, members, read, read_outputs, split, write
+from splits import (
+    Record,
+    add_data,
+    add_score,
+    canonical,
+    commands,
+    drop_shared,
+    fetch,
+    members,
+    read,
+    read_outputs,
+    split,
+    write,
+)
 
 MORE = ("sympy==1.13.3", "networkx==3.4.2", "Django==5.2.19", "pandas==2.2.3", "matplotlib==3.10.0", "scipy==1.15.0")
 LONGEST = 1200  # characters of code
@@ -146,18 +159,15 @@ def score(outputs: list[str], tests: list[Record]) -> dict[str, float]:
 
 def main() -> None:
     parser, subcommands = commands(__doc__)
-    data = subcommands.add_parser("data", help="write the splits")
-    data.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    data = add_data(subcommands)
     data.add_argument("--package", type=Path, nargs="+", default=[], help="packages with more functions, for train")
     data.add_argument("--more", action="store_true", help=f"download packages for train: {', '.join(MORE)}")
     lead = subcommands.add_parser("lead", help="ROUGE without a model")
     lead.add_argument(
         "--kind", choices=LEADS, default="return", help="default: return, on valid.jsonl the best but for padding"
     )
-    scoring = subcommands.add_parser("score", help="ROUGE of predictions")
-    scoring.add_argument("--predictions", type=Path, required=True, help='JSON lines {"record": 1, "output": "..."}')
-    for each in (lead, scoring):
-        each.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+    lead.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+    add_score(subcommands, "ROUGE of predictions")
     arguments = parser.parse_args()
     if arguments.command == "data":
         make_data(arguments.package, arguments.more, arguments.output)

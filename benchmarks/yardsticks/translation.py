@@ -29,6 +29,8 @@ from pathlib import Path
 
 from splits import (
     Record,
+    add_data,
+    add_score,
     canonical,
     commands,
     drop_shared,
@@ -208,13 +210,10 @@ def score(predictions: Path, test: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser, subcommands = commands(__doc__)
-    data = subcommands.add_parser("data", help="write the splits")
-    data.add_argument("--output", type=Path, required=True, help="folder of train.jsonl, valid.jsonl and test.jsonl")
+    data = add_data(subcommands)
     data.add_argument("--package", type=Path, nargs="+", default=[], help="packages that are here (default: download)")
     data.add_argument("--debian", action="store_true", help="Debian's packages too, for train alone")
-    scoring = subcommands.add_parser("score", help="BLEU and chrF of predictions")
-    scoring.add_argument("--predictions", type=Path, required=True, help='JSON lines {"record": 1, "output": "..."}')
-    scoring.add_argument("--test", type=Path, required=True, help="test.jsonl of `data`")
+    add_score(subcommands, "BLEU and chrF of predictions")
     other = subcommands.add_parser("baseline", help="predictions of a translation memory")
     other.add_argument("--data", type=Path, required=True, help="the folder that `data` wrote")
     other.add_argument("--output", type=Path, required=True, help="where the predictions go")

@@ -64,7 +64,7 @@ class Evaluator:
     ) -> None:
         self._outputs = outputs
         self._step = EvalStep(strategy, sums, jit_compile, len(sets), rows, num_statistics(task))
-        self._strategy, self._task, self._sets = strategy, task, sets
+        self._strategy, self.task, self._sets = strategy, task, sets
         self._rows = rows * parallel_passes * int(strategy.num_replicas_in_sync)
 
     def __call__(self) -> Evaluation:
@@ -94,7 +94,7 @@ class Evaluator:
             totals["statistics"] = np.array(statistics)
         if outputs is not None:
             totals["outputs"] = outputs
-        return Evaluation(named_metrics(self._task, totals), int(count), sets, exhibits(self._task, totals))
+        return Evaluation(named_metrics(self.task, totals), int(count), sets, exhibits(self.task, totals))
 
 
 class EvalStep:
