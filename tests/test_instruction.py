@@ -119,6 +119,12 @@ def test_shards_of_examples_give_the_run_that_their_records_give(folder: Path) -
         code, _, error = tfdp(folder, "train", *KEYS, *data, *SHORT, f"--run_dir=of_{name}")
         assert code == 0, error
     assert losses(folder / "of_records") == losses(folder / "of_shards")
+    evaluated = []
+    for name in ("records", "shards"):  # the run on shards knows its template from them
+        code, out, error = tfdp(folder, "evaluate", f"--run_dir=of_{name}", "--source=jsonl:pairs.jsonl")
+        assert code == 0, error
+        evaluated.append((json.loads(out)["validation_loss"], json.loads(out)["num_tokens"]))
+    assert evaluated[0] == evaluated[1]
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ def test_a_run_is_one_run_in_any_layout_and_writes_outputs(folder: Path) -> None
     for name in ("loss", "exact_match", "wer", "bleu"):
         assert evaluated[f"validation_{name}"] == found[f"validation_{name}"]
     more = ["--num_examples=0", "--method=beam", "--beam_size=3", "--distribution.num_replicas=2"]
-    code, out, error = tfdp(folder, "evaluate", "--run_dir=layout_one", *more)
+    code, out, error = tfdp(folder, "evaluate", "--run_dir=layout_one", "--metrics=[chrf, exact_match]", *more)
     assert code == 0 and json.loads(out)["validation_exact_match"] > 0.5, error
+    assert json.loads(out)["validation_chrf"] > 50 and "validation_wer" not in json.loads(out)
 
     right = [json.loads(line)["spelled"] for line in (folder / "words.jsonl").read_text().splitlines()]
     for method in (["--rows=7"], ["--method=beam", "--beam_size=3"]):

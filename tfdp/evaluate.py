@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from tfdp.config.parsing import load
-from tfdp.config.sections import MOST, MOST_TOKENS, DecodingChoice, DistributionConfig
+from tfdp.config.sections import MOST, MOST_TOKENS, DecodingChoice, DistributionConfig, Score
 from tfdp.config.source_syntax import parse
 from tfdp.recipe import FUNCTIONS
 from tfdp.system.exits import require, require_at_most, run_command
@@ -34,6 +34,8 @@ class Config(DecodingChoice):
     num_examples: int | None = None
     """Of a run of the recipe seq2seq: examples of each set for which outputs are written; 0: all; null: as in
     training."""
+    metrics: tuple[Score, ...] | None = None
+    """Of a run of the recipe seq2seq: scores of its outputs; null: as in training."""
     distribution: DistributionConfig = DistributionConfig()
 
     def __post_init__(self) -> None:
@@ -51,7 +53,12 @@ def main() -> None:
 
     trained = TrainedModel.open(config.run_dir, config.checkpoint, "evaluated", FUNCTIONS)
     layout = replace(config.distribution, reduction=trained.config.distribution.reduction)
-    run_config = config.chosen(replace(trained.config, distribution=layout))
+    run_config = replace(trained.config, distribution=layout)
+    if config.metrics is not None:
+        has_scores = hasattr(run_config, "decoding")
+        require(has_scores, "metrics", list(config.metrics), "is for a run of the recipe seq2seq")
+        run_config = replace(run_config, metrics=config.metrics)
+    run_config = config.chosen(run_config)
     if config.num_examples is not None:
         writes = hasattr(run_config, "decoding") and bool(run_config.metrics)
         rule = "is for a run of the recipe seq2seq that has metrics"
@@ -99,6 +106,10 @@ def _corpus(config: Config, trained: "TrainedModel") -> "Corpus":
         data = replace(data, source=named, validation_source=whole, tokenizer=own, partition="shuffled")
         if whole is None:  # shards have examples or text already
             data = replace(data, **asdict(ExampleKeys()))
+        elif trained.example_keys:  # which those of a run on shards do not stand in its configuration
+            rule = "must be a run on examples of one template and of the same fields: those of its shards differ"
+            require(len(set(trained.example_keys)) == 1, "run_dir", config.run_dir, rule)
+            data = replace(data, **asdict(trained.example_keys[0]))
         corpus = sources.open_corpus(data, sources.cache_dir(data))
         is_same = corpus.tokenizer.fingerprint == trained.tokenizer.fingerprint
         require(is_same, "source", named, f"must hold tokens of the tokenizer of the model, {trained.tokenizer.name}")

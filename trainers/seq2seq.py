@@ -6,10 +6,10 @@ score them by `metrics`; checkpoints are compared by the first. `python -m tfdp.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdp import assembly
-from tfdp.config.sections import DataConfig, DecodingConfig, ModelConfig, TrainingConfig
+from tfdp.config.sections import DataConfig, DecodingConfig, ModelConfig, Score, TrainingConfig
 from tfdp.data.sequences import Sequences, examples_of
 from tfdp.data.sources import require_examples, require_whole_examples
 from tfdp.recipe import import_recipe
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from tfdp.tasks.seq2seq import Seq2Seq
 
 __all__ = ["Config", "make_model", "make_sequences", "make_task", "train", "weight_shapes"]
-
-Score = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "squad_exact_match", "squad_f1", "wer"]
 
 
 @dataclass(frozen=True)

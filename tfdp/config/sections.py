@@ -696,6 +696,9 @@ class DecodingConfig(_Section):
         return f"{self.method}{drawn if self.method == 'sampling' else ''}, {self.max_tokens} tokens at most"
 
 
+Score = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "squad_exact_match", "squad_f1", "wer"]
+
+
 @dataclass(frozen=True)
 class DecodingChoice:
     """The search of a command that reads a run of the recipe seq2seq; null: that of training."""
