@@ -19,14 +19,14 @@ if TYPE_CHECKING:  # this module opens the text before TensorFlow is loaded
     from tfdp.optim.optimizer import Optimizer
     from tfdp.parallel.batch_layout import BatchLayout
     from tfdp.parallel.cluster import Cluster, FailureDetector
-    from tfdp.parallel.synchronizer import Synchronizer
+    from tfdp.parallel.cluster_spec import Jobs
     from tfdp.tasks.task import Task
     from tfdp.training.averaging import Averaging
     from tfdp.training.compilation import Compilation
     from tfdp.training.evaluation import Evaluator, RowLosses
     from tfdp.training.run_directory import RunDirectory
-    from tfdp.training.step import StepRules, TrainStep
     from tfdp.training.stopping import StopSignal
+    from tfdp.training.synchronization import Steps
     from tfdp.training.weights import WeightSets
 
 
@@ -50,7 +50,7 @@ class Components:
     optimizer: "Optimizer"
     weights: "WeightSets"
     averaging: "Averaging"
-    train_step: "TrainStep"
+    train_step: "Steps"
     row_losses: "RowLosses"
     evaluator: "Evaluator"
     order: "Order"
@@ -67,10 +67,13 @@ def train(recipe: Recipe, config: Any) -> dict[str, Any]:
     """
     started = time.monotonic()
     require_functions(recipe, config.trainer, FUNCTIONS, "trained")
-    from tfdp.parallel.cluster_spec import find_cluster
+    from tfdp.parallel.cluster_spec import find_cluster, find_jobs
     from tfdp.training.run_directory import RunDirectory
     from tfdp.training.stopping import StopSignal
 
+    jobs = find_jobs(config.distribution)
+    if jobs is not None and jobs.kind != "chief":
+        return _serve(jobs)
     with StopSignal() as stop:
         cluster = find_cluster(config.distribution)
         require(
@@ -80,11 +83,30 @@ def train(recipe: Recipe, config: Any) -> dict[str, Any]:
             "must be named where there are several workers: try --run_dir runs/NAME",
         )
         with RunDirectory.holding(config.run_dir, cluster.is_chief) as directory:
-            return _train(recipe, config, directory, cluster, stop, started)
+            return _train(recipe, config, directory, cluster, jobs, stop, started)
+
+
+def _serve(jobs: "Jobs") -> dict[str, Any]:
+    """A worker or a parameter server: it computes or holds what the chief says, and needs neither text nor model."""
+    from tfdp.system.startup import load_tensorflow
+
+    load_tensorflow()
+    from tfdp.parallel.cluster import probe
+    from tfdp.parallel.pool import serve
+
+    [chief] = jobs.addresses["chief"]
+    serve(jobs, lambda: probe(chief, timeout_seconds=2.0) == "alive")
+    return {}
 
 
 def _train(
-    recipe: Recipe, config: Any, directory: "RunDirectory", cluster: "Cluster", stop: "StopSignal", started: float
+    recipe: Recipe,
+    config: Any,
+    directory: "RunDirectory",
+    cluster: "Cluster",
+    jobs: "Jobs | None",
+    stop: "StopSignal",
+    started: float,
 ) -> dict[str, Any]:
     """Opens the text, makes the strategy and checks that all workers agree."""
     from tfdp.data import sources
@@ -107,7 +129,7 @@ def _train(
     with FailureDetector(cluster, layout.peer_timeout_seconds, layout.start_timeout_seconds).watching() as watch:
         built = without_origin(config) if directory.checkpoints().steps() else config
         parallel = parallel_microbatches(recipe, built, corpus, cluster.num_workers)
-        strategy = distribution.make_strategy(layout, cluster, parallel, watch.wait_for_start)
+        strategy = distribution.make_strategy(layout, cluster, parallel, watch.wait_for_start, jobs)
         if cluster.num_workers > 1:  # the facts include digests of large files
             require_agreement(cluster, shared_facts(recipe, built, corpus, strategy), watch.wait_for_start)
         distribution.connect_workers(strategy, layout, cluster)
@@ -215,7 +237,7 @@ def parallel_microbatches(recipe: Recipe, config: Any, corpus: "Corpus", num_wor
 
     return batch_layout.parallel_microbatches(
         config.distribution,
-        config.training,
+        batch_layout.of_islands(config.training, config.distribution),
         num_workers,
         gradient_size(recipe.weight_shapes(config, corpus.tokenizer.vocab_size)),
         config.model.context_length,
@@ -234,18 +256,17 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
     """
     from tfdp.optim.average import WeightAverage
     from tfdp.optim.optimizer import Optimizer
-    from tfdp.optim.schedule import make_schedule
     from tfdp.parallel import batch_layout
     from tfdp.tasks.task import row_losses, source_losses
     from tfdp.training.averaging import Averaging
     from tfdp.training.evaluation import RowLosses
-    from tfdp.training.step import TrainStep
+    from tfdp.training.synchronization import make_steps
     from tfdp.training.weights import WeightSets
 
     training = config.training
     vocab_size, num_sources = corpus.tokenizer.vocab_size, len(corpus.sources)
-    num_replicas, reduction = int(strategy.num_replicas_in_sync), config.distribution.reduction
-    layout = batch_layout.cut_batch(num_replicas, training, reduction, parallel_microbatches)
+    num_replicas = int(strategy.num_replicas_in_sync)
+    layout = batch_layout.cut(num_replicas, training, config.distribution, parallel_microbatches)
     compilation = _compilation(recipe, config, vocab_size, strategy)
     task = _checked(recipe.make_task(config, corpus), config.trainer)
     with strategy.scope():
@@ -254,20 +275,12 @@ def build(recipe: Recipe, config: Any, corpus: "Corpus", strategy: Any, parallel
         average = None if decay is None else WeightAverage(decay, optimizer.weights)
     named = model.named_weights()
     averages = {} if average is None else average.named(named)
-    weights = WeightSets(named, model.named_frozen_weights(), optimizer.named_state(), averages)
     losses = row_losses(task, model, config.seed, training.loss_chunk_size, compilation.kernels)
-    train_step = TrainStep(
-        strategy,
-        source_losses(losses, num_sources),
-        optimizer,
-        make_schedule(config.optimizer, training.steps),
-        layout,
-        _rules(config),
-        compilation,
-        num_sources,
-        _synchronizer(config, strategy, optimizer, weights),
-        average,
+    loss_function, frozen = source_losses(losses, num_sources), model.named_frozen_weights()
+    train_step, state = make_steps(
+        config, strategy, loss_function, optimizer, list(frozen.values()), layout, compilation, num_sources, average
     )
+    weights = WeightSets(named, frozen, state, averages)
     rows = training.rows_of_evaluation
     evaluator = make_evaluator(recipe, config, corpus, strategy, model, compilation, rows, parallel_microbatches)
     order, batches_from = _batches(recipe, config, corpus, strategy)
@@ -307,26 +320,6 @@ def _compilation(recipe: Recipe, config: Any, vocab_size: int, strategy: Any) ->
 
     largest, on_gpu = largest_matrix(recipe.weight_shapes(config, vocab_size)), collectives.on_gpu(strategy)
     return Compilation.choose(config.training.jit_compile, config.training.precision, on_gpu, largest)
-
-
-def _rules(config: Any) -> "StepRules":
-    from tfdp.training.step import StepRules
-
-    return StepRules(
-        clip_norm=config.optimizer.clip_norm,
-        reduction=config.distribution.reduction,
-        verify_every=config.training.verify_every,
-        spike_threshold=config.training.spike_threshold,
-        skip_spikes=config.training.on_spike == "skip",
-        scales_loss=config.training.precision == "float16",
-    )
-
-
-def _synchronizer(config: Any, strategy: Any, optimizer: "Optimizer", weights: "WeightSets") -> "Synchronizer":
-    from tfdp.parallel.synchronizer import AllReduce
-
-    how, state = config.distribution, [*optimizer.state, *weights.average.values(), *weights.frozen.values()]
-    return AllReduce(strategy, optimizer.weights, state, how.reduction, how.wire_dtype, how.bytes_per_pack)
 
 
 def _batches(

@@ -14,12 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from tfdp.config.parsing import load
 from tfdp.config.run_config import with_run_config
@@ -29,6 +28,7 @@ from tfdp.recipe import load_recipe
 from tfdp.system import exits
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.machine import Share, free_ports, preparation, share_machine
+from tfdp.system.prefixed import Console
 from tfdp.training.checkpoint import CheckpointFolder
 
 DESCRIPTION = (
@@ -50,20 +50,46 @@ _MEANINGS = {
 
 
 @dataclass(frozen=True)
+class Role:
+    """The place of a process in the job, as TF_CONFIG names it."""
+
+    kind: str
+    index: int
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.kind == "chief" else f"{self.kind} {self.index}"
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
     """The number of workers, and what happens when one dies."""
 
     num_workers: int = 1
     """Worker processes on this machine; they share its cores, and its GPUs where there are any."""
+    num_parameter_servers: int = 0
+    """With distribution.strategy parameter_server: processes that hold the weights for the workers, besides a chief,
+    which hands out the work. A worker that dies is started again by itself."""
     max_restarts: int = 0
     """How often the whole job is restarted from the newest checkpoint after a worker has died."""
     grace_seconds: float = 15.0
     """Seconds that the other workers have to end by themselves after one has died, before they are killed."""
 
+    @property
+    def roles(self) -> list[Role]:
+        """All processes of the job."""
+        workers = [Role("worker", index) for index in range(self.num_workers)]
+        servers = [Role("ps", index) for index in range(self.num_parameter_servers)]
+        return [Role("chief", 0), *workers, *servers] if servers else workers
+
     def __post_init__(self) -> None:
         require(self.num_workers >= 1, "num_workers", self.num_workers, "must be at least 1: try 2")
         rule = f"must be at most {MOST_WORKERS} on one machine: start more by deploy/ on several"
         require(self.num_workers <= MOST_WORKERS, "num_workers", self.num_workers, rule)
+        servers = self.num_parameter_servers
+        require(
+            0 <= servers <= MOST_WORKERS, "num_parameter_servers", servers, f"must lie in [0, {MOST_WORKERS}]: try 1"
+        )
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative: try 0")
         require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "must not be negative: try 15")
 
@@ -72,14 +98,14 @@ class LaunchConfig:
 class Worker:
     """One process of the job, and the threads that pass its output on."""
 
-    index: int
+    role: Role
     process: subprocess.Popen[bytes]
     readers: list[threading.Thread] = field(default_factory=list)
     ended_by_launcher: bool = False  # its exit code then says nothing about the job
 
     @property
     def name(self) -> str:
-        return f"worker {self.index} (pid {self.process.pid})"
+        return f"{self.role.name} (pid {self.process.pid})"
 
     @property
     def code(self) -> int:
@@ -138,6 +164,7 @@ def run_job(
       The exit code of the job, one of those in tfdp.system.exits.
     """
     console = Console()
+    roles = config.roles
     shares = share_machine(config.num_workers)
     history = History(newest_step(run_dir))
     used_ports: set[int] = set()
@@ -145,13 +172,14 @@ def run_job(
     console.say(f"{config.num_workers} workers, cores for each: {cores}, run directory {run_dir}")
     with _recorded_signals() as received:
         while True:
-            used_ports.update(ports := free_ports(config.num_workers, used_ports))
-            workers = start_workers([*worker_command, *arguments], ports, shares, console)
+            used_ports.update(ports := free_ports(len(roles), used_ports))
+            job = _Job([*worker_command, *arguments], dict(zip(roles, ports, strict=True)), shares, console)
             try:
-                _supervise(workers, config.grace_seconds, received, console)
+                job.start()
+                _supervise(job, config.grace_seconds, received, console)
             finally:
-                _kill(workers)
-            codes = [worker.code for worker in workers if not worker.ended_by_launcher]
+                _kill(job.workers)
+            codes = [worker.code for worker in job.workers if not worker.ended_by_launcher]
             code = job_code(codes, bool(received))
             if code in (exits.FINISHED, exits.USER_ERROR):
                 return code
@@ -184,48 +212,84 @@ def newest_step(run_dir: Path) -> int:
 # ---------------------------------------------------------------------------------------------------
 
 
-def start_workers(
-    command: Sequence[str], ports: Sequence[int], shares: Sequence[Share], console: "Console"
-) -> list[Worker]:
-    """Starts one worker for each port, each in a session of its own: a terminal's Ctrl-C reaches the launcher only."""
-    addresses = [f"127.0.0.1:{port}" for port in ports]
-    workers: list[Worker] = []
-    try:
-        for index, share in enumerate(shares):
-            cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, **share.environment, "TF_CONFIG": json.dumps(cluster)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=preparation(share.cores),
-            )
-            workers.append(Worker(index, process))
-    except BaseException:
-        _kill(workers)
-        raise
-    console.forget_errors()
-    for worker in workers:  # after the last fork: a child of a process with threads may inherit a lock they hold
-        worker.readers = console.follow(worker.index, worker.process)
-    return workers
+class _Job:
+    """The processes of one attempt.
+
+    Args:
+      command: of each, with its arguments.
+      ports: of each.
+      shares: of the machine, for the workers; what hands out and holds takes what is left.
+      console: of their output.
+    """
+
+    def __init__(
+        self, command: Sequence[str], ports: Mapping[Role, int], shares: Sequence[Share], console: Console
+    ) -> None:
+        self._command, self._shares, self._console = command, shares, console
+        self._addresses: dict[str, list[str]] = {}
+        for role, port in ports.items():
+            self._addresses.setdefault(role.kind, []).append(f"127.0.0.1:{port}")
+        self._roles = list(ports)
+        self.workers: list[Worker] = []
+
+    @property
+    def is_pool(self) -> bool:
+        """Whether a chief hands out work, so that a worker can be started again by itself."""
+        return "chief" in self._addresses
+
+    def start(self) -> None:
+        """Starts all, each in a session of its own: a terminal's Ctrl-C reaches the launcher only."""
+        for role in self._roles:
+            self.workers.append(self._started(role))
+        self._console.forget_errors()
+        for worker in self.workers:  # after the last fork: a child of a process with threads may inherit a lock
+            worker.readers = self._console.follow(worker.role.name, worker.process)
+
+    def start_again(self, role: Role) -> Worker:
+        worker = self._started(role)
+        worker.readers = self._console.follow(role.name, worker.process)
+        self.workers.append(worker)
+        return worker
+
+    def _started(self, role: Role) -> Worker:
+        cluster = {"cluster": self._addresses, "task": {"type": role.kind, "index": role.index}}
+        share = self._shares[role.index] if role.kind == "worker" else None
+        process = subprocess.Popen(
+            self._command,
+            env={**os.environ, **(share.environment if share else {}), "TF_CONFIG": json.dumps(cluster)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=preparation(share.cores if share else ()),
+        )
+        return Worker(role, process)
 
 
-def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequence[int], console: "Console") -> None:
+def _supervise(job: _Job, grace_seconds: float, received: Sequence[int], console: Console) -> None:
     """Returns when every worker has ended; passes signals on, and kills those that outlive a failure for too long."""
-    running, num_passed_on = list(workers), 0
+    running, num_passed_on = list(job.workers), 0
     deadline: float | None = None
     ending = signal.SIGTERM
     while running:
         for number in received[num_passed_on:]:
             console.say(f"{signal.Signals(number).name}: passed on to {len(running)} workers")
             for worker in running:
-                worker.process.send_signal(number)
+                if not job.is_pool or worker.role.kind == "chief":  # the others end when it does
+                    worker.process.send_signal(number)
         num_passed_on = len(received)
         for worker in [worker for worker in running if worker.process.poll() is not None]:
             running.remove(worker)
             _drain(worker)
+            if job.is_pool and worker.role.kind != "chief" and deadline is None:
+                worker.ended_by_launcher = True  # its code is not that of the job
+                again = worker.role.kind == "worker" and not received
+                console.say(f"{worker.name} {_how_it_ended(worker.code)}{'; it is started again' if again else ''}")
+                if again:
+                    running.append(job.start_again(worker.role))
+                continue
+            if job.is_pool and worker.role.kind == "chief":
+                deadline = time.monotonic()
             if worker.code in (exits.FINISHED, exits.STOPPED) or worker.ended_by_launcher:
                 deadline = deadline or time.monotonic() + grace_seconds + LINGER_SECONDS
                 continue
@@ -236,7 +300,8 @@ def _supervise(workers: Sequence[Worker], grace_seconds: float, received: Sequen
             console.say(f"{worker.name} {_how_it_ended(worker.code)}{patience}")
         if running and deadline is not None and time.monotonic() >= deadline:
             for worker in running:
-                console.say(f"{worker.name} is still running; sending it {ending.name}")
+                if not job.is_pool:  # whose workers end when their chief does
+                    console.say(f"{worker.name} is still running; sending it {ending.name}")
                 worker.ended_by_launcher = True
                 worker.process.send_signal(ending)
             deadline, ending = time.monotonic() + TERM_SECONDS, signal.SIGKILL
@@ -279,52 +344,6 @@ def _recorded_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------------
-
-
-class Console:
-    """The output of all workers: whole lines, at once, each with its worker's name in front."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._errors: set[bytes] = set()
-
-    def say(self, message: str) -> None:
-        """One line of the launcher itself, on stderr."""
-        self._write(sys.stderr.fileno(), f"launch: {message}\n".encode())
-
-    def forget_errors(self) -> None:
-        """From now on an error that was seen before is shown again."""
-        self._errors.clear()
-
-    def follow(self, index: int, process: subprocess.Popen[bytes]) -> list[threading.Thread]:
-        """Starts to pass a worker's output on, stdout to stdout and stderr to stderr."""
-        prefix = f"[worker {index}] ".encode()
-        pairs = ((process.stdout, sys.stdout.fileno()), (process.stderr, sys.stderr.fileno()))
-        readers = [threading.Thread(target=self._pass_on, args=(prefix, *pair), daemon=True) for pair in pairs]
-        for reader in readers:
-            reader.start()
-        return readers
-
-    def _pass_on(self, prefix: bytes, source: IO[bytes], target: int) -> None:
-        with source:
-            for line in iter(source.readline, b""):
-                self._write(target, line if line.endswith(b"\n") else line + b"\n", prefix)
-
-    def _write(self, target: int, line: bytes, prefix: bytes = b"") -> None:
-        with self._lock:
-            if prefix and line.startswith(b"error: "):
-                if line in self._errors:  # every worker finds the same mistake of the user: once is enough
-                    return
-                self._errors.add(line)
-            rest = memoryview(prefix + line)
-            with contextlib.suppress(OSError):  # nobody reads any more: the workers continue
-                while rest:
-                    rest = rest[os.write(target, rest) :]
 
 
 if __name__ == "__main__":

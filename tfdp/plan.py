@@ -74,12 +74,13 @@ class Plan:
     weight_bytes: int
     optimizer_bytes: int
     average_bytes: int  # of training.ema_decay
+    island_bytes: int  # of what islands keep besides
     gradient_bytes: int
     activation_bytes: int
     peak_memory_bytes: int
     memory_bytes: int | None  # that there is; None where it is that of a GPU here
-    reduction_bytes: int
-    network_seconds: float  # of a step's reduction between workers, at best
+    reduction_bytes: int  # of a step, in the mean over a round of islands
+    network_seconds: float  # of that between workers, at best
     checkpoint_bytes: int
     step_seconds: float
     tokens_per_second: float
@@ -107,13 +108,16 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     num_state = estimates.num_state_numbers(run.optimizer, trained)
     num_averages = 0 if run.training.ema_decay is None else num_trained
     num_gpus = num_local if config.device else num_here
+    how, training = run.distribution, batch_layout.of_islands(run.training, run.distribution)
     parallel = batch_layout.parallel_microbatches(
-        run.distribution, run.training, config.num_workers, num_trained, run.model.context_length, num_gpus
+        how, training, config.num_workers, num_trained, run.model.context_length, num_gpus
     )
-    size = batch_layout.cut_batch(num_replicas, run.training, run.distribution.reduction, parallel).microbatch_size
+    size = batch_layout.cut(num_replicas, run.training, how, parallel).microbatch_size
     activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)
-    reduced = estimates.reduction_bytes(run.distribution, trained, num_replicas)
-    network = estimates.network_seconds(reduced, config.num_workers, config.network_gbits)
+    num_islands = estimates.num_island_numbers(how, num_trained, num_state, num_replicas)
+    steps = 1 if how.synchronization == "every_step" else how.synchronize_every
+    reduced = estimates.reduction_bytes(how, trained, num_replicas)
+    network = estimates.network_seconds(how, reduced, config.num_workers, config.network_gbits) / steps
     if config.device is None:
         found = _measure(run, vocab_size, config)
         memory, first_step = None if num_here else total_memory(), found.first_step_seconds
@@ -125,7 +129,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         reachable = ASSUMED_MFU * gpu.matrix_peak(run.training.precision) * num_replicas
         step_seconds, first_step, memory = flops / reachable + network, None, round(gpu.memory_bytes)
         num_gradients = parallel + (parallel * size * num_replicas < batch)  # and their sum, where there are more
-        numbers = num_params + num_trained * num_gradients + num_state + num_averages
+        numbers = num_params + num_trained * num_gradients + num_state + num_averages + num_islands
         peak = 4 * numbers + activations + LIBRARY_BYTES
     return Plan(
         num_params=num_params,
@@ -138,7 +142,8 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         activation_bytes=activations,
         peak_memory_bytes=peak,
         memory_bytes=memory,
-        reduction_bytes=reduced,
+        island_bytes=4 * num_islands,
+        reduction_bytes=round(reduced / steps),
         network_seconds=network,
         checkpoint_bytes=4 * (num_trained + num_state + num_averages),
         step_seconds=step_seconds,
@@ -193,13 +198,14 @@ def _with_layers(run: Any, num_layers: int, num_workers: int) -> Any:
     run = _on_text(run)
     training = replace(run.training, global_batch_size=run.training.global_batch_size // num_workers)
     strategy = "one_device" if run.distribution.strategy == "one_device" else "auto"
+    num_islands = max(1, run.distribution.num_islands // num_workers)
     own = {"init_from": None} if hasattr(run.model, "init_from") else {}  # whose weights have another depth
     return replace(
         run,
         model=replace(run.model, num_layers=num_layers, **own),
         data=DataConfig(document_attention=run.data.document_attention),
         training=training,
-        distribution=replace(run.distribution, strategy=strategy),
+        distribution=replace(run.distribution, strategy=strategy, num_islands=num_islands),
     )
 
 
@@ -214,7 +220,8 @@ def report(plan: Plan, config: Config, num_steps: int) -> str:
         f"replicas     {plan.num_replicas} on {plan.num_workers} worker{'s' * (plan.num_workers > 1)}",
         f"weights      {_megabytes(plan.weight_bytes)}, their gradients as much, optimizer state "
         f"{_megabytes(plan.optimizer_bytes)}"
-        + (f", their average {_megabytes(plan.average_bytes)}" if plan.average_bytes else ""),
+        + (f", their average {_megabytes(plan.average_bytes)}" if plan.average_bytes else "")
+        + (f", for the islands {_megabytes(plan.island_bytes)}" if plan.island_bytes else ""),
         f"activations  {_megabytes(plan.activation_bytes)} of the micro-batches that are computed in parallel",
         f"peak memory  {peak}",
         f"reduction    {_megabytes(plan.reduction_bytes)} a step"

@@ -95,6 +95,9 @@ class PastRun:
 
         run = RunDirectory.open(run_dir)
         recipe, config = recipe_of_file(run.config_path, FUNCTIONS, "replayed")
+        how = config.distribution.synchronization
+        rule = "must be a run with distribution.synchronization every_step: a step of islands is not replayed"
+        require(how == "every_step", "run_dir", run_dir, rule)
         rows, damaged = read_rows(run.metrics_path)
         for line in damaged:
             print(f"warning: {line}", file=sys.stderr, flush=True)

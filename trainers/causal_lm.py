@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tfdp import assembly
+from tfdp.config.islands import require_islands_fit
 from tfdp.config.sections import (
     MOST_TOKENS,
     CheckpointConfig,
@@ -59,6 +60,7 @@ class Config:
             self.training.global_batch_size,
             f"must be at most 2**24 tokens, {largest} sequences of model.context_length: try {largest}",
         )
+        require_islands_fit(self)
         rule = f"must be {' or '.join(self.prompt_attentions)} with trainer {self.trainer}: whole is for seq2seq"
         attention = getattr(self.model, "prompt_attention", "causal")
         require(attention in self.prompt_attentions, "model.prompt_attention", attention, rule)

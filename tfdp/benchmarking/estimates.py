@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tfdp.models.dimensions import BYTES, Shapes, fused_width, num_params, weight_shapes, wide_dim
 from tfdp.ops.chunking import loss_chunk_size, query_blocks
+from tfdp.ops.quantization import Encoding
 
 
 def num_state_numbers(config: OptimizerConfig, shapes: Shapes) -> int:
@@ -46,13 +47,40 @@ def activation_bytes(config: ModelConfig, training: TrainingConfig, vocab_size: 
 
 
 def reduction_bytes(config: DistributionConfig, shapes: Shapes, num_replicas: int) -> int:
-    """What each replica hands to the reduction of a step: its gradients."""
-    return num_params(shapes) * BYTES[config.wire_dtype] if num_replicas > 1 else 0
+    """What each replica hands to a reduction: its gradients, or the changes of its islands."""
+    if num_replicas == 1:
+        return 0
+    if config.synchronization == "every_step":
+        return num_params(shapes) * BYTES[config.wire_dtype]
+    if config.delta_dtype == "float32":  # summed over the islands of a replica
+        return num_params(shapes) * BYTES["float32"]
+    message = 4 * Encoding(list(shapes.values()), config.delta_dtype).num_words
+    return config.num_islands // num_replicas * message
 
 
-def network_seconds(num_bytes: int, num_workers: int, gbits_per_second: float) -> float:
-    """The least time of a ring all-reduce of so many bytes, from each worker to the next (Patarasu and Yuan 2009)."""
-    return 2 * (num_workers - 1) / num_workers * num_bytes * 8 / (gbits_per_second * 1e9)
+def network_seconds(config: DistributionConfig, num_bytes: int, num_workers: int, gbits_per_second: float) -> float:
+    """The least time of a reduction to which each replica hands so many bytes, for one replica on each worker.
+
+    A sum is a ring all-reduce, from each worker to the next (Patarasu and Yuan 2009); messages in few bits go from each
+    worker to all others.
+    """
+    is_sum = config.synchronization == "every_step" or config.delta_dtype == "float32"
+    sent = (2 / num_workers if is_sum else 1) * (num_workers - 1) * num_bytes
+    return sent * 8 / (gbits_per_second * 1e9)
+
+
+def num_island_numbers(config: DistributionConfig, num_trained: int, num_state: int, num_replicas: int) -> int:
+    """Numbers that a replica keeps for its islands besides the weights and one optimizer state: 0 without islands.
+
+    Of each island but the first, its optimizer state; of all, a round's new weights and new state beside the old; the
+    outer momentum; what messages have lost.
+    """
+    if config.synchronization == "every_step":
+        return 0
+    num_local = config.num_islands // num_replicas
+    errors = 0 if config.delta_dtype == "float32" else 2 * num_trained
+    momentum = num_trained if config.outer_optimizer == "nesterov" else 0
+    return (2 * num_local - 1) * num_state + num_local * (num_trained + errors) + momentum
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def train(
     held = prepare(components)
     batches, step = components.batches_from(0, ()), 0
     while True:
-        count = min(pace.wanted, _STEPS_OF_CALL)
+        count = components.train_step.boundary(step + min(pace.wanted, _STEPS_OF_CALL)) - step
         done = len(components.train_step(batches, step, count).loss)
         if done < count:
             raise RuntimeError(f"step {step + done + 1} was refused")

@@ -547,13 +547,30 @@ class DistributionConfig(_Section):
 
     _PREFIX = "distribution."
 
-    strategy: Literal["auto", "one_device", "mirrored", "multi_worker_mirrored"] = "auto"
-    """auto: multi_worker_mirrored if TF_CONFIG or SLURM names several workers, else mirrored."""
+    strategy: Literal["auto", "one_device", "mirrored", "multi_worker_mirrored", "parameter_server"] = "auto"
+    """auto: multi_worker_mirrored if TF_CONFIG or SLURM names several workers, else mirrored. parameter_server: a chief
+    hands out the rounds of islands to workers that may come and go (docs/synchronization.md)."""
     num_replicas: int | None = None
     """Replicas per worker; null: one per GPU, or 1. Without a GPU they are logical CPU devices."""
     reduction: Literal["fast", "canonical"] = "fast"
     """Order of the sums over micro-batches and replicas. fast: TensorFlow's; canonical: one fixed tree, which gives the
     same bits in any layout."""
+    synchronization: Literal["every_step", "local"] = "every_step"
+    """every_step: gradients are summed over all replicas in every step. local: islands take synchronize_every steps on
+    their own, then an outer optimizer joins what they have changed (docs/synchronization.md)."""
+    num_islands: int = 4
+    """With local: models that learn apart from one another. A number of the run, not of the machines: each replica
+    carries the same number of them, a power of two."""
+    synchronize_every: int = 30
+    """With local: steps of a round, after which the islands become one model again."""
+    outer_optimizer: Literal["nesterov", "average"] = "nesterov"
+    """With local: nesterov: SGD with momentum on the mean change of the islands (DiLoCo); average: their mean."""
+    outer_learning_rate: float = 0.7
+    """Of the outer optimizer nesterov."""
+    outer_momentum: float = 0.9
+    """Of the outer optimizer nesterov."""
+    delta_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """With local: type in which the change of an island travels; what it loses is kept and added the next time."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are sent between replicas; bfloat16 halves the bytes and rounds each replica's sum."""
     transport: Literal["auto", "tcp", "tensorflow"] = "auto"
@@ -569,6 +586,26 @@ class DistributionConfig(_Section):
 
     def __post_init__(self) -> None:
         self._require_at_most(num_replicas=MOST_DEVICES, bytes_per_pack=MOST, peer_timeout_seconds=A_DAY)
+        self._require_at_most(num_islands=MOST_DEVICES, synchronize_every=MOST)
+        self._require(
+            self.strategy != "parameter_server" or self.synchronization != "every_step",
+            "strategy",
+            "needs distribution.synchronization local",
+        )
+        self._require(
+            self.strategy != "parameter_server" or self.num_replicas in (None, 1),
+            "num_replicas",
+            "must be 1 with distribution.strategy parameter_server: its workers compute",
+        )
+        self._require(self.num_islands >= 1, "num_islands", "must be at least 1: try 4")
+        self._require(self.synchronize_every >= 1, "synchronize_every", "must be at least 1: try 30")
+        self._require(self.outer_learning_rate > 0, "outer_learning_rate", "must be positive: try 0.7")
+        self._require(0 <= self.outer_momentum < 1, "outer_momentum", "must lie in [0, 1): try 0.9")
+        self._require(
+            self.synchronization == "every_step" or self.wire_dtype == "float32",
+            "wire_dtype",
+            "must be float32 with distribution.synchronization local",
+        )
         self._require(self.num_replicas is None or self.num_replicas >= 1, "num_replicas", "must be at least 1")
         self._require(
             self.strategy != "one_device" or self.num_replicas in (None, 1),

@@ -21,6 +21,7 @@ from tfdp.parallel import collectives
 from tfdp.tasks.task import Rows
 
 Partition = Literal["shuffled", "block", "row"]
+ROW_TYPES = {"tokens": tf.int32, "position": tf.int64, "source": tf.int32}  # of `Rows`
 _PREFETCHED = 4  # elements read ahead of the steps
 
 
@@ -163,6 +164,37 @@ def rows_of(batch: Rows, size: int) -> Callable[[int | tf.Tensor], Rows]:
         }
 
     return rows
+
+
+def rows_of_steps(strategy: tf.distribute.Strategy, batches: Iterator[Any], num_steps: tf.Tensor) -> list[Rows]:
+    """The rows of the next steps for each replica of this process: (steps, rows of a replica, ...); inside a graph.
+
+    Args:
+      batches: an iterator of `train_batches`.
+      num_steps: int32 scalar.
+    """
+    num_replicas = collectives.num_local_replicas(strategy)
+    shapes: list[dict[str, tf.TensorShape]] = []
+
+    def read(count: tf.Tensor, arrays: list[dict[str, tf.TensorArray]]) -> tuple[tf.Tensor, Any]:
+        parts = {key: strategy.experimental_local_results(value) for key, value in next(batches).items()}
+        rows = [{key: part[index] for key, part in parts.items()} for index in range(num_replicas)]
+        shapes[:] = [{key: value.shape for key, value in of_replica.items()} for of_replica in rows]
+        written = [
+            {key: array.write(count, of_replica[key]) for key, array in of_arrays.items()}
+            for of_arrays, of_replica in zip(arrays, rows, strict=True)
+        ]
+        return count + 1, written
+
+    arrays = [
+        {key: tf.TensorArray(dtype, num_steps, infer_shape=False) for key, dtype in ROW_TYPES.items()}
+        for _ in range(num_replicas)
+    ]
+    _, arrays = tf.while_loop(lambda count, _: count < num_steps, read, (tf.constant(0), arrays), parallel_iterations=1)
+    return [
+        {key: tf.ensure_shape(array.stack(), [None, *of_shapes[key]]) for key, array in of_arrays.items()}
+        for of_arrays, of_shapes in zip(arrays, shapes, strict=True)
+    ]
 
 
 def _count_left(fork: mixture.Fork, position: tf.Tensor) -> tf.Tensor:

@@ -42,6 +42,7 @@ class Group:
 
     indices: list[int]  # of the weights, ascending
     weights: list[keras.Variable]
+    state_indices: list[int]  # of the optimizer's state, ascending
     state: list[keras.Variable]
 
 
@@ -68,7 +69,7 @@ class Optimizer:
         """
         owners = [self._owner(variable) for variable in self.state]
         if count == 1 or None in owners:
-            return [Group(list(range(len(self.weights))), self.weights, self.state)]
+            return [self._group(list(range(len(self.weights))), list(range(len(self.state))))]
         sizes = [math.prod(weight.shape) for weight in self.weights]
         filled, members = [0] * count, [set[int]() for _ in range(count)]
         for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -76,14 +77,14 @@ class Optimizer:
             filled[least] += sizes[index]
             members[least].add(index)
         return [
-            Group(
-                sorted(chosen),
-                [self.weights[index] for index in sorted(chosen)],
-                [variable for variable, owner in zip(self.state, owners, strict=True) if owner in chosen],
-            )
+            self._group(sorted(chosen), [index for index, owner in enumerate(owners) if owner in chosen])
             for chosen in members
             if chosen
         ]
+
+    def _group(self, indices: list[int], state_indices: list[int]) -> Group:
+        weights, state = [self.weights[index] for index in indices], [self.state[index] for index in state_indices]
+        return Group(indices, weights, state_indices, state)
 
     def _owner(self, variable: keras.Variable) -> int | None:
         """The index of the weight that a variable of the state belongs to, which Keras puts into its name."""

@@ -4,7 +4,7 @@ Arithmetic alone: it needs neither TensorFlow nor devices, so that a plan cuts a
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tfdp.config.options import whole_number
 from tfdp.config.sections import DistributionConfig, TrainingConfig
@@ -54,6 +54,34 @@ def cut_batch(
     return BatchLayout(training.global_batch_size, size, parallel_microbatches)
 
 
+def of_islands(training: TrainingConfig, distribution: DistributionConfig) -> TrainingConfig:
+    """The keys that cut a batch, where what is computed at the same time is an island: its rows are the micro-batch."""
+    if distribution.synchronization == "every_step":
+        return training
+    return replace(training, microbatch_size=training.global_batch_size // distribution.num_islands)
+
+
+def cut(
+    num_replicas: int, training: TrainingConfig, distribution: DistributionConfig, parallel_microbatches: int = 1
+) -> BatchLayout:
+    """The global batch as `distribution.synchronization` cuts it: among replicas, or among islands.
+
+    Raises:
+      ConfigError: it cannot be cut so; or the replicas cannot share the islands.
+    """
+    if distribution.synchronization == "every_step":
+        return cut_batch(num_replicas, training, distribution.reduction, parallel_microbatches)
+    num_islands = distribution.num_islands
+    rows = training.global_batch_size // num_islands
+    listed = ", ".join(map(str, possible_owners(num_islands)))
+    rule = f"must be shared by the replicas, a power of two each, and there are {num_replicas}: try {listed} replicas"
+    require(owns_nodes(num_islands, num_replicas), "distribution.num_islands", num_islands, rule)
+    size = training.microbatch_size or rows
+    rule = f"must divide the sequences of an island in a step ({rows}): try {rows}"
+    require(rows % size == 0, "training.microbatch_size", size, rule)
+    return BatchLayout(training.global_batch_size, size, parallel_microbatches)
+
+
 def parallel_microbatches(
     config: DistributionConfig,
     training: TrainingConfig,
@@ -90,12 +118,12 @@ def parallel_microbatches(
     return 1
 
 
-def describe_batch(num_replicas: int, layout: BatchLayout) -> str:
+def describe_batch(num_owners: int, layout: BatchLayout, owner: str = "replica") -> str:
     """How the global batch is cut, for people: "48 sequences = 2 replicas x 3 micro-batches x 8"."""
     total, size, parallel = layout.global_batch_size, layout.microbatch_size, layout.parallel_microbatches
-    count = total // (num_replicas * size)
+    count = total // (num_owners * size)
     return (
-        f"{total} sequences = {num_replicas} replica{'s' * (num_replicas > 1)} x {count} "
+        f"{total} sequences = {num_owners} {owner}{'s' * (num_owners > 1)} x {count} "
         f"micro-batch{'es' * (count > 1)} x {size}{f', {parallel} in parallel,' if parallel > 1 else ''}"
     )
 

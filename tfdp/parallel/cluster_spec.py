@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tfdp.config.sections import DistributionConfig
@@ -22,6 +23,7 @@ MOST_WORKERS = 10_000  # each of which every other one watches
 
 _EXAMPLE = '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
 _JOBS = ("chief", "worker")  # in the order of their workers
+_POOL_JOBS = ("chief", "worker", "ps")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 # SLURM's notations: "n[1-2,5],m1", and "2(x3),1" for 2, 2, 2, 1.
@@ -31,6 +33,33 @@ _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 _COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """The processes of a job with parameter servers: addresses by kind, and which of them this one is."""
+
+    addresses: Mapping[str, tuple[str, ...]]
+    kind: str
+    index: int
+
+
+def find_jobs(config: DistributionConfig) -> Jobs | None:
+    """The processes that TF_CONFIG names for `distribution.strategy parameter_server`; None with another strategy.
+
+    Raises:
+      ConfigError: TF_CONFIG is missing or wrong.
+    """
+    if config.strategy != "parameter_server":
+        return None
+    how = "python -m tfdp.launch --num_workers 3 --num_parameter_servers 1"
+    rule = f"needs TF_CONFIG with the jobs chief, worker and ps: try {how}"
+    text = os.environ.get("TF_CONFIG", "")
+    require(bool(text), "distribution.strategy", config.strategy, rule)
+    jobs, kind, index = _read_jobs(text, _POOL_JOBS)
+    for missing in sorted({*_POOL_JOBS} - {*jobs}):
+        raise _refusal(f"cluster.{missing}", "must be there with distribution.strategy parameter_server")
+    return Jobs({job: tuple(jobs[job]) for job in _POOL_JOBS}, kind, index)
+
+
 def find_cluster(config: DistributionConfig) -> Cluster:
     """The workers of this job, from TF_CONFIG or SLURM; one worker where there is neither.
 
@@ -38,6 +67,8 @@ def find_cluster(config: DistributionConfig) -> Cluster:
       ConfigError: TF_CONFIG or a variable of SLURM is wrong, or the strategy asks for workers that are not there.
     """
     cluster = Cluster()
+    if config.strategy == "parameter_server":  # its chief trains alone, on what the others compute
+        return cluster
     if os.environ.get("TF_CONFIG"):
         cluster = parse_tf_config(os.environ["TF_CONFIG"])
     elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
@@ -68,10 +99,18 @@ def parse_tf_config(text: str) -> Cluster:
     Raises:
       ConfigError: what is wrong.
     """
+    jobs, kind, index = _read_jobs(text, _JOBS)
+    addresses = [address for job in _JOBS for address in jobs.get(job, [])]
+    return Cluster(tuple(addresses), index + (len(jobs.get("chief", [])) if kind == "worker" else 0))
+
+
+def _read_jobs(text: str, known: Sequence[str]) -> tuple[dict[str, list[str]], str, int]:
+    """Addresses by job, and the job and index of this process."""
     jobs, kind, index = _read_json(text)
-    unknown = sorted(set(jobs) - set(_JOBS))
+    unknown = sorted(set(jobs) - set(known))
     if unknown:
-        raise _refusal(", ".join(unknown), "must name the jobs chief and worker only: leave the others out")
+        listed = f"{', '.join(known[:-1])} and {known[-1]}"
+        raise _refusal(", ".join(unknown), f"must name the jobs {listed} only: leave the others out")
     for job, addresses in jobs.items():
         if not isinstance(addresses, list) or not addresses:
             raise _refusal(f"cluster.{job}", "must be a list of one or more host:port")
@@ -86,9 +125,8 @@ def parse_tf_config(text: str) -> Cluster:
         )
     if len(jobs.get("chief", [])) > 1:
         raise _refusal("cluster.chief", "must name one address: put the others into cluster.worker")
-    addresses = [address for job in _JOBS for address in jobs.get(job, [])]
-    _check_addresses("TF_CONFIG", addresses)
-    return Cluster(tuple(addresses), int(index) + (len(jobs.get("chief", [])) if kind == "worker" else 0))
+    _check_addresses("TF_CONFIG", [address for job in known for address in jobs.get(job, [])])
+    return jobs, kind, int(index)
 
 
 def _read_json(text: str) -> tuple[dict[str, Any], Any, Any]:

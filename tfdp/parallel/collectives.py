@@ -85,6 +85,31 @@ def sum_step(
     return [tf.ensure_shape(each, [size]) for each, size in zip(sums, sizes, strict=True)], _sum_rows(all_statistics)
 
 
+def sum_facts(facts: tf.Tensor) -> tf.Tensor:
+    """Sums a float32 vector over all replicas, in the tree. Call it in replica context."""
+    nothing = tf.zeros([tf.distribute.get_replica_context().num_replicas_in_sync])
+    return sum_step([nothing], facts, "canonical")[1]
+
+
+def gather_words(words: tf.Tensor, earlier: tf.Tensor) -> tf.Tensor:
+    """The rows of all replicas in order: int32 (rows, size) -> (replicas * rows, size). Call it in replica context.
+
+    `earlier` is what an earlier collective brought: over TCP one follows the other, on all workers in the same order.
+    """
+    context = tf.distribute.get_replica_context()
+    rows, size = words.shape
+    num_replicas = context.num_replicas_in_sync
+    if num_replicas == 1:
+        return words
+    exchange = exchange_of(context.strategy)
+    if exchange is None:
+        return tf.ensure_shape(context.all_gather(words, axis=0), [num_replicas * rows, size])
+    flat, total = tf.reshape(words, [-1]), num_replicas * rows * size  # which the workers share evenly
+    arguments = [flat, tf.reshape(earlier, [-1])[0]]
+    gathered = tf.numpy_function(lambda part, _: exchange.gather(part, [total])[0], arguments, tf.int32)
+    return tf.reshape(gathered, [num_replicas * rows, size])
+
+
 @tf.function(jit_compile=True, autograph=False)
 def _sum_rows(terms: tf.Tensor) -> tf.Tensor:
     """The tree of sums.py over the first axis, in float32; here each worker owns one node."""
@@ -164,8 +189,13 @@ def is_first_replica() -> bool:
     """Whether this is the replica of its process that `first_replica` takes; true outside of all replicas too."""
     if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
         return True
+    return local_replica_index() == 0
+
+
+def local_replica_index() -> int:
+    """Index of this replica among those of its process; in a replica context."""
     context = tf.distribute.get_replica_context()
-    return bool(tf.get_static_value(context.replica_id_in_sync_group) % num_local_replicas(context.strategy) == 0)
+    return int(tf.get_static_value(context.replica_id_in_sync_group) % num_local_replicas(context.strategy))
 
 
 def first_replica(strategy: tf.distribute.Strategy, per_replica: Any) -> Any:

@@ -15,11 +15,25 @@ from tfdp.config.sections import DistributionConfig
 from tfdp.ops.sums import sum_in_tree
 from tfdp.parallel.batch_layout import num_threads
 from tfdp.parallel.cluster import Cluster, require_free_port
+from tfdp.parallel.cluster_spec import Jobs
 from tfdp.parallel.collectives import Workers, num_local_replicas, num_workers, on_gpu, transport_of
 from tfdp.parallel.native import joining_in_background
+from tfdp.parallel.pool import Pool
 from tfdp.parallel.rendezvous import connect
 from tfdp.system.exits import ConfigError, require
 from tfdp.system.machine import keep_freed_memory
+
+
+class Coordinator(tf.distribute.OneDeviceStrategy):
+    """The one device of a chief that hands out work.
+
+    Attributes:
+      pool: of the workers that compute.
+    """
+
+    def __init__(self, device: str, pool: Pool) -> None:
+        super().__init__(device)
+        self.pool = pool
 
 
 def make_strategy(
@@ -27,6 +41,7 @@ def make_strategy(
     cluster: Cluster | None = None,
     parallel_microbatches: int = 1,
     meanwhile: Callable[[], None] = lambda: None,
+    jobs: Jobs | None = None,
 ) -> tf.distribute.Strategy:
     """Makes the strategy of this process. Call it before TensorFlow has touched a device.
 
@@ -37,6 +52,7 @@ def make_strategy(
       config, cluster: the devices and workers that compute.
       parallel_microbatches: that each replica will compute at the same time; each gets its share of the cores.
       meanwhile: called repeatedly during the wait for other workers; an exception that it raises ends the wait.
+      jobs: the processes of a job with parameter servers, whose chief this is.
 
     Raises:
       ConfigError: more replicas are wanted than there are GPUs, or the devices are already fixed.
@@ -66,6 +82,9 @@ def make_strategy(
         with joining_in_background(meanwhile):
             return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
+    if jobs is not None:
+        pool = Pool(jobs, meanwhile)
+        return Coordinator(devices[0], pool)
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
     # Logical CPUs share their memory, so a plain sum on the first one beats a ring of copies. TensorFlow's own, AddN,

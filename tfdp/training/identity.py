@@ -32,5 +32,13 @@ def identity(config: Any, corpus: "Corpus") -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
         "training.global_batch_size": config.training.global_batch_size,
         "seed": config.seed,
+        **_of_islands(config.distribution),
         **{key: attrgetter(key)(config) for key in getattr(config, "identity_keys", ())},
     }
+
+
+def _of_islands(distribution: Any) -> dict[str, Any]:
+    """How the run synchronises, and what shapes the state of islands that take steps of their own."""
+    keys = ("synchronization", "num_islands", "outer_optimizer", "delta_dtype")
+    is_every_step = distribution.synchronization == "every_step"
+    return {f"distribution.{key}": getattr(distribution, key) for key in (keys[:1] if is_every_step else keys)}

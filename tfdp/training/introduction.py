@@ -16,8 +16,10 @@ def introduction(config: Any, corpus: Corpus, strategy: Any, components: Any, ma
     """
 
     training, step, names = config.training, components.train_step, [source.name for source in corpus.sources]
-    num_replicas = int(strategy.num_replicas_in_sync)
-    cut = batch_layout.describe_batch(num_replicas, components.layout)
+    num_replicas, how = int(strategy.num_replicas_in_sync), config.distribution
+    has_islands = how.synchronization != "every_step"
+    owners = (how.num_islands, components.layout, "island") if has_islands else (num_replicas, components.layout)
+    cut = batch_layout.describe_batch(*owners)
     lines = [
         f"model      {components.model.describe()}",
         *(f"data       {line}" for line in corpus.describe()),
@@ -27,9 +29,14 @@ def introduction(config: Any, corpus: Corpus, strategy: Any, components: Any, ma
         f"precision  {training.precision}, {components.compilation}",
         f"step       {cut} of {config.model.context_length} tokens",
     ]
+    steps = how.synchronize_every if has_islands else 1
+    if has_islands:
+        count = how.num_islands // num_replicas
+        lines.append(f"islands    {count} on each replica, one model again every {steps} steps")
     if step.num_reductions:
-        count, megabytes = step.num_reductions, step.reduction_bytes / 1e6
-        lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}")
+        count, megabytes = round(step.num_reductions * steps), step.reduction_bytes * steps / 1e6
+        then = f", every {steps} steps" if has_islands else ""
+        lines.append(f"reduction  {megabytes:,.1f} MB in {count} pack{'s' * (count > 1)}{then}")
     return lines
 
 

@@ -18,14 +18,16 @@ class Spike:
     grad_norm: float
     limit: float  # largest loss that would not have been a spike
     tensor: str | None  # the first one whose gradient is not finite, "loss", or None where the loss is above the limit
+    island: int | None = None  # which refused it, where islands take steps of their own
 
     def describe(self) -> str:
         """What is wrong, for people."""
+        where = f"step {self.step}" + ("" if self.island is None else f" of island {self.island}")
         if self.tensor == "loss":
-            return f"step {self.step}: the loss is not finite"
+            return f"{where}: the loss is not finite"
         if self.tensor is not None:
-            return f"step {self.step}: the gradient of {self.tensor} is not finite"
-        return f"step {self.step}: the loss {self.loss:.4f} is above {self.limit:.4f}, far beyond the steps before it"
+            return f"{where}: the gradient of {self.tensor} is not finite"
+        return f"{where}: the loss {self.loss:.4f} is above {self.limit:.4f}, far beyond the steps before it"
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Ledger:
             "spike_tensor": spike.tensor,
             "spike_action": action,
             "spike_positions": offenders,
+            **({} if spike.island is None else {"spike_island": spike.island}),
         }
         self.spikes.append(entry)
         self.excluded_positions.update(offenders)

@@ -21,7 +21,6 @@ from tfdp.system.exits import ConfigError, StopRequested
 from tfdp.system.messages import duration
 from tfdp.tasks.task import named_metrics
 from tfdp.training.checkpoint import CheckpointFolder
-from tfdp.training.clock import PHASES
 from tfdp.training.ending import STEPS, TimeLimit, describe, reason_to_end
 from tfdp.training.ledger import Ledger
 from tfdp.training.progress import (
@@ -71,7 +70,7 @@ def fit(run: Run) -> dict[str, Any]:
             save_verified(run, folder, saver, progress, background=True)  # to roll back to
         while True:
             progress.ended_by = _reason_to_end(run, progress)
-            due = _due(progress.step, run.training.evaluate_every) and progress.evaluated_step != progress.step
+            due = _due(run, progress.step, run.training.evaluate_every) and progress.evaluated_step != progress.step
             progress.time.lap("host")
             if progress.ended_by or (due and not stopped):
                 _evaluate(run, writer, progress)
@@ -89,7 +88,7 @@ def fit(run: Run) -> dict[str, Any]:
             results = _advance(run, batches, progress)
             run.watch.step = progress.step
             stopped = results.stopped
-            if _due(progress.step, run.training.log_every) or _reason_to_end(run, progress):
+            if _due(run, progress.step, run.training.log_every) or _reason_to_end(run, progress):
                 _log(run, writer, progress, results)
             batches = handle_anomalies(run, folder, saver, writer, progress, results) or batches
         saver.wait()
@@ -190,9 +189,10 @@ def _advance(run: Run, batches: Iterator[Any], progress: Progress) -> StepResult
     events = (run.training.log_every, run.training.evaluate_every, run.checkpointing.every_steps)
     target = min([run.training.steps, *(progress.step - progress.step % n + n for n in events if n)])
     target = min([target, *(step for step in run.training.profiled if step > progress.step)])
+    target = run.train_step.boundary(target if progress.warm else progress.step + 1)
     progress.time.lap("host")
-    results = run.train_step(batches, progress.step, target - progress.step if progress.warm else 1)
-    parts = dict(zip(PHASES, results.seconds.tolist(), strict=True))
+    results = run.train_step(batches, progress.step, target - progress.step)
+    parts = dict(zip(run.train_step.phases, results.seconds.tolist(), strict=True))
     seconds = progress.time.lap("host" if progress.warm else "compile", within=parts)
     progress.verified_step = run.train_step.last_comparison(progress.step, len(results.loss)) or progress.verified_step
     progress.step += len(results.loss)
@@ -232,7 +232,7 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
         "sequences_seen": sequences_seen(run, progress),
         "reduction_bytes": run.train_step.reduction_bytes,
         "num_reductions": run.train_step.num_reductions,
-        **_of_scaling(run),
+        **run.train_step.metrics(),
         **{f"seconds/{part}": seconds for part, seconds in progress.time.seconds.items()},
         **_of_sources(run, progress),
     }
@@ -242,14 +242,6 @@ def _log(run: Run, writer: MetricsWriter, progress: Progress, results: StepResul
     writer.train(values, run.training.steps, eta, derived, few_targets=speed.tokens_per_second < computed / 2)
     progress.since_log = Throughput()
     progress.source_losses, progress.source_tokens = 0.0, 0
-
-
-def _of_scaling(run: Run) -> dict[str, float | int]:
-    """The scale of the loss and the overflows of the run so far, where it is scaled."""
-    if run.training.precision != "float16":
-        return {}
-    scale, _, num_overflows = run.train_step.scaling.tolist()
-    return {"loss_scale": scale, "num_overflows": int(num_overflows)}
 
 
 def _of_sources(run: Run, progress: Progress) -> dict[str, float | int]:
@@ -303,11 +295,12 @@ def _should_save(run: Run, progress: Progress) -> bool:
     if progress.step == progress.saved_step:
         return False
     is_best = progress.evaluated_step == progress.step and progress.is_best
-    return is_best or _due(progress.step, run.checkpointing.every_steps)
+    return is_best or _due(run, progress.step, run.checkpointing.every_steps)
 
 
 def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
     assert progress.evaluation is not None and progress.ended_by is not None, "the loop evaluates at its end"
+    run.train_step.collect()
     summary = {
         "step": progress.step,
         "ended_by": progress.ended_by,
@@ -333,6 +326,7 @@ def _summarise(run: Run, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-def _due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every > 0 and step % every == 0 and step > 0
+def _due(run: Run, step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one: then, or as soon as it can."""
+    last = step - step % every if every else 0
+    return last > 0 and run.train_step.boundary(last) == step

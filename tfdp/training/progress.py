@@ -118,6 +118,8 @@ def restore(run: Run, progress: Progress, saved: Checkpoint) -> None:
 def save(run: Run, saver: AsyncSaver, progress: Progress, background: bool) -> None:
     """Copies the state to host memory and hands it to the saver; on the chief only."""
     assert not run.averaging.is_on, "a checkpoint holds the weights, not their average in their place"
+    if progress.step != progress.saved_step:
+        run.train_step.collect()
     if progress.step == progress.saved_step or not run.cluster.is_chief:
         progress.saved_step = progress.step
         return

@@ -13,8 +13,8 @@ from tfdp.tasks.task import Task
 from tfdp.training.averaging import Averaging
 from tfdp.training.evaluation import Evaluation
 from tfdp.training.run_directory import RunDirectory
-from tfdp.training.step import TrainStep
 from tfdp.training.stopping import StopSignal
+from tfdp.training.synchronization import Steps
 from tfdp.training.weights import WeightSets
 
 
@@ -27,7 +27,7 @@ class Run:
     checkpointing: CheckpointConfig
     identity: Mapping[str, Any]  # what a checkpoint must agree with to be resumed
     weights: WeightSets
-    train_step: TrainStep
+    train_step: Steps
     batches_from: Callable[[int, Collection[int]], Iterator[Any]]  # the batches of a step and all after it
     excluded_positions: Collection[int]  # of the global order, by the configuration
     task: Task  # what is learned, and the metrics of it

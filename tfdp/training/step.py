@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfdp.config.sections import MOST_DEVICES
 from tfdp.data import pipeline
 from tfdp.ops.sums import running_sum, tree_sum
 from tfdp.optim.average import WeightAverage
@@ -33,13 +32,11 @@ from tfdp.training import loss_scale, spikes
 from tfdp.training.clock import PHASES, after, clock
 from tfdp.training.compilation import Compilation
 from tfdp.training.ledger import Spike
+from tfdp.training.requests import Requests
 from tfdp.training.step_statistics import StepResults, StepStatistics
 from tfdp.training.update import Update
 
 UPDATE_GROUPS = 4  # of weights on CPUs, which several cores update at the same time
-# What a replica whose worker wants something adds to the sum of the requests: 1 to stop, this to end the run. So many
-# replicas of one worker stay below 1, and the one number that a step sums tells both.
-_END_REQUEST = 0.5 / MOST_DEVICES
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class _Outcome(NamedTuple):
 
     statistics: tf.Tensor  # the vector of `StepStatistics`
     digests: tf.Tensor  # of what all replicas hold, at the steps that compare it
-    stop_requests: tf.Tensor  # how many replicas are to stop; between 0 and 1 where the run is to end
+    stop_requests: tf.Tensor  # see `Requests`
     seconds: tf.Tensor  # of `PHASES`
 
 
@@ -107,6 +104,8 @@ class TrainStep:
       num_reductions: packs of that reduction; over plain TCP, 1.
     """
 
+    phases: tuple[str, ...] = PHASES
+
     def __init__(
         self,
         strategy: tf.distribute.Strategy,
@@ -129,11 +128,11 @@ class TrainStep:
         self._synchronizer = synchronizer or AllReduce(strategy, optimizer.weights, state, rules.reduction)
         self._digests_shape = (num_replicas, len(self._synchronizer.shared), 2) if self._verifies else (0,)
         self._sums = Packed([(num_sources,), (num_sources,), (), self._digests_shape])
-        self.reduction_bytes = self._synchronizer.reduction_bytes(self._sums.size)
-        self.num_reductions = self._synchronizer.num_reductions
+        self.reduction_bytes: float = self._synchronizer.reduction_bytes(self._sums.size)
+        self.num_reductions: float = self._synchronizer.num_reductions
         self._layout = layout
         self._num_local_microbatches = layout.global_batch_size // (layout.microbatch_size * num_replicas)
-        self._stop_requested = tf.Variable(0.0, trainable=False, name="stop_requested")
+        self._requests = Requests()
         # autograph=False: every loop and branch here is TensorFlow's own, and reading the source takes a second or two
         if isinstance(compilation, bool):
             compilation = Compilation(whole=compilation, kernels=False, update=compilation)
@@ -154,6 +153,20 @@ class TrainStep:
         )
         self._run = tf.function(self._run_steps, autograph=False)
         self.load_state({})
+
+    def collect(self) -> None:
+        """Brings here what a checkpoint holds: every worker has it."""
+
+    def boundary(self, step: int) -> int:
+        """The first step from `step` on after which a run can be evaluated, saved and stopped: each can."""
+        return step
+
+    def metrics(self) -> dict[str, float | int]:
+        """The scale of the loss and the overflows of the run so far, where it is scaled."""
+        if not self._rules.scales_loss:
+            return {}
+        scale, _, num_overflows = self.scaling.tolist()
+        return {"loss_scale": scale, "num_overflows": int(num_overflows)}
 
     def to_state(self) -> dict[str, Any]:
         """What a step knows of those before it, for a checkpoint."""
@@ -225,11 +238,11 @@ class TrainStep:
 
     def request_stop(self) -> None:
         """Ends the running call after its current step, on every worker after the same one; from any thread."""
-        self._stop_requested.assign(1.0)
+        self._requests.stop()
 
     def request_end(self) -> None:
         """The same, but the run has reached its end; on the chief alone, once. A stop request on any worker wins."""
-        self._stop_requested.assign_add(_END_REQUEST)
+        self._requests.end()
 
     def last_comparison(self, first_step: int, num_steps: int) -> int | None:
         """The last of some steps before which the replicas compared what they hold; None: before none of them."""
@@ -344,7 +357,7 @@ class TrainStep:
         )
         computed = clock(sums, *gradients)
         sums = after(computed, sums)
-        sums = Packed.pack([sums, self._stop_requested.read_value(), self._digest_slots(step)])
+        sums = Packed.pack([sums, self._requests.value(), self._digest_slots(step)])
         gradients, sums = self._synchronizer.reduce(gradients, sums)
         reduced = clock(sums, *gradients)
         loss_sums, counts, stop_requests, digests = self._sums.unpack(after(reduced, sums))

@@ -66,3 +66,37 @@ class StepResults:
     stopped: bool  # whether a stop was requested, on any worker
     time_is_up: bool  # whether the chief has requested the end of the run, and nobody a stop
     seconds: np.ndarray  # of `PHASES`, over all steps that were begun; waiting for other replicas is reduction
+
+    @classmethod
+    def of_islands(
+        cls,
+        each: StepStatistics,
+        skipped: list[Spike],
+        spike: Spike | None,
+        disagreement: Disagreement | None,
+        requests: float,
+        seconds: np.ndarray,
+    ) -> "StepResults":
+        """The steps of several islands as steps of one run: its loss is the mean over the tokens of all.
+
+        Args:
+          each: of (islands, steps); the norm of a gradient becomes the mean over the islands.
+          skipped, spike, disagreement, seconds: as above.
+          requests: the sum over the replicas, see `Requests`.
+        """
+        losses = each.source_losses.astype(np.float64).sum(axis=0)
+        tokens = each.source_tokens.astype(np.float64).sum(axis=0)
+        return cls(
+            (losses.sum(axis=1) / np.maximum(tokens.sum(axis=1), 1.0)).astype(np.float32),
+            each.grad_norm.mean(axis=0),
+            each.learning_rate[0],
+            tokens.sum(axis=1).astype(np.int64),
+            losses,
+            tokens.astype(np.int64),
+            skipped,
+            spike,
+            disagreement,
+            stopped=requests >= 1,
+            time_is_up=0 < requests < 1,
+            seconds=seconds,
+        )

@@ -12,7 +12,7 @@ from tfdp.system.console import say
 from tfdp.system.exits import StopRequested, leave, stop_signals
 
 if TYPE_CHECKING:
-    from tfdp.training.step import TrainStep
+    from tfdp.training.synchronization import Steps
 
 
 _UNWIND_SECONDS = 1.0  # for the main thread to end by itself, if it runs Python
@@ -30,10 +30,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
-        self._train_step: TrainStep | None = None
+        self._train_step: Steps | None = None
         self._left = threading.Event()
 
-    def attach(self, train_step: "TrainStep") -> None:
+    def attach(self, train_step: "Steps") -> None:
         """Sets the step to stop; a signal that came earlier counts."""
         self._train_step = train_step
         if self._asked:

@@ -51,6 +51,7 @@ class Update:
         self._optimizer, self._schedule, self._clip_norm, self._compiled = optimizer, schedule, clip_norm, compiled
         self._measure = tf.function(self._measure_sums, jit_compile=compiled, autograph=False)
         self._groups = [(group, self._program_of(group)) for group in optimizer.groups(num_groups if compiled else 1)]
+        self._pure = [(group, self._pure_program_of(group)) for group, _ in self._groups]
         self._averaging = [] if average is None else [self._averaging_of(average, group) for group, _ in self._groups]
 
     def _program_of(self, group: Group) -> Callable[..., tf.Tensor]:
@@ -59,11 +60,17 @@ class Update:
 
         return tf.function(apply_group, jit_compile=self._compiled, autograph=False)
 
+    def _pure_program_of(self, group: Group) -> Callable[..., tuple[list[tf.Tensor], list[tf.Tensor]]]:
+        def values_of_group(*given: Any) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            return self._values_of_group(group, *given)
+
+        return tf.function(values_of_group, jit_compile=self._compiled, autograph=False)
+
     def _averaging_of(self, average: WeightAverage, group: Group) -> Callable[[tf.Tensor], tf.Tensor]:
         variables = [average.variables[index] for index in group.indices]
 
         def average_group(step: tf.Tensor) -> tf.Tensor:
-            return _assign_all(variables, average.update(group.weights, variables, step))
+            return assign_all(variables, average.update(group.weights, variables, step))
 
         return tf.function(average_group, jit_compile=self._compiled, autograph=False)
 
@@ -105,6 +112,44 @@ class Update:
 
         return statistics, tf.cond(good & agreed, apply, lambda: tf.constant(0.0))
 
+    def values(
+        self,
+        weights: Sequence[tf.Tensor],
+        state: Sequence[tf.Tensor],
+        gradients: Sequence[tf.Tensor],
+        losses: tuple[tf.Tensor, tf.Tensor],
+        step: tf.Tensor,
+        limit: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
+        """The same without side effects, on weights and state that are given.
+
+        Returns:
+          The new weights and the new state, or the old ones where the update is refused; the vector of
+          `StepStatistics`.
+        """
+        statistics, factor, good = self._measure(gradients, *losses, step, limit, tf.constant(1.0))
+
+        def apply() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            learning_rate = StepStatistics.from_vector(statistics).learning_rate
+            new_weights, new_state = list(weights), list(state)
+            for group, function in self._pure:
+                of_weights, of_state = function(
+                    [weights[index] for index in group.indices],
+                    [state[index] for index in group.state_indices],
+                    [gradients[index] for index in group.indices],
+                    factor,
+                    learning_rate,
+                    step,
+                )
+                for index, value in zip(group.indices, of_weights, strict=True):
+                    new_weights[index] = value
+                for index, value in zip(group.state_indices, of_state, strict=True):
+                    new_state[index] = value
+            return new_weights, new_state
+
+        new_weights, new_state = tf.cond(good, apply, lambda: (list(weights), list(state)))
+        return new_weights, new_state, statistics
+
     def _measure_sums(
         self,
         gradients: Sequence[tf.Tensor],
@@ -134,18 +179,30 @@ class Update:
         self, group: Group, sums: Sequence[tf.Tensor], factor: tf.Tensor, learning_rate: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         """Updates the weights of a group and their state; returns a scalar that depends on the written values."""
-        gradients = [_scaled(total, factor) for total in sums]
         weights = [tf.convert_to_tensor(weight.value) for weight in group.weights]
         state = [tf.convert_to_tensor(variable.value) for variable in group.state]
-        weights, state = self._optimizer.update(group, weights, state, gradients, learning_rate, step)
-        return _assign_all([*group.weights, *group.state], [*weights, *state])
+        weights, state = self._values_of_group(group, weights, state, sums, factor, learning_rate, step)
+        return assign_all([*group.weights, *group.state], [*weights, *state])
+
+    def _values_of_group(
+        self,
+        group: Group,
+        weights: Sequence[tf.Tensor],
+        state: Sequence[tf.Tensor],
+        sums: Sequence[tf.Tensor],
+        factor: tf.Tensor,
+        learning_rate: tf.Tensor,
+        step: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        gradients = [_scaled(total, factor) for total in sums]
+        return self._optimizer.update(group, weights, state, gradients, learning_rate, step)
 
 
 def _scaled(total: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     return tf.cast(total, tf.float32) * factor
 
 
-def _assign_all(variables: Sequence[keras.Variable], values: Sequence[tf.Tensor]) -> tf.Tensor:
+def assign_all(variables: Sequence[keras.Variable], values: Sequence[tf.Tensor]) -> tf.Tensor:
     """Assigns to this replica's own copies; returns a scalar that depends on the last value."""
     done = tf.constant(0.0)
     for variable, value in zip(variables, values, strict=True):
