@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SHORT = 30  # seconds for what must not load TensorFlow, on a busy machine
 LONG = 120  # seconds for what must
+LONG_RUN = 300  # seconds for a run of several replicas or workers, which share two busy cores
 
 
 def run(folder: Path, *command: str, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -25,9 +26,9 @@ def run(folder: Path, *command: str, timeout: float) -> subprocess.CompletedProc
     )
 
 
-def tfdp(folder: Path, command: str, *arguments: str) -> tuple[int, str, str]:
+def tfdp(folder: Path, command: str, *arguments: str, timeout: float = LONG) -> tuple[int, str, str]:
     """Runs `python -m tfdp.COMMAND`; returns its exit code and what it printed on both streams."""
-    done = run(folder, "-m", f"tfdp.{command}", *arguments, timeout=LONG)
+    done = run(folder, "-m", f"tfdp.{command}", *arguments, timeout=timeout)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -40,7 +41,8 @@ def train_in_layouts(folder: Path, prefix: str, keys: Sequence[str]) -> list[str
         "workers": ("launch", ["--num_workers=2", "--"]),
     }
     for name, (command, own) in layouts.items():
-        code, _, error = tfdp(folder, command, *own, f"--run_dir={prefix}_{name}", *keys)
+        run_dir = f"--run_dir={prefix}_{name}"
+        code, _, error = tfdp(folder, command, *own, run_dir, *keys, timeout=LONG_RUN)
         assert code == 0, error
     return [f"{prefix}_{name}" for name in layouts]
 

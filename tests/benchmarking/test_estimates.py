@@ -49,8 +49,21 @@ def test_bytes_of_a_reduction() -> None:
     assert estimates.reduction_bytes(DistributionConfig(), shapes, num_replicas=1) == 0
     assert estimates.reduction_bytes(DistributionConfig(), shapes, num_replicas=4) == 4 * 17
     assert estimates.reduction_bytes(DistributionConfig(wire_dtype="bfloat16"), shapes, num_replicas=4) == 2 * 17
-    assert estimates.network_seconds(10**9, 2, gbits_per_second=8.0) == pytest.approx(1.0)
-    assert estimates.network_seconds(10**9, 4, gbits_per_second=8.0) == pytest.approx(1.5)
+    assert estimates.network_seconds(DistributionConfig(), 10**9, 2, gbits_per_second=8.0) == pytest.approx(1.0)
+    assert estimates.network_seconds(DistributionConfig(), 10**9, 4, gbits_per_second=8.0) == pytest.approx(1.5)
+
+
+def test_bytes_of_islands() -> None:
+    """Sums travel once for a replica, messages in few bits once for each of its islands, to all others."""
+    shapes = {"a": (8192, 5)}
+    summed = DistributionConfig(synchronization="local", num_islands=4)
+    assert estimates.reduction_bytes(summed, shapes, num_replicas=2) == 4 * 8192 * 5
+    few_bits = DistributionConfig(synchronization="local", num_islands=4, delta_dtype="int4")
+    assert estimates.reduction_bytes(few_bits, shapes, num_replicas=2) == 2 * (8192 * 5 // 2 + 4 * 10)
+    assert estimates.network_seconds(few_bits, 10**9, 4, gbits_per_second=8.0) == pytest.approx(3.0)
+    assert estimates.num_island_numbers(DistributionConfig(), 100, 150, num_replicas=2) == 0
+    # one more optimizer state, two islands' new weights and new states, the outer momentum
+    assert estimates.num_island_numbers(summed, 100, 150, num_replicas=2) == 150 + 2 * (100 + 150) + 100
 
 
 def test_remat_and_half_precision_keep_less() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdp.ops.quantization import BLOCK, Encoding
+from tfdp.ops.packing import BLOCK
+from tfdp.ops.quantization import Encoding
 
 SHAPES = [(3, 5), (BLOCK + 7,), (1,), (64, 130)]
 

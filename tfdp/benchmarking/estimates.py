@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tfdp.config.sections import DistributionConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from tfdp.models.dimensions import BYTES, Shapes, fused_width, num_params, weight_shapes, wide_dim
 from tfdp.ops.chunking import loss_chunk_size, query_blocks
-from tfdp.ops.quantization import Encoding
+from tfdp.ops.packing import count_words
 
 
 def num_state_numbers(config: OptimizerConfig, shapes: Shapes) -> int:
@@ -54,8 +54,8 @@ def reduction_bytes(config: DistributionConfig, shapes: Shapes, num_replicas: in
         return num_params(shapes) * BYTES[config.wire_dtype]
     if config.delta_dtype == "float32":  # summed over the islands of a replica
         return num_params(shapes) * BYTES["float32"]
-    message = 4 * Encoding(list(shapes.values()), config.delta_dtype).num_words
-    return config.num_islands // num_replicas * message
+    message = sum(sum(count_words(math.prod(shape), config.delta_dtype)) for shape in shapes.values())
+    return config.num_islands // num_replicas * 4 * message
 
 
 def network_seconds(config: DistributionConfig, num_bytes: int, num_workers: int, gbits_per_second: float) -> float:

@@ -7,12 +7,11 @@ added the next time, Seide et al. 2014, Karimireddy et al. 2019). Everything is 
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import tensorflow as tf
 
-DeltaType = Literal["float32", "bfloat16", "int8", "int4"]
-BLOCK = 4096
+from tfdp.ops.packing import BLOCK, DeltaType, count_words
+
 _LARGEST = {"int8": 127, "int4": 7}
 
 
@@ -43,13 +42,7 @@ class Encoding:
         return [tf.reshape(self._decode(part, size), shape) for part, size, shape in parts]
 
     def _parts(self, size: int) -> tuple[int, int]:
-        """Words of the numbers of a tensor, and of its scales."""
-        if self._dtype == "float32":
-            return size, 0
-        if self._dtype == "bfloat16":
-            return -(-size // 2), 0
-        per_word = 4 if self._dtype == "int8" else 8
-        return -(-size // per_word), -(-size // BLOCK)
+        return count_words(size, self._dtype)
 
     def _encode(self, flat: tf.Tensor) -> tf.Tensor:
         size = int(flat.shape[0])

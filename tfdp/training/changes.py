@@ -12,7 +12,8 @@ from typing import Protocol
 import keras
 import tensorflow as tf
 
-from tfdp.ops.quantization import DeltaType, Encoding
+from tfdp.ops.packing import DeltaType
+from tfdp.ops.quantization import Encoding
 from tfdp.ops.sums import fixed_sum, sum_in_tree
 from tfdp.parallel import collectives
 from tfdp.parallel.synchronizer import AllReduce
