@@ -196,7 +196,8 @@ def _on_text(run: Any) -> Any:
 def _with_layers(run: Any, num_layers: int, num_workers: int) -> Any:
     """The run of one worker by itself, with so many layers, on text that need not be there."""
     run = _on_text(run)
-    training = replace(run.training, global_batch_size=run.training.global_batch_size // num_workers)
+    share = run.training.global_batch_size // num_workers
+    training = replace(run.training, global_batch_size=share, spike_threshold=None)  # random tokens may leap
     strategy = "one_device" if run.distribution.strategy == "one_device" else "auto"
     num_islands = max(1, run.distribution.num_islands // num_workers)
     own = {"init_from": None} if hasattr(run.model, "init_from") else {}  # whose weights have another depth
