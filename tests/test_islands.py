@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT, summary, tfdp, train_in_layouts
+from commands import LONG_RUN, ROOT, summary, tfdp, train_in_layouts
 
 from tfdp.config.sections import DistributionConfig
 from tfdp.parallel.cluster_spec import find_jobs
@@ -210,7 +210,7 @@ def test_islands_are_one_run_in_any_layout(tmp_path: Path) -> None:
     keys += ["--distribution.synchronization=local", "--distribution.synchronize_every=10"]
     first, *others = train_in_layouts(tmp_path, "runs/islands", keys)
     both = ["--num_workers=2", "--", "--distribution.num_replicas=2", "--run_dir=runs/both", *keys]
-    code, _, error = tfdp(tmp_path, "launch", *both)
+    code, _, error = tfdp(tmp_path, "launch", *both, timeout=LONG_RUN)
     assert code == 0, error
     for name in (*others, "runs/both"):
         assert_same(summary(tmp_path / name), summary(tmp_path / first))
@@ -236,7 +236,7 @@ def pool_keys(steps: int) -> list[str]:
 def test_a_pool_that_loses_a_worker_computes_the_run_of_one_process(tmp_path: Path) -> None:
     """The launcher starts the killed worker again; nobody else restarts, and the bits are those of one process."""
     keys = pool_keys(40)
-    code, _, error = tfdp(tmp_path, "train", "--run_dir=runs/one", *keys)
+    code, _, error = tfdp(tmp_path, "train", "--run_dir=runs/one", *keys, timeout=LONG_RUN)
     assert code == 0, error
     command = ["tfdp.launch", "--num_workers=2", "--num_parameter_servers=1", "--", "--run_dir=runs/pool", *keys]
     output, metrics = tmp_path / "pool.log", tmp_path / "runs/pool/metrics.jsonl"
