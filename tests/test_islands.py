@@ -189,6 +189,25 @@ def test_a_pool_needs_its_jobs(
         find_jobs(config)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"num_islands": 8},
+        {"synchronize_every": 10},
+        {"outer_optimizer": "average"},
+        {"outer_learning_rate": 1.0},
+        {"outer_momentum": 0.5},
+        {"delta_dtype": "int4"},
+    ],
+)
+def test_a_key_of_islands_without_islands_is_refused(key: dict[str, Any]) -> None:
+    [(name, value)] = key.items()
+    rule = rf"^distribution\.{name} \({value}\) is for distribution\.synchronization local: add it, or leave this key"
+    with pytest.raises(ConfigError, match=rule):
+        DistributionConfig(**key)
+    DistributionConfig(synchronization="local", **key)
+
+
 def test_a_pool_hands_out_rounds_of_islands_alone() -> None:
     with pytest.raises(ConfigError, match=r"strategy \(parameter_server\) needs distribution.synchronization local"):
         DistributionConfig(strategy="parameter_server")

@@ -115,6 +115,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
     size = batch_layout.cut(num_replicas, run.training, how, parallel).microbatch_size
     activations = parallel * estimates.activation_bytes(run.model, run.training, vocab_size, size)
     num_islands = estimates.num_island_numbers(how, num_trained, num_state, num_replicas)
+    num_stored = estimates.num_stored_island_numbers(how, num_trained, num_state)
     steps = 1 if how.synchronization == "every_step" else how.synchronize_every
     reduced = estimates.reduction_bytes(how, trained, num_replicas)
     network = estimates.network_seconds(how, reduced, config.num_workers, config.network_gbits) / steps
@@ -145,7 +146,7 @@ def make_plan(config: Config, run: Any, recipe: Recipe) -> Plan:
         island_bytes=4 * num_islands,
         reduction_bytes=round(reduced / steps),
         network_seconds=network,
-        checkpoint_bytes=4 * (num_trained + num_state + num_averages),
+        checkpoint_bytes=4 * (num_trained + num_state + num_averages + num_stored),
         step_seconds=step_seconds,
         tokens_per_second=batch * run.model.context_length / step_seconds,
         first_step_seconds=first_step,
@@ -199,14 +200,15 @@ def _with_layers(run: Any, num_layers: int, num_workers: int) -> Any:
     share = run.training.global_batch_size // num_workers
     training = replace(run.training, global_batch_size=share, spike_threshold=None)  # random tokens may leap
     strategy = "one_device" if run.distribution.strategy == "one_device" else "auto"
-    num_islands = max(1, run.distribution.num_islands // num_workers)
+    has_islands = run.distribution.synchronization != "every_step"
+    islands = {"num_islands": max(1, run.distribution.num_islands // num_workers)} if has_islands else {}
     own = {"init_from": None} if hasattr(run.model, "init_from") else {}  # whose weights have another depth
     return replace(
         run,
         model=replace(run.model, num_layers=num_layers, **own),
         data=DataConfig(document_attention=run.data.document_attention),
         training=training,
-        distribution=replace(run.distribution, strategy=strategy, num_islands=num_islands),
+        distribution=replace(run.distribution, strategy=strategy, **islands),
     )
 
 

@@ -64,6 +64,9 @@ def test_bytes_of_islands() -> None:
     assert estimates.num_island_numbers(DistributionConfig(), 100, 150, num_replicas=2) == 0
     # one more optimizer state, two islands' new weights and new states, the outer momentum
     assert estimates.num_island_numbers(summed, 100, 150, num_replicas=2) == 150 + 2 * (100 + 150) + 100
+    assert estimates.num_stored_island_numbers(DistributionConfig(), 100, 150) == 0
+    assert estimates.num_stored_island_numbers(summed, 100, 150) == 3 * 150 + 100
+    assert estimates.num_stored_island_numbers(few_bits, 100, 150) == 3 * 150 + 4 * 100 + 100
 
 
 def test_remat_and_half_precision_keep_less() -> None:

@@ -77,10 +77,22 @@ def num_island_numbers(config: DistributionConfig, num_trained: int, num_state: 
     """
     if config.synchronization == "every_step":
         return 0
-    num_local = config.num_islands // num_replicas
-    errors = 0 if config.delta_dtype == "float32" else 2 * num_trained
-    momentum = num_trained if config.outer_optimizer == "nesterov" else 0
-    return (2 * num_local - 1) * num_state + num_local * (num_trained + errors) + momentum
+    num_local, errors, momentum = config.num_islands // num_replicas, *_errors_and_momentum(config, num_trained)
+    return (2 * num_local - 1) * num_state + num_local * (num_trained + 2 * errors) + momentum
+
+
+def num_stored_island_numbers(config: DistributionConfig, num_trained: int, num_state: int) -> int:
+    """Numbers of a checkpoint for all islands besides the weights and one optimizer state: 0 without islands."""
+    if config.synchronization == "every_step":
+        return 0
+    errors, momentum = _errors_and_momentum(config, num_trained)
+    return (config.num_islands - 1) * num_state + config.num_islands * errors + momentum
+
+
+def _errors_and_momentum(config: DistributionConfig, num_trained: int) -> tuple[int, int]:
+    """Numbers of what the messages of one island have lost, and of the outer momentum."""
+    errors = 0 if config.delta_dtype == "float32" else num_trained
+    return errors, num_trained if config.outer_optimizer == "nesterov" else 0
 
 
 @dataclass(frozen=True)

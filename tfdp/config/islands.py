@@ -1,5 +1,6 @@
 """Rules between keys of a run whose islands take steps of their own (`distribution.synchronization local`)."""
 
+import math
 from typing import Any
 
 from tfdp.system.exits import require
@@ -11,11 +12,12 @@ def require_islands_fit(config: Any) -> None:
     if how.synchronization == "every_step":
         return
     wanted = "with distribution.synchronization local"
+    fitting = math.gcd(training.global_batch_size, how.num_islands)
     require(
-        training.global_batch_size % how.num_islands == 0,
+        fitting == how.num_islands,
         "distribution.num_islands",
         how.num_islands,
-        f"must divide training.global_batch_size ({training.global_batch_size})",
+        f"must divide training.global_batch_size ({training.global_batch_size}): try {fitting}",
     )
     rules: dict[str, tuple[Any, bool, str]] = {
         "training.precision": (training.precision, training.precision != "float16", "must be float32 or bfloat16"),

@@ -541,6 +541,16 @@ class TrainingConfig(_Section):
         return self.evaluation_rows or self.microbatch_size or min(self.global_batch_size, 16)
 
 
+_OF_ISLANDS = (
+    "num_islands",
+    "synchronize_every",
+    "outer_optimizer",
+    "outer_learning_rate",
+    "outer_momentum",
+    "delta_dtype",
+)
+
+
 @dataclass(frozen=True)
 class DistributionConfig(_Section):
     """Replicas and workers, and how gradients are summed over them."""
@@ -601,6 +611,10 @@ class DistributionConfig(_Section):
         self._require(self.synchronize_every >= 1, "synchronize_every", "must be at least 1: try 30")
         self._require(self.outer_learning_rate > 0, "outer_learning_rate", "must be positive: try 0.7")
         self._require(0 <= self.outer_momentum < 1, "outer_momentum", "must lie in [0, 1): try 0.9")
+        for name in _OF_ISLANDS:  # which would change nothing, without a word
+            given, default = getattr(self, name), getattr(DistributionConfig, name)
+            rule = f"is for distribution.synchronization local: add it, or leave this key at {default}"
+            self._require(self.synchronization != "every_step" or given == default, name, rule)
         self._require(
             self.synchronization == "every_step" or self.wire_dtype == "float32",
             "wire_dtype",

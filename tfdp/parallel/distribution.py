@@ -83,7 +83,7 @@ def make_strategy(
             return _multi_worker_strategy(cluster, kind, num_replicas)
     devices = [f"{kind}:{index}" for index in range(num_replicas)]
     if jobs is not None:
-        pool = Pool(jobs, meanwhile)
+        pool = Pool(jobs)  # before a device is touched
         return Coordinator(devices[0], pool)
     if config.strategy == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])

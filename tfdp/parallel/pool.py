@@ -18,7 +18,6 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.parallel.cluster_spec import Jobs
-from tfdp.parallel.native import joining_in_background
 from tfdp.system.exits import TrainingError
 
 _LEAST_PATIENCE = 10.0  # seconds before a task is handed out once more
@@ -27,13 +26,11 @@ _PATIENCE = 4.0  # times the usual seconds of a task
 
 @dataclass
 class _Task:
-    """What is handed out, and the copies of it that run."""
+    """What is handed out."""
 
     key: int
     arguments: tuple[Any, ...]
-    since: float = 0.0  # when the newest copy was handed out
-    copies: int = 0
-    done: bool = False
+    since: float = 0.0  # when it was handed out last
 
 
 class Pool:
@@ -41,24 +38,20 @@ class Pool:
 
     Args:
       jobs: the processes of this job.
-      meanwhile: called repeatedly while the others are waited for; an exception that it raises ends the wait.
     """
 
-    def __init__(self, jobs: Jobs, meanwhile: Callable[[], None] = lambda: None) -> None:
-        spec = tf.train.ClusterSpec({name: list(addresses) for name, addresses in jobs.addresses.items()})
+    def __init__(self, jobs: Jobs) -> None:
         resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-            spec, task_type="chief", task_id=0, rpc_layer="grpc"
+            _spec(jobs), task_type="chief", task_id=0, rpc_layer="grpc"
         )
-        with joining_in_background(meanwhile):
-            self.strategy = tf.distribute.ParameterServerStrategy(resolver)
-        self._coordinator = tf.distribute.coordinator.ClusterCoordinator(self.strategy)
-        self.num_workers = len(jobs.addresses["worker"])
-        self.num_repeated = 0  # tasks that were handed out once more
+        self._strategy = tf.distribute.ParameterServerStrategy(resolver)
+        self._coordinator = tf.distribute.coordinator.ClusterCoordinator(self._strategy)
+        self._num_workers = len(jobs.addresses["worker"])
         self._seconds: list[float] = []  # of the last tasks
 
     def variables(self, values: Sequence[np.ndarray]) -> list[tf.Variable]:
         """Variables on the parameter servers, in turn."""
-        with self.strategy.scope():
+        with self._strategy.scope():
             return [tf.Variable(value, trainable=False) for value in values]
 
     def compute(self, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -81,7 +74,6 @@ class Pool:
             except queue.Empty:
                 for task in waiting.values():
                     if time.monotonic() - task.since > self._patience(len(waiting)):
-                        self.num_repeated += 1
                         self._hand_out(function, task, results)
                 continue
             if isinstance(result, BaseException):
@@ -92,11 +84,11 @@ class Pool:
 
     def _patience(self, num_waiting: int) -> float:
         usual = float(np.median(self._seconds)) if self._seconds else 60.0
-        rounds = -(-num_waiting // self.num_workers)  # a task may wait for others on the same worker
+        rounds = -(-num_waiting // self._num_workers)  # a task may wait for others on the same worker
         return max(_LEAST_PATIENCE, _PATIENCE * usual * rounds)
 
     def _hand_out(self, function: Callable[..., Any], task: _Task, results: "queue.Queue[tuple[int, Any]]") -> None:
-        task.since, task.copies = time.monotonic(), task.copies + 1
+        task.since = time.monotonic()
         remote = self._coordinator.schedule(function, args=task.arguments)
 
         def wait() -> None:
@@ -110,8 +102,7 @@ class Pool:
 
 def serve(jobs: Jobs, is_chief_there: Callable[[], bool]) -> None:
     """Serves as a worker or a parameter server until the chief, once it was there, has been gone for a while."""
-    spec = tf.train.ClusterSpec({name: list(addresses) for name, addresses in jobs.addresses.items()})
-    server = tf.distribute.Server(spec, job_name=jobs.kind, task_index=jobs.index, protocol="grpc")
+    server = tf.distribute.Server(_spec(jobs), job_name=jobs.kind, task_index=jobs.index, protocol="grpc")
     seen, missing_since = False, 0.0
     while True:
         time.sleep(1.0)
@@ -122,3 +113,7 @@ def serve(jobs: Jobs, is_chief_there: Callable[[], bool]) -> None:
             if time.monotonic() - missing_since > 5.0:
                 break
     del server
+
+
+def _spec(jobs: Jobs) -> tf.train.ClusterSpec:
+    return tf.train.ClusterSpec({name: list(addresses) for name, addresses in jobs.addresses.items()})

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfdp.ops.packing import DeltaType
 from tfdp.ops.quantization import Encoding
-from tfdp.ops.sums import fixed_sum, sum_in_tree
+from tfdp.ops.sums import sum_in_tree
 from tfdp.parallel import collectives
 from tfdp.parallel.synchronizer import AllReduce
 
@@ -126,11 +126,6 @@ class GatheredChanges:
 
     def _weighted(self, words: tf.Tensor, tokens: tf.Tensor) -> Tensors:
         return [change * tokens for change in self._encoding.decode(words)]
-
-
-def total_tokens(tokens: tf.Tensor) -> tf.Tensor:
-    """The tokens of all islands."""
-    return fixed_sum(tokens)
 
 
 def _weighted_change(before: Tensors, after: Tensors, tokens: tf.Tensor) -> Tensors:

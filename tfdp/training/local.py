@@ -19,13 +19,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfdp.data import pipeline
+from tfdp.ops.sums import fixed_sum
 from tfdp.optim.optimizer import Optimizer
 from tfdp.optim.outer import OuterOptimizer
 from tfdp.parallel import collectives, consistency
 from tfdp.parallel.buckets import Packed
 from tfdp.parallel.consistency import Disagreement
 from tfdp.tasks.task import Rows
-from tfdp.training.changes import Changes, total_tokens
+from tfdp.training.changes import Changes
 from tfdp.training.clock import after, clock
 from tfdp.training.island import Island, IslandState, Round
 from tfdp.training.island_variables import IslandVariables
@@ -291,7 +292,7 @@ class LocalSteps:
     def _outer_step(
         self, weights: list[tf.Tensor], momentum: list[tf.Tensor], changes: list[tf.Tensor], tokens: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        factor = 1.0 / tf.maximum(total_tokens(tokens), 1.0)
+        factor = 1.0 / tf.maximum(fixed_sum(tokens), 1.0)
         return self._outer.values(weights, momentum, [change * factor for change in changes])
 
     def _digest_slots(self) -> tf.Tensor:
