@@ -16,6 +16,7 @@ import pytest
 from commands import LONG_RUN, ROOT, summary, tfdp, train_in_layouts
 
 from tfdp.config.sections import DistributionConfig
+from tfdp.launch import name_run_directory
 from tfdp.parallel.cluster_spec import find_jobs
 from tfdp.replay import PastRun
 from tfdp.system.exits import ConfigError, TrainingError
@@ -206,6 +207,15 @@ def test_a_key_of_islands_without_islands_is_refused(key: dict[str, Any]) -> Non
     with pytest.raises(ConfigError, match=rule):
         DistributionConfig(**key)
     DistributionConfig(synchronization="local", **key)
+
+
+def test_a_launcher_starts_a_pool_with_its_servers_alone() -> None:
+    pool = ["--distribution.strategy=parameter_server", "--distribution.synchronization=local", "--run_dir=r"]
+    with pytest.raises(ConfigError, match=r"^num_parameter_servers \(1\) needs distribution.strategy parameter_server"):
+        name_run_directory(["--run_dir=r"], 1)
+    with pytest.raises(ConfigError, match=r"^distribution.strategy \(parameter_server\) needs tfdp.launch --num_para"):
+        name_run_directory(pool, 0)
+    assert name_run_directory(pool, 1)[1] == Path("r")
 
 
 def test_a_pool_hands_out_rounds_of_islands_alone() -> None:

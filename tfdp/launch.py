@@ -116,7 +116,7 @@ class Worker:
 
 def main() -> None:
     config, arguments = read_command_line(sys.argv[1:])
-    arguments, run_dir = name_run_directory(arguments)
+    arguments, run_dir = name_run_directory(arguments, config.num_parameter_servers)
     sys.exit(run_job(config, arguments, run_dir))
 
 
@@ -132,7 +132,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[LaunchConfig, list[str]]:
     return config, list(argv[cut + 1 :])
 
 
-def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
+def name_run_directory(arguments: Sequence[str], num_parameter_servers: int = 0) -> tuple[list[str], Path]:
     """Checks the arguments of the workers once for all of them, and names the run directory if they do not.
 
     Workers and restarts must agree on that name, so it cannot be left to each process.
@@ -143,6 +143,12 @@ def name_run_directory(arguments: Sequence[str]) -> tuple[list[str], Path]:
     """
     layered = with_run_config(arguments)
     _, config = load_recipe(layered, "python -m tfdp.train", "", with_origin_keys)
+    strategy = getattr(getattr(config, "distribution", None), "strategy", None)
+    is_pool = strategy == "parameter_server"
+    rule = "needs distribution.strategy parameter_server: add it after --, or leave this key at 0"
+    require(is_pool or not num_parameter_servers, "num_parameter_servers", num_parameter_servers, rule)
+    rule = "needs tfdp.launch --num_parameter_servers: try 1"
+    require(not is_pool or num_parameter_servers > 0, "distribution.strategy", strategy, rule)
     run_dir = getattr(config, "run_dir", None)
     if run_dir:
         return [*arguments, "--run_dir", run_dir], Path(run_dir)  # a link is followed here, once for all restarts
@@ -283,7 +289,8 @@ def _supervise(job: _Job, grace_seconds: float, received: Sequence[int], console
             _drain(worker)
             if job.is_pool and worker.role.kind != "chief" and deadline is None:
                 worker.ended_by_launcher = True  # its code is not that of the job
-                again = worker.role.kind == "worker" and not received
+                is_refused = worker.code == exits.USER_ERROR  # and would be again
+                again = worker.role.kind == "worker" and not received and not is_refused
                 console.say(f"{worker.name} {_how_it_ended(worker.code)}{'; it is started again' if again else ''}")
                 if again:
                     running.append(job.start_again(worker.role))
